@@ -1,0 +1,88 @@
+"""Every knob, once, with its default, unit and reason. Other configs start from here and change what they must.
+
+Override any of them on the command line: --config.model.name=DiT-B/4 --config.optim.learning_rate=2e-4
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
+
+    c.data = data = ml_collections.ConfigDict()
+    data.source = "synthetic"  # digits, folder:PATH or synthetic
+    data.height = 32  # pixels; images of a folder are scaled and cropped to height x width
+    data.width = 32
+    data.channels = 3
+    data.flip = False  # mirror half of the images: not for digits or text
+    data.threads = 4  # that decode images
+    data.synthetic_size = 4096  # images of the synthetic set
+    data.synthetic_classes = 10  # 0 is unconditional
+
+    c.model = model = ml_collections.ConfigDict()
+    model.name = "DiT-S/2"  # DiT-SIZE/PATCH: tiny, S, B, L, XL / 1, 2, 4, 8
+    model.width = 0  # D; 0 takes the size's own, as for the next two
+    model.depth = 0
+    model.heads = 0
+    model.mlp_ratio = 4.0  # hidden width of the MLP in D
+    model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
+    model.attention = "auto"  # auto: cudnn on GPU in bfloat16, pallas on TPU, else xla
+    model.remat = "none"  # none, dots or full: what of a layer is computed again instead of saved
+    model.scan_unroll = 1  # layers per iteration of the scan over depth: more compiles longer and runs a little faster
+    model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
+
+    c.diffusion = diffusion = ml_collections.ConfigDict()
+    diffusion.schedule = "linear"  # linear or squaredcos_cap_v2
+    diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
+    diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
+
+    c.timesteps = timesteps = ml_collections.ConfigDict()
+    timesteps.strategy = "speedit"  # uniform, p2, speedit or speed_cvpr25: docs/speedit.md has the formulas
+    timesteps.sampling = config_dict.placeholder(str)  # replaces the strategy's density: uniform, speedit or speed
+    timesteps.weighting = config_dict.placeholder(str)  # replaces its loss weight: none, p2 or change_aware
+    timesteps.dual = config_dict.placeholder(bool)  # replaces its choice of drawing half of the batch as duals
+    timesteps.k = 5.0  # speed: how many times more often the first tau steps are drawn
+    timesteps.tau = 700.0  # speed: boundary in thousandths of the schedule
+    timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
+
+    c.optim = optim = ml_collections.ConfigDict()
+    optim.learning_rate = 1e-4
+    optim.schedule = "constant"  # after the warm-up: constant, or cosine to zero at training.num_steps
+    optim.warmup_steps = 0
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0
+    optim.clip_norm = 1.0  # largest global norm of a gradient; 0 does not clip
+
+    c.training = training = ml_collections.ConfigDict()
+    training.num_steps = 400_000  # optimizer steps
+    training.batch_size = 256  # images an optimizer step, over all devices and microbatches
+    training.accumulation = 1  # microbatches an optimizer step: less memory, the same gradient
+    training.ema_decay = 0.9999
+    training.ema_warmup = False  # min(ema_decay, (1 + step) / (10 + step)): for short runs
+    training.log_every = 100  # steps
+    training.sample_every = 10_000  # steps between image grids; 0 draws none
+    training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
+
+    c.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 5_000  # steps; a run that ends or is interrupted saves too
+    checkpoint.keep_last = 2  # newest checkpoints kept
+    checkpoint.keep_every = 0  # steps; those at multiples of it are kept for ever; 0 keeps none
+
+    c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
+    sampling.sampler = "ddim"  # ddpm or ddim
+    sampling.num_steps = 50
+    sampling.eta = 0.0  # ddim: 0 is deterministic
+    sampling.guidance_scale = 1.5  # 1 is no guidance, and half the work
+    sampling.guidance_channels = 0  # leading channels that are guided: 0 is all; 3 as in the published DiT's samples
+    sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
+    sampling.grid_images = 64  # images of a grid during training
+
+    c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
+    mesh.data = -1  # batch only
+    mesh.fsdp = 1  # batch and parameters: for models that do not fit one device
+    mesh.tensor = 1  # heads and MLP: must divide the heads
+    return c

@@ -1,0 +1,65 @@
+"""Batches as a pure function of (seed, step).
+
+The shuffled, endless order of records is global: record i of step s is number s * B + i of it, whatever the number of
+hosts. Each host then loads only the rows that its devices hold. The position in the data is the step: nothing to save.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from speedit_jax.data.sources import Source
+
+
+class _Flip(grain.transforms.RandomMap):
+    """Mirrors half of the images left to right."""
+
+    def random_map(self, record, rng: np.random.Generator):
+        if rng.random() < 0.5:
+            record = record | {"image": record["image"][:, ::-1]}
+        return record
+
+
+class _Rows(grain.transforms.Map):
+    """Number j of this host's stream -> its record in the global order."""
+
+    def __init__(self, records: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        self._records, self._batch_size, self._rows = records, batch_size, rows
+
+    def map(self, j: int):
+        step, i = divmod(j, len(self._rows))
+        return self._records[step * self._batch_size + int(self._rows[i])]
+
+
+def batches(
+    source: Source,
+    *,
+    seed: int,
+    batch_size: int,
+    rows: np.ndarray,
+    first_step: int,
+    num_steps: int,
+    flip: bool = False,
+    threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of steps first_step..num_steps-1, loaded ahead in threads.
+
+    Args:
+      source: the records.
+      seed: of the order and of the flips.
+      batch_size: B, of the whole optimizer batch.
+      rows: which of the B rows to load, increasing.
+      flip: mirror half of the images; for sets in which left and right do not matter.
+      threads: how many decode at once.
+
+    Yields:
+      {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}.
+    """
+    records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if flip:
+        records = records.random_map(_Flip())
+    stream = grain.MapDataset.range(first_step * len(rows), num_steps * len(rows))
+    stream = stream.map(_Rows(records, batch_size, rows)).batch(len(rows))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * len(rows), threads))
+    return iter(stream.to_iter_dataset(options))

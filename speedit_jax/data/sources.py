@@ -1,0 +1,193 @@
+"""Data sources: random-access sequences of {"image": [H, W, C] float32 in [-1, 1], "label": int}.
+
+`digits`       scikit-learn's 1,797 labelled 8x8 handwritten digits; the 80 % of a fixed stratified split
+`folder:PATH`  images below PATH: its sub-directories are the classes; without any, the set is unconditional
+`synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from speedit_jax.errors import UserError
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+_MODES = {1: "L", 3: "RGB"}
+
+
+class Source(Protocol):
+    """What the loader needs of a data set.
+
+    Attributes:
+      image_shape: (H, W, C).
+      class_names: empty when the set is unconditional.
+      fingerprint: equal for equal data; a checkpoint refuses to resume on other data.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images [n, 8, 8, 1] float32 in [-1, 1], labels [n]) of the "train" or the "held_out" part.
+
+    The split is fixed and stratified: every fifth example of each class, in the data set's order, is held out.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    rank = np.zeros(len(digits.target), int)
+    for label in range(10):
+        rank[digits.target == label] = np.arange((digits.target == label).sum())
+    chosen = (rank % 5 == 4) == (split == "held_out")
+    images = (digits.images / 8.0 - 1.0).astype(np.float32)[..., None]
+    return images[chosen], digits.target[chosen].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images held in memory."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """ADM's rule: halve with a box filter while at least twice too big, then bicubic, then crop the centre."""
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Image files, decoded, cropped and scaled when asked for."""
+
+    root: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        path = self.root / self.files[index]
+        height, width, channels = self.image_shape
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(centre_crop(image.convert(_MODES[channels]), height, width), np.float32)
+        except Exception as e:
+            # Pillow raises many kinds for many kinds of damage; to the user they are one.
+            raise UserError(f"cannot read the image {path}: {e}; mend it or take it out of the folder") from e
+        return {
+            "image": (pixels / 127.5 - 1.0).reshape(self.image_shape),
+            "label": np.int32(self.labels[index]),
+        }
+
+
+def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
+    if not root.is_dir():
+        raise UserError(f"data.source=folder:{root}: no such directory")
+    if image_shape[2] not in _MODES:
+        raise UserError(f"data.channels={image_shape[2]}: a folder gives 1 (grey) or 3 (RGB) channels")
+    # Hidden directories are tools' own, not classes.
+    classes = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    files, labels = [], []
+    for label, name in enumerate(classes or (".",)):
+        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        if not found:
+            raise UserError(f"data.source=folder:{root}: no images in {root / name} ({', '.join(sorted(_SUFFIXES))})")
+        files += found
+        labels += [label] * len(found)
+    names = tuple(str(p.relative_to(root)) for p in files)
+    sizes = [str(p.stat().st_size) for p in files]
+    fingerprint = _digest("\n".join(names).encode(), "\n".join(sizes).encode())
+    return FolderSource(root, names, tuple(labels), classes, image_shape, fingerprint)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """One blob an image; its class sets the angle of its place, the index the rest."""
+
+    size: int
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(f"synthetic {self.size} {self.image_shape} {len(self.class_names)}".encode())
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        height, width, channels = self.image_shape
+        rng = np.random.default_rng(index)
+        label = int(rng.integers(max(1, len(self.class_names))))
+        angle = 2 * np.pi * (label + rng.uniform(-0.2, 0.2)) / max(1, len(self.class_names))
+        y, x = np.mgrid[:height, :width]
+        y, x = (y + 0.5) / height - 0.5, (x + 0.5) / width - 0.5
+        distance2 = (y - 0.3 * np.sin(angle)) ** 2 + (x - 0.3 * np.cos(angle)) ** 2
+        blob = np.exp(-distance2 / (2 * rng.uniform(0.08, 0.16) ** 2))
+        colour = rng.uniform(0.5, 1.0, channels)
+        return {"image": (2 * blob[..., None] * colour - 1).astype(np.float32), "label": np.int32(label)}
+
+
+def open_source(config: ml_collections.ConfigDict) -> Source:
+    """The source of `config`, the config's `data` section.
+
+    Raises:
+      UserError: unknown or missing source, or images of another shape than the config says.
+    """
+    shape = (config.height, config.width, config.channels)
+    kind, _, argument = config.source.partition(":")
+    if kind == "digits":
+        images, labels = load_digits("train")
+        names = tuple(str(digit) for digit in range(10))
+        source = ArraySource(images, labels, names, _digest(images.tobytes(), labels.tobytes()))
+    elif kind == "folder":
+        source = _folder(Path(argument).expanduser(), shape)
+    elif kind == "synthetic":
+        names = tuple(f"class {i}" for i in range(config.synthetic_classes))
+        source = SyntheticSource(config.synthetic_size, shape, names)
+    else:
+        raise UserError(f"unknown data.source {config.source!r}; choose digits, folder:PATH or synthetic")
+    if source.image_shape != shape:
+        raise UserError(
+            f"data.source={config.source} has images of shape {source.image_shape}, but data.height, data.width and"
+            f" data.channels say {shape}"
+        )
+    return source

@@ -1,0 +1,149 @@
+r"""Gaussian diffusion with noise prediction: the forward process, the reverse step and the training loss.
+
+  (1)  x_t    = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                          DDPM eq. (4)
+  (2)  x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps_hat
+  (3)  log var_t = f log beta_t + (1 - f) log btilde_t,  f = (v + 1) / 2         IDDPM eq. (15), v the network's 2nd output
+  (4)  mse = mean (eps - eps_hat)^2
+  (5)  vb_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) / log 2              t > 0, in bits per dimension
+       vb_0 = -log p(x_0 | x_1) / log 2                                         discretised to 8 bits on [-1, 1]
+
+As in IDDPM the vb term trains only the variance: the mean enters it frozen.
+All arrays are [B, ...]; t is [B] int and indexes the schedule.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from speedit_jax.diffusion.schedules import Schedule
+from speedit_jax.errors import UserError
+
+VARIANCES = ("learned_range", "fixed_small", "fixed_large")
+
+
+def mean_flat(x: jax.Array) -> jax.Array:
+    """Mean over all but the batch axis: [B, ...] -> [B]."""
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
+    """table[t] in the dtype of `like`, shaped to broadcast against it."""
+    return jnp.asarray(table, like.dtype)[t].reshape(t.shape + (1,) * (like.ndim - t.ndim))
+
+
+def _normal_kl(mean1, logvar1, mean2, logvar2):
+    """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats."""
+    return 0.5 * (-1.0 + logvar2 - logvar1 + jnp.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * jnp.exp(-logvar2))
+
+
+def _discretized_log_likelihood(x, mean, log_scale):
+    """log of the Gaussian's mass on the 8-bit bin around x in [-1, 1] (DDPM eq. 13), in nats.
+
+    The normal CDF is Page's tanh approximation, as in the published code, so that losses can be compared.
+    """
+
+    def cdf(z):
+        return 0.5 * (1.0 + jnp.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
+
+    inv_scale = jnp.exp(-log_scale)
+    upper = cdf(inv_scale * (x - mean + 1.0 / 255.0))
+    lower = cdf(inv_scale * (x - mean - 1.0 / 255.0))
+    mass = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1.0 - lower, upper - lower))
+    return jnp.log(mass.clip(min=1e-12))
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianDiffusion:
+    """Forward process, reverse step and losses over one schedule.
+
+    Attributes:
+      schedule: the noise levels, of training or, respaced, of sampling.
+      variance: "learned_range" (the network has a second output for it), "fixed_small" (btilde) or "fixed_large" (beta).
+    """
+
+    schedule: Schedule
+    variance: str = "learned_range"
+
+    def __post_init__(self):
+        if self.variance not in VARIANCES:
+            raise UserError(f"unknown diffusion.variance {self.variance!r}; choose one of {', '.join(VARIANCES)}")
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.variance == "learned_range"
+
+    def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """x_t of eq. (1)."""
+        return _at(np.sqrt(self.schedule.alphas_cumprod), t, x0) * x0 + _at(self.schedule.sigmas, t, x0) * noise
+
+    def predict_x0(self, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+        """x0_hat of eq. (2)."""
+        abar = self.schedule.alphas_cumprod
+        return _at(np.sqrt(1 / abar), t, x_t) * x_t - _at(np.sqrt(1 / abar - 1), t, x_t) * eps
+
+    def predict_eps(self, x_t: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
+        """The inverse of `predict_x0`."""
+        abar = self.schedule.alphas_cumprod
+        return (_at(np.sqrt(1 / abar), t, x_t) * x_t - x0) / _at(np.sqrt(1 / abar - 1), t, x_t)
+
+    def posterior_mean(self, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """Mean of q(x_{t-1} | x_t, x_0), schedules eq. (4)."""
+        s = self.schedule
+        return _at(s.posterior_mean_coef_x0, t, x_t) * x0 + _at(s.posterior_mean_coef_xt, t, x_t) * x_t
+
+    def split_output(self, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Network output [..., C or 2C] -> (eps_hat, v or None)."""
+        if not self.learned_variance:
+            return output, None
+        eps, v = jnp.split(output, 2, axis=-1)
+        return eps, v
+
+    def log_variance(self, t: jax.Array, v: jax.Array | None, like: jax.Array) -> jax.Array:
+        """log var of p(x_{t-1} | x_t), broadcastable to `like`: eq. (3), or the fixed ones."""
+        s = self.schedule
+        if self.variance == "fixed_small":
+            return _at(s.posterior_log_variance_clipped, t, like)
+        if self.variance == "fixed_large":
+            # DDPM: the first entry is btilde_1, which gives a better decoder likelihood than beta_0.
+            first = s.posterior_variance[min(1, s.num_steps - 1)]
+            return _at(np.log(np.append(first, s.betas[1:])), t, like)
+        f = (v + 1) / 2
+        return f * _at(np.log(s.betas), t, like) + (1 - f) * _at(s.posterior_log_variance_clipped, t, like)
+
+    def p_mean_log_variance(
+        self, output: jax.Array, x_t: jax.Array, t: jax.Array, clip: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """p(x_{t-1} | x_t) from the network's output.
+
+        Args:
+          output: [B, ..., C or 2C].
+          clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
+
+        Returns:
+          (mean, log variance, x0_hat), the second broadcastable to x_t.
+        """
+        eps, v = self.split_output(output)
+        x0 = self.predict_x0(x_t, t, eps)
+        if clip:
+            x0 = x0.clip(-1, 1)
+        return self.posterior_mean(x0, x_t, t), self.log_variance(t, v, x_t), x0
+
+    def variational_bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """vb_t of eq. (5), in bits per dimension. [B]"""
+        true_mean = self.posterior_mean(x0, x_t, t)
+        true_log_variance = _at(self.schedule.posterior_log_variance_clipped, t, x_t)
+        mean, log_variance, _ = self.p_mean_log_variance(output, x_t, t)
+        kl = mean_flat(_normal_kl(true_mean, true_log_variance, mean, log_variance))
+        nll = mean_flat(-_discretized_log_likelihood(x0, mean, 0.5 * log_variance))
+        return jnp.where(t == 0, nll, kl) / np.log(2.0)
+
+    def losses(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """Per-example training terms, each [B]: "mse", eq. (4), and with a learned variance "vb", eq. (5)."""
+        eps, v = self.split_output(output)
+        terms = {"mse": mean_flat((noise - eps) ** 2)}
+        if v is not None:
+            frozen = jnp.concatenate([jax.lax.stop_gradient(eps), v], axis=-1)
+            terms["vb"] = self.variational_bound(frozen, x0, x_t, t)
+        return terms

@@ -1,0 +1,150 @@
+r"""Noise schedules as frozen float64 tables.
+
+With :math:`\beta_t` the variance added at step t in 0..T-1 (Ho et al. 2020, arXiv 2006.11239; IDDPM, arXiv 2102.09672):
+
+  (1)  alpha_t      = 1 - beta_t
+  (2)  abar_t       = prod_{s <= t} alpha_s                         abar_{-1} = 1
+  (3)  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)
+  (4)  q(x_{t-1} | x_t, x_0) = N(c1_t x_0 + c2_t x_t, btilde_t I)
+       btilde_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
+       c1_t     = beta_t sqrt(abar_{t-1}) / (1 - abar_t)
+       c2_t     = (1 - abar_{t-1}) sqrt(alpha_t) / (1 - abar_t)
+
+Tables are computed in float64 whatever the precision of the model; they are cast where they meet an array.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from speedit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A discrete variance-preserving noise schedule.
+
+    Attributes:
+      name: what the user called it; error messages use it.
+      betas: [T] float64 in (0, 1].
+      model_steps: [T] int, the step the network is told for each of our steps: the identity unless respaced.
+    """
+
+    name: str
+    betas: np.ndarray
+    model_steps: np.ndarray
+
+    def __post_init__(self):
+        if self.betas.ndim != 1 or not ((self.betas > 0) & (self.betas <= 1)).all():
+            raise ValueError(f"betas of schedule {self.name!r} must be one-dimensional and in (0, 1]")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar_t, eq. (2). [T]"""
+        return np.cumprod(1.0 - self.betas)
+
+    @functools.cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """abar_{t-1}. [T]"""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @functools.cached_property
+    def sigmas(self) -> np.ndarray:
+        """sqrt(1 - abar_t), the standard deviation of the noise in x_t, eq. (3). [T]"""
+        return np.sqrt(1.0 - self.alphas_cumprod)
+
+    @functools.cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """btilde_t, eq. (4); zero at t = 0. [T]"""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @functools.cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """log btilde_t, with the t = 0 entry, which would be -inf, replaced by the next one (as in DDPM). [T]"""
+        variance = self.posterior_variance
+        return np.log(np.append(variance[min(1, len(variance) - 1)], variance[1:]).clip(min=1e-300))
+
+    @functools.cached_property
+    def posterior_mean_coef_x0(self) -> np.ndarray:
+        """c1_t, eq. (4). [T]"""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @functools.cached_property
+    def posterior_mean_coef_xt(self) -> np.ndarray:
+        """c2_t, eq. (4). [T]"""
+        return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+
+
+def _linear(num_steps: int) -> np.ndarray:
+    # Ho et al.'s 1e-4..0.02, scaled so that any T ends at about the same abar.
+    scale = 1000 / num_steps
+    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+
+
+def _squaredcos_cap_v2(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
+    # IDDPM eq. (17): abar(u) = cos^2((u + s) / (1 + s) pi / 2), s = 0.008, betas capped near u = 1.
+    def abar(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - abar((i + 1) / num_steps) / abar(i / num_steps), max_beta) for i in range(num_steps)])
+
+
+SCHEDULES = {"linear": _linear, "squaredcos_cap_v2": _squaredcos_cap_v2}
+
+
+def make_schedule(name: str, num_steps: int) -> Schedule:
+    """The schedule `name` with `num_steps` noise levels.
+
+    Raises:
+      UserError: unknown name, or a number of steps the schedule is not defined for.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"unknown diffusion.schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    if num_steps < 2:
+        raise UserError(f"diffusion.num_steps={num_steps}: at least 2 noise levels are needed")
+    betas = SCHEDULES[name](num_steps)
+    if betas.max() >= 1:
+        raise UserError(
+            f"diffusion.schedule={name!r} with diffusion.num_steps={num_steps} has a beta of {betas.max():.3g}; use more steps"
+        )
+    return Schedule(name, betas, np.arange(num_steps))
+
+
+def respace(schedule: Schedule, steps: Sequence[int]) -> Schedule:
+    """The schedule restricted to `steps`, with betas such that abar is unchanged there (IDDPM section 4).
+
+    Args:
+      steps: increasing indices into `schedule`.
+
+    Returns:
+      A schedule of len(steps) levels whose `model_steps` still tells the network the original index.
+    """
+    steps = np.asarray(steps)
+    if steps.size == 0 or steps[0] < 0 or steps[-1] >= schedule.num_steps or (np.diff(steps) <= 0).any():
+        raise ValueError(f"steps must increase within 0..{schedule.num_steps - 1}")
+    kept = schedule.alphas_cumprod[steps]
+    betas = 1.0 - kept / np.append(1.0, kept[:-1])
+    return Schedule(f"{schedule.name} respaced to {len(steps)}", betas, schedule.model_steps[steps])
+
+
+def even_steps(num_steps: int, count: int) -> np.ndarray:
+    """`count` indices of 0..num_steps-1, evenly spaced with both ends kept: IDDPM's respacing to one section.
+
+    Raises:
+      UserError: count is not in 1..num_steps.
+    """
+    if not 1 <= count <= num_steps:
+        raise UserError(f"{count} sampling steps asked for, but the schedule has 1..{num_steps}")
+    if count == 1:
+        # IDDPM's rule would keep step 0, the least noisy, from which no sample can be drawn.
+        return np.array([num_steps - 1])
+    stride = (num_steps - 1) / (count - 1)
+    # The running sum and the rounding half to even are IDDPM's: other ways differ by one here and there.
+    return np.array([round(i) for i in np.cumsum([0.0] + [stride] * (count - 1))])

@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": its text is the whole message."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the way out; commands print it and exit with 1."""

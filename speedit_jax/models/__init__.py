@@ -1,0 +1,1 @@
+"""Networks, in Flax Linen used as init/apply; nothing outside this package imports flax."""

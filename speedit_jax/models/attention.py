@@ -1,0 +1,93 @@
+"""Softmax attention over [B, T, H, K]: plain XLA, cuDNN on NVIDIA GPUs, a Pallas flash kernel on TPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from speedit_jax.errors import UserError
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
+_FLASH_BLOCK = 128  # the TPU kernel wants token counts in multiples of a vector register's lanes
+
+
+def choose_attention(requested: str, platform: str, dtype) -> str:
+    """Resolves "auto": cudnn on GPU in half precision, pallas on TPU, else xla.
+
+    Raises:
+      UserError: unknown, or one that this platform or dtype does not have.
+    """
+    dtype = jnp.dtype(dtype)
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if requested not in IMPLEMENTATIONS:
+        raise UserError(f"unknown model.attention {requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if requested == "auto":
+        if platform == "tpu":
+            return "pallas"
+        return "cudnn" if platform in ("gpu", "cuda") and half else "xla"
+    if requested == "cudnn" and (platform not in ("gpu", "cuda") or not half):
+        raise UserError(
+            f"model.attention=cudnn needs an NVIDIA GPU and bfloat16 activations, not {platform} in {dtype.name}; use auto or xla"
+        )
+    if requested == "pallas" and platform != "tpu":
+        raise UserError(f"model.attention=pallas needs a TPU, not {platform}; use auto or xla")
+    return requested
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, batch_axes, head_axis) -> jax.Array:
+    """softmax(q k^T / sqrt(K)) v, statistics in float32.
+
+    Args:
+      q, k, v: [B, T, H, K].
+      implementation: "xla", "cudnn" or "pallas", as `choose_attention` returned it.
+      batch_axes, head_axis: mesh axes that B and H are sharded over, for the kernel, which XLA cannot partition.
+
+    Returns:
+      [B, T, H, K].
+    """
+    if implementation != "pallas":
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    spec = P(batch_axes, None, head_axis, None)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _tpu_flash(q, k, v)
+    return jax.shard_map(_tpu_flash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _tpu_flash(q, k, v):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    tokens = q.shape[1]
+    pad = -tokens % _FLASH_BLOCK
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
+    segments = None
+    if pad:
+        # Padding is a segment of its own, so that no real token attends to it.
+        ids = jnp.broadcast_to((jnp.arange(tokens + pad) >= tokens).astype(jnp.int32), (q.shape[0], tokens + pad))
+        segments = flash.SegmentIds(ids, ids)
+    out = flash.flash_attention(
+        q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=_flash_blocks(tokens + pad)
+    )
+    return out[:, :, :tokens].swapaxes(1, 2)
+
+
+@functools.cache
+def _flash_blocks(tokens: int):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    # The largest of these that divides the tokens: big blocks amortise the kernel's per-step cost.
+    b = next(b for b in (512, 256, _FLASH_BLOCK) if tokens % b == 0)
+    return flash.BlockSizes(
+        block_q=b,
+        block_k_major=b,
+        block_k=b,
+        block_b=1,
+        block_q_major_dkv=b,
+        block_k_major_dkv=b,
+        block_k_dkv=b,
+        block_q_dkv=b,
+        block_k_major_dq=b,
+        block_k_dq=b,
+        block_q_dq=b,
+    )

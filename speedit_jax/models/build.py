@@ -1,0 +1,159 @@
+"""From config to network: the only door to this package."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from speedit_jax.errors import UserError
+from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models.dit import REMAT_POLICIES, DiT
+
+# name -> (width, depth, heads); S to XL are the paper's, tiny is for small images and tests.
+SIZES = {
+    "tiny": (128, 4, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+PATCHES = (1, 2, 4, 8)
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as pure functions.
+
+    Attributes:
+      init: key -> parameters, a nested dict of float32 arrays.
+      apply: (params, x [B, H, W, C], t [B], y [B] int) -> [B, H, W, C or 2C].
+      axes: like the parameters, with a tuple of logical axis names for each.
+      image_shape: (H, W, C).
+      num_classes: 0 is unconditional.
+      null_label: the label that stands for "no class", or None where the model was built without one.
+      attention: the implementation chosen.
+      heads, width: for checks against the mesh.
+      dtype: name of the activations' dtype.
+    """
+
+    init: Callable[[jax.Array], Any]
+    apply: Callable[..., jax.Array]
+    axes: Any
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    null_label: int | None
+    attention: str
+    heads: int
+    width: int
+    dtype: str
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """ "DiT-S/2" -> ("S", 2).
+
+    Raises:
+      UserError: not a known size and patch.
+    """
+    backbone, _, rest = name.partition("-")
+    size, _, patch = rest.partition("/")
+    if backbone != "DiT" or size not in SIZES or patch not in map(str, PATCHES):
+        raise UserError(
+            f"unknown model.name {name!r}; it is DiT-SIZE/PATCH with SIZE one of {', '.join(SIZES)} and PATCH one of"
+            f" {', '.join(map(str, PATCHES))}"
+        )
+    return size, int(patch)
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    learned_variance: bool,
+    platform: str,
+    constrain: Callable = lambda x, names: x,
+    batch_axes=None,
+    head_axis=None,
+) -> Model:
+    """The network of `config`, the config's `model` section.
+
+    Args:
+      image_shape: (H, W, C) of images or latents.
+      num_classes: 0 is unconditional.
+      learned_variance: the network has C more output channels.
+      platform: "cpu", "gpu" or "tpu": decides what "auto" means.
+      constrain: shards activations, given their logical axes; the identity on one device.
+      batch_axes, head_axis: the mesh axes of the batch and the heads, for kernels that XLA cannot partition.
+
+    Raises:
+      UserError: the parts do not fit each other.
+    """
+    size, patch = parse_name(config.name)
+    width, depth, heads = SIZES[size]
+    width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
+    h, w, c = image_shape
+    if h % patch or w % patch:
+        raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
+    if width % heads or width % 4:
+        raise UserError(f"model width {width} must be a multiple of 4 and of its {heads} heads")
+    if config.remat not in REMAT_POLICIES:
+        raise UserError(f"unknown model.remat {config.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+    if not 0 <= config.label_dropout < 1:
+        raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if not 1 <= config.scan_unroll <= depth:
+        raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
+    dtype_name = config.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32" if platform == "cpu" else "bfloat16"
+    if dtype_name not in DTYPES:
+        raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
+    # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
+    dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    kernel = choose_attention(config.attention, platform, DTYPES[dtype_name])
+    has_null = num_classes > 0 and config.label_dropout > 0
+
+    network = DiT(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        mlp_ratio=config.mlp_ratio,
+        label_rows=num_classes + has_null,
+        out_channels=c * (2 if learned_variance else 1),
+        attention=lambda q, k, v: attention(q, k, v, kernel, batch_axes, head_axis),
+        constrain=constrain,
+        remat=config.remat,
+        scan_unroll=config.scan_unroll,
+        dtype=dtype,
+    )
+
+    def boxed_init(key):
+        # One image, which no mesh divides, and no kernel: the values do not depend on either.
+        plain = network.clone(constrain=lambda x, names: x, attention=jax.nn.dot_product_attention)
+        x = jnp.zeros((1, *image_shape))
+        return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+
+    boxes = jax.eval_shape(boxed_init, jax.random.key(0))
+    return Model(
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        apply=lambda params, x, t, y: network.apply({"params": params}, x, t, y),
+        axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
+        image_shape=image_shape,
+        num_classes=num_classes,
+        null_label=num_classes if has_null else None,
+        attention=kernel,
+        heads=heads,
+        width=width,
+        dtype=dtype_name,
+    )
+
+
+def count_parameters(params: Any) -> int:
+    """Number of trainable numbers in a parameter tree (arrays or their shapes)."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))

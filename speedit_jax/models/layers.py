@@ -1,0 +1,112 @@
+"""Layers that the backbones share: embeddings, modulation, patches.
+
+Parameter axes carry logical names; the rule table in training/sharding.py maps them to the mesh:
+  embed   width D of a kernel that projects from or to the residual stream
+  heads   attention heads         mlp     hidden width of the MLP
+  layers  the scanned depth       None    never sharded
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# (array, logical names of its axes) -> the array, its sharding constrained
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+xavier = nn.initializers.xavier_uniform()
+normal_002 = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros_init()
+
+
+def dense(features, kernel_init, kernel_axes, bias_axes, dtype, name, axis=-1) -> nn.DenseGeneral:
+    """A linear layer with named kernel axes; parameters float32, arithmetic in `dtype`."""
+    return nn.DenseGeneral(
+        features,
+        axis=axis,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, kernel_axes),
+        bias_init=nn.with_logical_partitioning(zeros, bias_axes),
+        name=name,
+    )
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without parameters, eps 1e-6, statistics in float32: [..., D]."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = x32 - x32.mean(axis=-1, keepdims=True)
+    variance = (centred**2).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """adaLN: x [B, T, D], shift and scale [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
+    """[cos(t w), sin(t w)] with w_j = max_period^(-j / (dim/2)): [B] -> [B, dim], as in ADM and DiT."""
+    # float64 only where the user switched it on: a timestep of 999 times a frequency is exact enough in float32.
+    dtype = jnp.result_type(float)
+    frequencies = np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2))
+    angles = t.astype(dtype)[:, None] * jnp.asarray(frequencies, dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] -> [B, D]: sinusoid, linear, SiLU, linear."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t):
+        x = timestep_features(t).astype(self.dtype)
+        x = dense(self.width, normal_002, (None, "embed"), (None,), self.dtype, "hidden")(x)
+        return dense(self.width, normal_002, ("embed", None), (None,), self.dtype, "out")(nn.silu(x))
+
+
+class LabelEmbedder(nn.Module):
+    """y [B] int -> [B, D]: a table of num_classes rows, and one more for the null label where there is guidance."""
+
+    rows: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y):
+        init = nn.with_logical_partitioning(normal_002, (None, "embed"))
+        table = self.param("table", init, (self.rows, self.width), jnp.float32)
+        return jnp.take(table, y, axis=0).astype(self.dtype)
+
+
+def sincos_position_table(height: int, width: int, dim: int) -> np.ndarray:
+    """Frozen 2-D sine-cosine position embedding of MAE and DiT, for any grid: [height * width, dim] float64.
+
+    The first half of the channels encodes the column, the second the row; each is [sin(p w), cos(p w)],
+    w_j = 10000^(-j / (dim/4)).
+    """
+    frequencies = 10_000.0 ** -(np.arange(dim // 4) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+
+    def encode(position):
+        angles = position.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    return np.concatenate([encode(columns), encode(rows)], axis=1)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, T, P*P*C], row-major over patches and within a patch."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+    """The inverse of `patchify`: [B, T, P*P*C] -> [B, H, W, C]."""
+    b, (h, w) = x.shape[0], grid
+    x = x.reshape(b, h, w, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * patch, w * patch, -1)

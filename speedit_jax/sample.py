@@ -1,0 +1,146 @@
+"""Draws images from a run's checkpoint, which knows its own config.
+
+  python -m speedit_jax.sample --workdir=runs/digits --class_labels=0,1,2,3 --num_images=64 --out=samples.png
+
+Writes a PNG grid, an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 labels) and a JSON of all settings.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from speedit_jax import cli
+from speedit_jax.errors import UserError
+from speedit_jax.training import builders, sharding
+from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.sampling import Settings, make_sampler
+from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+_OUT = flags.DEFINE_string("out", None, "Where to write: PATH.png, PATH.npz and PATH.json. Default: WORKDIR/sampled.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
+_CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Classes, by number or name, taken in turn. Default: all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
+_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Averaged or raw weights.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim. Default: the run's, as for all below.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
+_ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
+_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 is none.")
+
+
+def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
+    """Numbers or names of classes -> their numbers.
+
+    Raises:
+      UserError: no such class, or the model knows none.
+    """
+    if names is None:
+        return np.arange(max(1, len(class_names)))
+    if not class_names:
+        raise UserError("--class_labels: this model was trained without classes")
+    labels = []
+    for name in names:
+        number = int(name) if name.isdecimal() else class_names.index(name) if name in class_names else -1
+        if not 0 <= number < len(class_names):
+            raise UserError(f"--class_labels: no class {name!r}; there are 0..{len(class_names) - 1}")
+        labels.append(number)
+    return np.array(labels)
+
+
+def columns_for(labels: int, images: int) -> int | None:
+    """As many columns as keep each class in columns of its own, about square; None where there are too many classes."""
+    square = max(1, round(images**0.5))
+    return labels * max(1, square // labels) if labels <= 2 * square else None
+
+
+def sample() -> None:
+    if _WORKDIR.value is None:
+        raise UserError("--workdir is missing; name the directory of a training run")
+    workdir = Path(_WORKDIR.value).expanduser()
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.choose(_CHECKPOINT_STEP.value)
+    meta = checkpoints.meta(step)
+    config = ml_collections.ConfigDict(meta["config"])
+
+    # However the run was sharded: sampling spreads the batch over the devices that are here.
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    given = {
+        "sampler": _SAMPLER.value,
+        "num_steps": _NUM_STEPS.value,
+        "eta": _ETA.value,
+        "guidance_scale": _GUIDANCE_SCALE.value,
+    }
+    settings = Settings.from_config(config.sampling)
+    if model.null_label is None:
+        settings = dataclasses.replace(settings, guidance_scale=1.0)
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
+    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
+    out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
+
+    run = make_sampler(model, builders.make_diffusion(config), settings, mesh)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
+    count = _NUM_IMAGES.value
+    labels = classes[np.arange(count) % len(classes)].astype(np.int32)
+    images = draw(run, params, labels, mesh)
+
+    record = {
+        "workdir": str(workdir),
+        "checkpoint_step": step,
+        "weights": _WEIGHTS.value,
+        "seed": _SEED.value,
+        "num_images": count,
+        "class_labels": classes.tolist(),
+        **dataclasses.asdict(settings),
+        "batch_size": _BATCH_SIZE.value,
+        "devices": mesh.size,
+        "versions": meta["versions"] | {"sampled_with_jax": jax.__version__},
+    }
+    if jax.process_index() == 0:
+        try:
+            write(out, images, labels, columns_for(len(classes), count), record)
+        except OSError as e:
+            raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
+        print(f"{count} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
+        print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
+
+
+def draw(run, params, labels: np.ndarray, mesh) -> np.ndarray:
+    """All images as uint8 [N, H, W, C], in batches of one size so that one compilation serves."""
+    devices = sharding.batch_devices(mesh)
+    batch = min(_BATCH_SIZE.value, len(labels))
+    batch += -batch % devices
+    key = jax.random.key(_SEED.value)
+    parts = []
+    with tqdm(total=len(labels), unit="image", disable=jax.process_index() != 0) as bar:
+        for first in range(0, len(labels), batch):
+            indices = np.arange(first, first + batch)
+            # The last batch is filled with images that nobody asked for, and that are dropped.
+            images = run(params, key, indices, labels[indices % len(labels)])[: len(labels) - first]
+            parts.append(to_uint8(images))
+            bar.update(len(images))
+    return np.concatenate(parts)
+
+
+def write(out: Path, images: np.ndarray, labels: np.ndarray, columns: int | None, record: dict) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial.npz")
+    np.savez(partial, images, labels)
+    os.replace(partial, out.with_name(out.name + ".npz"))
+    write_png(out.with_name(out.name + ".png"), image_grid(images, columns), magnification(images.shape[1]))
+    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(sample)

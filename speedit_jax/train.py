@@ -1,0 +1,212 @@
+"""Trains a diffusion transformer.
+
+  python -m speedit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.KEY=VALUE ...]
+
+Run the same command again after an interruption and it goes on from the last checkpoint, to the same result.
+"""
+
+import signal
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from speedit_jax import cli
+from speedit_jax.data import loader
+from speedit_jax.data.sources import Source, open_source
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model, count_parameters
+from speedit_jax.training import builders, run, sharding
+from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.curves import write_curves
+from speedit_jax.training.sampling import Settings, make_sampler
+from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
+from speedit_jax.training.step import make_train_step
+from speedit_jax.training.telemetry import Telemetry, to_uint8
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
+
+INTERRUPTED = 130  # exit code of a run that was asked to stop and can go on
+
+
+class Stop:
+    """Whether the run was asked to stop: by Ctrl-C or SIGTERM here, by the scheduler's notice on several hosts."""
+
+    def __init__(self):
+        self._asked = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGINT, self._handle)
+            signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number, frame):
+        del frame
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
+
+    def __call__(self, step: int) -> bool:
+        # On several hosts all must stop after the same step: jax's coordinator, which also catches SIGTERM, picks it.
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+def say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def report(config: ml_collections.ConfigDict, model: Model, params, strategy, source: Source, mesh) -> None:
+    """What is about to run."""
+    classes = len(source.class_names)
+    say(f"data       {config.data.source}: {len(source)} images {source.image_shape}, {classes or 'no'} classes")
+    say(
+        f"model      {config.model.name}: {count_parameters(params):,} parameters, {model.dtype} activations,"
+        f" {model.attention} attention, remat {config.model.remat}"
+    )
+    say(f"timesteps  {strategy.describe(config.training.batch_size)}")
+    devices = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
+    say(f"devices    {mesh.size} {mesh.devices.flat[0].device_kind}, {jax.process_count()} processes: {devices}")
+
+
+class Grids:
+    """The image grids of training: the same noise and labels each time, from the EMA weights."""
+
+    def __init__(self, config, model: Model, diffusion, mesh):
+        settings = Settings.from_config(config.sampling)
+        if model.null_label is None:
+            # A model without a null label has nothing to be guided away from.
+            settings = settings.__class__(**{**vars(settings), "guidance_scale": 1.0})
+        self._sampler = make_sampler(model, diffusion, settings, mesh)
+        self._count = config.sampling.grid_images
+        # The batch must divide over the devices; the images too many are drawn and dropped.
+        batch = self._count + -self._count % sharding.batch_devices(mesh)
+        self._indices = np.arange(batch)
+        self._labels = self._indices % max(1, model.num_classes)
+        self._key = jax.random.key(config.seed)
+        self.columns = model.num_classes if 1 < model.num_classes <= 16 else None
+
+    def draw(self, params) -> np.ndarray:
+        return to_uint8(self._sampler(params, self._key, self._indices, self._labels))[: self._count]
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
+    source = open_source(config.data)
+    mesh = sharding.make_mesh(config.mesh)
+    builders.check_batch(config, mesh)
+    diffusion = builders.make_diffusion(config)
+    strategy = builders.make_strategy(config, diffusion)
+    optimizer = make_optimizer(config)
+    model = builders.make_model(config, mesh, source.image_shape, len(source.class_names))
+    num_steps, batch_size = config.training.num_steps, config.training.batch_size
+    with jax.set_mesh(mesh):
+        shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
+        grids = Grids(config, model, diffusion, mesh) if config.training.sample_every else None
+    meta = run.describe(config, source)
+    run.claim(workdir, meta)
+    report(config, model, shapes.params, strategy, source, mesh)
+
+    checkpoints = Checkpoints(
+        workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, create=True
+    )
+    step = checkpoints.latest() or 0
+    if step >= num_steps:
+        say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
+        return say_next(workdir, model)
+    key = jax.random.key(config.seed)
+    if step:
+        state = checkpoints.restore(step, shapes, shardings)
+        say(f"Going on from the checkpoint of step {step}.")
+    else:
+        init = jax.jit(lambda k: initial_state(model, optimizer, strategy, k), out_shardings=shardings)
+        with jax.set_mesh(mesh):
+            state = init(key)
+    rows_sharding = sharding.batch_sharding(mesh)
+    rows = sharding.local_rows(rows_sharding, batch_size)
+    train_step = jax.jit(
+        make_train_step(model, diffusion, strategy, optimizer, config),
+        in_shardings=(shardings, rows_sharding, None),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    batches = loader.batches(
+        source,
+        seed=config.seed,
+        batch_size=batch_size,
+        rows=rows,
+        first_step=step,
+        num_steps=num_steps,
+        flip=config.data.flip,
+        threads=config.data.threads,
+    )
+    stop = Stop()
+    telemetry = Telemetry(workdir, first_step=step, num_steps=num_steps, batch_size=batch_size)
+    say(f"Compiling; then training from step {step} to {num_steps}.")
+
+    for batch in batches:
+        batch = {name: sharding.global_array(rows_sharding, batch_size, rows, values) for name, values in batch.items()}
+        with jax.set_mesh(mesh):
+            state, metrics = train_step(state, batch, key)
+        step += 1
+        telemetry.step(step)
+        last = step == num_steps
+        if step % config.training.log_every == 0 or last:
+            check_finite(telemetry.metrics(step, metrics), config)
+        stopping = stop(step)
+        drawing = grids is not None and (step % config.training.sample_every == 0 or last)
+        saving = step % config.checkpoint.every == 0 or last or stopping
+        if drawing or saving:
+            # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.
+            check_finite(telemetry.flush(), config)
+            since = time.perf_counter()
+            if drawing:
+                telemetry.images(workdir / "samples" / f"step_{step:07d}.png", step, grids.draw(state.ema), grids.columns)
+            if saving:
+                checkpoints.save(step, state, meta)
+            telemetry.paused(since)
+        if stopping and not last:
+            break
+
+    checkpoints.wait()
+    checkpoints.close()
+    telemetry.close()
+    if jax.process_index() == 0:
+        write_curves(workdir)
+    if step < num_steps:
+        say(f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
+        return INTERRUPTED
+    return say_next(workdir, model)
+
+
+def check_finite(written: dict[str, float] | None, config: ml_collections.ConfigDict) -> None:
+    """Stops a run that has stopped learning."""
+    limit = config.training.max_skipped_in_a_row
+    if written and written["skipped_in_a_row"] >= limit:
+        raise UserError(
+            f"the last {written['skipped_in_a_row']:.0f} gradients were not finite (training.max_skipped_in_a_row={limit});"
+            " lower optim.learning_rate or set model.dtype=float32, and go on in a new --workdir"
+        )
+
+
+def say_next(workdir: Path, model: Model) -> None:
+    say(f"\nCheckpoints      {workdir}/checkpoints")
+    say(f"Metrics          {workdir}/metrics.jsonl, {workdir}/curves.png, tensorboard --logdir={workdir}/tensorboard")
+    say(f"Samples          {workdir}/samples")
+    labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
+    say(f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png")
+
+
+def main() -> int | None:
+    for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
+        if value is None:
+            raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
+    return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+
+
+if __name__ == "__main__":
+    cli.run(main)

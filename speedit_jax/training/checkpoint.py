@@ -1,0 +1,193 @@
+"""Checkpoints: the only owner of orbax.
+
+A checkpoint is the directory WORKDIR/checkpoints/STEP with two items: `state`, every array of the train state, and
+`meta`, JSON with the whole config, the data's fingerprint and class names, and the versions that wrote it. Orbax writes
+to a temporary name and renames when all is on disk, so a checkpoint that is listed is whole.
+"""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from speedit_jax.errors import UserError
+from speedit_jax.training.state import TrainState
+
+WEIGHTS = {"ema": "ema", "raw": "params"}
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """{"a/b/c": leaf}; orbax's metadata names the fields of optax's states as dictionary keys, and so do we."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _check(saved: Any, wanted: Any, where: str) -> None:
+    """Raises a UserError that names what differs between a checkpoint's arrays and those wanted."""
+    saved, wanted = _flat(saved), _flat(wanted)
+    problems = [f"missing {name}" for name in wanted if name not in saved]
+    problems += [f"extra {name}" for name in saved if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(saved[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in saved and tuple(saved[name].shape) != tuple(wanted[name].shape)
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: of the run.
+      keep_last: how many of the newest to keep.
+      keep_every: also keep every one whose step is a multiple of this; 0 keeps none besides the newest.
+      create: make the directory (a run about to train) or require it (a run to be sampled).
+    """
+
+    def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int = 0, create: bool = False):
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        if not create and not self.directory.is_dir():
+            raise UserError(f"no checkpoints in {workdir}; train there first, or name another --workdir")
+        policies = [keep.LatestN(keep_last)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep.AnyPreservationPolicy(policies),
+                create=create,
+                read_only=not create,
+                # What a killed run left half-written would otherwise stay and eat space.
+                cleanup_tmp_directories=create,
+            ),
+            item_names=("state", "meta"),
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def choose(self, step: int | None) -> int:
+        """`step`, or the newest.
+
+        Raises:
+          UserError: there is none, or not that one.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise UserError(f"no finished checkpoint in {self.directory}; train longer first")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {', '.join(map(str, steps))}")
+        return step
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts writing; returns when the arrays are copied and may be donated.
+
+        Raises:
+          UserError: this or the previous, asynchronous save could not be written.
+        """
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), meta=ocp.args.JsonSave(meta))
+        with _named_failure(self.directory):
+            self._manager.save(step, args=items)
+
+    def wait(self) -> None:
+        """Returns when all is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with _named_failure(self.directory):
+            self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON saved with a step."""
+        with _named_damage(self.directory / str(step)):
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """The whole state, onto any mesh.
+
+        Raises:
+          UserError: an array is missing, extra or of another shape, or the files are damaged.
+        """
+        restored = self._restore(step, _as_dict(shapes), _as_dict(shardings), partial=False)
+        return TrainState(**restored)
+
+    def restore_weights(self, step: int, weights: str, shapes: Any, shardings: Any) -> Any:
+        """Only the parameters: "ema" or "raw". Nothing else of the checkpoint is read.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        if weights not in WEIGHTS:
+            raise UserError(f"unknown --weights={weights}; choose one of {', '.join(WEIGHTS)}")
+        key = WEIGHTS[weights]
+        return self._restore(step, {key: shapes}, {key: shardings}, partial=True)[key]
+
+    def _restore(self, step: int, shapes: dict, shardings: dict, partial: bool) -> dict:
+        where = self.directory / str(step)
+        with _named_damage(where):
+            saved = self._manager.item_metadata(step)["state"].tree
+        _check({name: saved[name] for name in shapes if name in saved} if partial else saved, shapes, f"checkpoint {where}")
+        restore_args = jax.tree.map(
+            lambda s, sharding: ocp.ArrayRestoreArgs(sharding=sharding, global_shape=s.shape, dtype=s.dtype),
+            shapes,
+            shardings,
+        )
+        item = ocp.args.PyTreeRestore(item=shapes, restore_args=restore_args, partial_restore=partial)
+        with _named_damage(where):
+            return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+@contextlib.contextmanager
+def _named_failure(directory: Path):
+    """Turns what orbax raises on a failed write into one line; what was saved before is untouched."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as e:
+        text = _first_line(e)
+        # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
+        if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
+            text = "no space left on the device"
+        raise UserError(
+            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are whole: make room and"
+            " run the same command again"
+        ) from e
+
+
+@contextlib.contextmanager
+def _named_damage(where: Path):
+    """Turns what orbax raises on damaged files into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        # Many layers read a checkpoint, each with exceptions of its own.
+        raise UserError(
+            f"checkpoint {where} cannot be read ({_first_line(e)}); remove that directory to go on from the one before"
+        ) from e
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """{"path": array} of everything in a state, for comparisons to the bit."""
+    return {name: np.asarray(leaf) for name, leaf in _flat(_as_dict(state)).items()}

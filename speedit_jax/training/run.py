@@ -1,0 +1,77 @@
+"""A run's identity: what its directory says it is, so that no other run is continued or overwritten by mistake."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from speedit_jax import __version__
+from speedit_jax.data.sources import Source
+from speedit_jax.errors import UserError
+
+# Sections and keys that may differ between a run and its continuation: they do not change what is computed.
+_MAY_CHANGE = ("checkpoint", "mesh", "sampling", "data.threads", "training.log_every", "training.sample_every")
+
+
+def describe(config: ml_collections.ConfigDict, source: Source) -> dict[str, Any]:
+    """The JSON that a run's directory and each of its checkpoints carry: enough to sample without the config file."""
+    return {
+        "config": config.to_dict(),
+        "image_shape": list(source.image_shape),
+        "class_names": list(source.class_names),
+        "data_fingerprint": source.fingerprint,
+        "versions": {"speedit_jax": __version__, "jax": jax.__version__},
+    }
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def claim(workdir: Path, meta: dict[str, Any]) -> None:
+    """Makes `workdir` this run's, or checks that it already is.
+
+    Raises:
+      UserError: it holds another run, or files that no run.json explains; nothing is written then.
+    """
+    path = workdir / "run.json"
+    if path.exists():
+        _check_same(workdir, json.loads(path.read_text()), meta)
+        return
+    for name in ("checkpoints", "metrics.jsonl"):
+        if (workdir / name).exists():
+            raise UserError(f"{workdir} holds {name} but no run.json; name another --workdir")
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(meta, indent=1) + "\n")
+            os.replace(partial, path)
+        except OSError as e:
+            raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
+
+
+def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    old, new = _flat(saved["config"]), _flat(meta["config"])
+    may_change = _MAY_CHANGE
+    if meta["config"]["optim"]["schedule"] == "constant":
+        # Only the cosine looks at where the run ends.
+        may_change += ("training.num_steps",)
+    different = [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == m or key.startswith(m + ".") for m in may_change)
+    ]
+    if saved["data_fingerprint"] != meta["data_fingerprint"]:
+        different.append("the data are not the same")
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"{workdir} holds another run ({'; '.join(different[:3])}{more}); use its settings to go on, or another --workdir"
+        )

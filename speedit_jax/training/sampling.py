@@ -1,0 +1,111 @@
+"""The sharded, jitted sampling function that train.py's grids and sample.py share."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from speedit_jax.diffusion import samplers
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
+from speedit_jax.training import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Attributes:
+      sampler: "ddpm" or "ddim".
+      num_steps: network evaluations an image (two passes each under guidance).
+      eta: DDIM's noise, 0 to 1.
+      guidance_scale: 1 is none.
+      guidance_channels: how many of the prediction's channels are guided; 0 is all.
+      clip: clip the predicted image to [-1, 1]; for pixels, not for latents.
+    """
+
+    sampler: str
+    num_steps: int
+    eta: float
+    guidance_scale: float
+    guidance_channels: int
+    clip: bool
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict) -> "Settings":
+        """From a config's `sampling` section."""
+        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+
+
+def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise [B, *shape] of which row i depends only on (key, indices[i], stream).
+
+    So image number i of a seed starts from the same noise whatever the batch it is drawn in and the devices it runs on.
+    """
+
+    def one(index):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), stream), shape)
+
+    return jax.vmap(one)(indices)
+
+
+def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
+
+    Args:
+      model, diffusion: of training.
+      settings: how to sample.
+      mesh: B must be a multiple of its batch devices.
+
+    Raises:
+      UserError: settings that the model cannot serve.
+    """
+    channels = model.image_shape[-1]
+    guided_channels = settings.guidance_channels or channels
+    if settings.guidance_scale != 1 and model.null_label is None:
+        raise UserError(f"guidance_scale={settings.guidance_scale} needs a model trained with classes and label dropout; use 1")
+    if settings.guidance_scale < 0:
+        raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more; 1 is no guidance")
+    if not 1 <= guided_channels <= channels:
+        raise UserError(f"guidance_channels={settings.guidance_channels}: must lie in 0..{channels}")
+    if not 0 <= settings.eta <= 1:
+        raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
+
+    def sample(params, key, indices, labels):
+        denoise = samplers.guided(
+            lambda x, t, y: model.apply(params, x, t, y),
+            labels,
+            model.null_label,
+            settings.guidance_scale,
+            guided_channels,
+        )
+        return samplers.sample(
+            lambda x, t: sharding.constrain(denoise(x, t), ("batch", None, None, None)),
+            # Stream 0 is the starting noise; the noise of step k is stream k + 1.
+            image_noise(key, indices, 0, model.image_shape),
+            diffusion,
+            lambda k: image_noise(key, indices, k + 1, model.image_shape),
+            sampler=settings.sampler,
+            num_steps=settings.num_steps,
+            eta=settings.eta,
+            clip=settings.clip,
+        )
+
+    rows = sharding.batch_sharding(mesh)
+    jitted = jax.jit(sample, out_shardings=sharding.replicated(mesh))
+    # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
+    shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jitted, jax.eval_shape(model.init, jax.random.key(0)), jax.random.key(0), shape, shape)
+
+    def run(params, key, indices, labels):
+        put = lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: np.asarray(x, np.int32)[i])  # noqa: E731
+        with jax.set_mesh(mesh):
+            return np.asarray(jitted(params, key, put(indices), put(labels)))
+
+    return run

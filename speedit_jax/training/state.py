@@ -1,0 +1,100 @@
+"""The train state and the optimizer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
+from speedit_jax.training import sharding
+
+LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training carries from step to step, and all that a checkpoint holds. Nothing in it is random.
+
+    Attributes:
+      step: [] int32, optimizer steps taken.
+      params: the network's parameters.
+      ema: their exponential moving average.
+      opt: the optimizer's state.
+      timesteps: the timestep strategy's state.
+      skipped: [] int32, steps whose gradient was not finite and that changed nothing.
+      skipped_in_a_row: [] int32.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt: Any
+    timesteps: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine to zero at training.num_steps. `config` is the whole config.
+
+    Raises:
+      UserError: unknown schedule, or a warm-up longer than the run.
+    """
+    optim, num_steps = config.optim, config.training.num_steps
+    if optim.schedule not in LEARNING_RATE_SCHEDULES:
+        raise UserError(f"unknown optim.schedule {optim.schedule!r}; choose one of {', '.join(LEARNING_RATE_SCHEDULES)}")
+    if optim.warmup_steps >= num_steps:
+        raise UserError(f"optim.warmup_steps={optim.warmup_steps} must be below training.num_steps={num_steps}")
+    if optim.schedule == "cosine":
+        main = optax.cosine_decay_schedule(optim.learning_rate, num_steps - optim.warmup_steps)
+    else:
+        main = optax.constant_schedule(optim.learning_rate)
+    if not optim.warmup_steps:
+        return main
+    # From lr / n rather than 0, so that the first step counts.
+    start = optim.learning_rate / optim.warmup_steps
+    warmup = optax.linear_schedule(start, optim.learning_rate, optim.warmup_steps)
+    return optax.join_schedules([warmup, main], [optim.warmup_steps])
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW on a clipped gradient; `config` is the whole config."""
+    optim = config.optim
+    adamw = optax.adamw(learning_rate(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay)
+    if not optim.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+
+
+def initial_state(model: Model, optimizer: optax.GradientTransformation, strategy: Any, key: jax.Array) -> TrainState:
+    """The state before the first step: a pure function of the key, the same on every mesh."""
+    params = model.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    # The copy keeps params and ema from sharing a buffer, which donation would free twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, ema, optimizer.init(params), strategy.init(), zero, jnp.copy(zero))
+
+
+def state_shardings(
+    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, strategy: Any
+) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state on `mesh`; the optimizer's moments are sharded as their parameters are."""
+    shapes = jax.eval_shape(lambda key: initial_state(model, optimizer, strategy, key), jax.random.key(0))
+    params = sharding.param_shardings(mesh, model.axes, shapes.params)
+    everywhere = sharding.replicated(mesh)
+    opt = optax.tree.map_params(optimizer, lambda _, s: s, shapes.opt, params, transform_non_params=lambda _: everywhere)
+    return shapes, TrainState(
+        step=everywhere,
+        params=params,
+        ema=params,
+        opt=opt,
+        timesteps=jax.tree.map(lambda _: everywhere, shapes.timesteps),
+        skipped=everywhere,
+        skipped_in_a_row=everywhere,
+    )

@@ -1,0 +1,157 @@
+"""What a run tells: metrics.jsonl, TensorBoard, image grids, a progress bar.
+
+metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_...": ...}. Fields that start with
+`time_` depend on the clock; all others are the same whenever the run is repeated, killed or not.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+from PIL import Image
+from tqdm import tqdm
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0..255, rounded."""
+    return np.round((np.asarray(images, np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """uint8 [n, H, W, C] -> one [rows * H, columns * W, C] picture; by default about square."""
+    n, h, w, c = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cells = np.zeros((rows * columns, h, w, c), np.uint8)
+    cells[:n] = images
+    return cells.reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
+
+
+def write_png(path: Path, picture: np.ndarray, min_cell: int = 1) -> None:
+    """Writes uint8 [H, W, 1 or 3 or more], each pixel enlarged to a square of `min_cell`.
+
+    Of more than three channels (latents) the first three are shown.
+    """
+    picture = picture.repeat(min_cell, 0).repeat(min_cell, 1)
+    picture = picture[..., 0] if picture.shape[-1] < 3 else picture[..., :3]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(picture).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def magnification(height: int) -> int:
+    """How much to enlarge small images so that a person can see them."""
+    return max(1, 48 // height)
+
+
+class Telemetry:
+    """The writers of one run; only process 0 writes.
+
+    Args:
+      workdir: of the run.
+      first_step: the step the run starts from: what was logged beyond it, by a run killed after its last checkpoint,
+        is taken back, because the same steps are run and logged again.
+      num_steps: of the whole run.
+      batch_size: images a step.
+    """
+
+    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, batch_size: int):
+        self._active = jax.process_index() == 0
+        self._batch_size = batch_size
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._clock: tuple[int, float] | None = None
+        self._paused = 0.0
+        if not self._active:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._path = workdir / "metrics.jsonl"
+        _truncate(self._path, first_step)
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def step(self, step: int) -> None:
+        """Moves the bar: call once a step."""
+        if self._active:
+            self._bar.update(step - self._bar.n)
+
+    def metrics(self, step: int, values: dict[str, jax.Array]) -> dict[str, float] | None:
+        """Hands over the metrics of a step, and writes those handed over before, which the device has finished.
+
+        Returns:
+          What was written, or None. Reading a value waits for the device: one hand-over late, the wait is over.
+        """
+        written = self.flush()
+        self._pending = (step, values)
+        return written
+
+    def flush(self) -> dict[str, float] | None:
+        """Writes what is pending, waiting for the device; call before anything that a resumed run starts from."""
+        if self._pending is None:
+            return None
+        step, values = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in values.items()}
+        now = time.perf_counter() - self._paused
+        if self._clock is not None and step > self._clock[0]:
+            seconds = (now - self._clock[1]) / (step - self._clock[0])
+            values |= {"time_per_step": seconds, "time_images_per_second": self._batch_size / seconds}
+        self._clock = (step, now)
+        if self._active:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            shown = {"loss": f"{values['loss']:.4f}"}
+            if "time_images_per_second" in values:
+                shown["images/s"] = f"{values['time_images_per_second']:.0f}"
+            self._bar.set_postfix(shown)
+        return values
+
+    def images(self, path: Path, step: int, images: np.ndarray, columns: int | None = None) -> None:
+        """Writes a grid of uint8 [n, H, W, C] as PNG and to TensorBoard."""
+        if not self._active:
+            return
+        grid = image_grid(images, columns)
+        write_png(path, grid, magnification(images.shape[1]))
+        self._board.add_image("samples", grid[..., :3] if grid.shape[-1] >= 3 else grid[..., :1], step, dataformats="HWC")
+
+    def paused(self, since: float) -> None:
+        """Leaves the time from `since` (time.perf_counter()) to now out of the throughput."""
+        self._paused += time.perf_counter() - since
+
+    def say(self, line: str) -> None:
+        """Prints above the bar."""
+        if self._active:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        self.flush()
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+
+def _truncate(path: Path, last_step: int) -> None:
+    """Drops the lines of metrics.jsonl beyond a step, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= last_step and line.endswith("\n"):
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
