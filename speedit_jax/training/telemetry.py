@@ -24,21 +24,23 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 [n, H, W, C] -> one [rows * H, columns * W, C] picture; by default about square."""
+    """uint8 [n, H, W, C] -> one picture, by default about square, its cells a pixel or a thirty-second apart."""
     n, h, w, c = images.shape
+    gap = max(1, w // 32)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    cells = np.zeros((rows * columns, h, w, c), np.uint8)
-    cells[:n] = images
-    return cells.reshape(rows, columns, h, w, c).transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, c)
+    cells = np.full((rows * columns, h + gap, w + gap, c), 127, np.uint8)
+    cells[:n, :h, :w] = images
+    picture = cells.reshape(rows, columns, h + gap, w + gap, c).transpose(0, 2, 1, 3, 4)
+    return picture.reshape(rows * (h + gap), columns * (w + gap), c)[:-gap, :-gap]
 
 
-def write_png(path: Path, picture: np.ndarray, min_cell: int = 1) -> None:
-    """Writes uint8 [H, W, 1 or 3 or more], each pixel enlarged to a square of `min_cell`.
+def write_png(path: Path, picture: np.ndarray, magnify: int = 1) -> None:
+    """Writes uint8 [H, W, 1 or 3 or more], each pixel enlarged to a square of `magnify`.
 
     Of more than three channels (latents) the first three are shown.
     """
-    picture = picture.repeat(min_cell, 0).repeat(min_cell, 1)
+    picture = picture.repeat(magnify, 0).repeat(magnify, 1)
     picture = picture[..., 0] if picture.shape[-1] < 3 else picture[..., :3]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
