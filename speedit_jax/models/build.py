@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from speedit_jax.errors import UserError
-from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models.attention import attention, choose_attention, softmax_attention
 from speedit_jax.models.dit import REMAT_POLICIES, DiT
 
 # name -> (width, depth, heads); S to XL are the paper's, tiny is for small images and tests.
@@ -135,7 +135,7 @@ def build(
 
     def boxed_init(key):
         # One image, which no mesh divides, and no kernel: the values do not depend on either.
-        plain = network.clone(constrain=lambda x, names: x, attention=jax.nn.dot_product_attention)
+        plain = network.clone(constrain=lambda x, names: x, attention=softmax_attention)
         x = jnp.zeros((1, *image_shape))
         return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
 
