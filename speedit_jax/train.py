@@ -13,6 +13,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
+from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
@@ -20,7 +21,7 @@ from speedit_jax import cli
 from speedit_jax.data import loader
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
-from speedit_jax.models.build import Model, count_parameters
+from speedit_jax.models.build import Model
 from speedit_jax.training import builders, run, sharding
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.curves import write_curves
@@ -66,7 +67,7 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
     classes = len(source.class_names)
     say(f"data       {config.data.source}: {len(source)} images {source.image_shape}, {classes or 'no'} classes")
     say(
-        f"model      {config.model.name}: {count_parameters(params):,} parameters, {model.dtype} activations,"
+        f"model      {config.model.name}: {parameter_overview.count_parameters(params):,} parameters, {model.dtype} activations,"
         f" {model.attention} attention, remat {config.model.remat}"
     )
     say(f"timesteps  {strategy.describe(config.training.batch_size)}")

@@ -1,7 +1,6 @@
 """From config to network: the only door to this package."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -152,8 +151,3 @@ def build(
         width=width,
         dtype=dtype_name,
     )
-
-
-def count_parameters(params: Any) -> int:
-    """Number of trainable numbers in a parameter tree (arrays or their shapes)."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(params))

@@ -66,7 +66,6 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep.AnyPreservationPolicy(policies),
                 create=create,
-                read_only=not create,
                 # What a killed run left half-written would otherwise stay and eat space.
                 cleanup_tmp_directories=create,
             ),

@@ -1,0 +1,142 @@
+"""Batches as a pure function of (seed, step), whatever the hosts, the threads and the first step."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import base
+from speedit_jax.data.loader import batches
+from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """Image i is [[i, -i]] and its label i."""
+
+    size: int = 21
+    image_shape: tuple = (1, 2, 1)
+    class_names: tuple = ()
+    fingerprint: str = ""
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return {"image": np.array([[[i], [-i]]], np.float32), "label": np.int32(i)}
+
+
+def load(source=None, *, seed=5, batch_size=8, rows=None, first_step=0, num_steps=7, **keys):
+    """All batches, stacked: [steps, rows, ...]."""
+    rows = np.arange(batch_size) if rows is None else rows
+    keys |= {"seed": seed, "batch_size": batch_size, "rows": rows, "first_step": first_step, "num_steps": num_steps}
+    loaded = list(batches(source or Numbered(), **keys))
+    return {name: np.stack([batch[name] for batch in loaded]) for name in ("image", "label")}
+
+
+def assert_equal(a, b):
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+# 21 records in batches of 8: the second epoch begins inside the third batch.
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_hosts_load_one_global_batch(hosts, interleaved, flip):
+    rows = [np.arange(8)[host::hosts] if interleaved else np.split(np.arange(8), hosts)[host] for host in range(hosts)]
+    whole = load(flip=flip)
+    for mine in rows:
+        assert_equal(load(rows=mine, flip=flip), {name: values[:, mine] for name, values in whole.items()})
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("first_step", [0, 1, 3, 6])
+def test_starting_at_a_step_is_skipping_to_it(first_step, flip):
+    assert_equal(load(first_step=first_step, flip=flip), {name: v[first_step:] for name, v in load(flip=flip).items()})
+
+
+def test_no_steps_left_is_no_batches():
+    loader = batches(Numbered(), seed=0, batch_size=8, rows=np.arange(8), first_step=7, num_steps=7)
+    assert list(loader) == []
+
+
+@pytest.mark.parametrize("batch_size, num_steps", [(8, 21), (21, 4), (50, 5)])
+def test_every_record_once_an_epoch_in_an_order_of_its_own(batch_size, num_steps):
+    labels = load(batch_size=batch_size, num_steps=num_steps)["label"].ravel()
+    epochs = [tuple(labels[i : i + 21]) for i in range(0, len(labels) - 20, 21)]
+    assert len(epochs) >= 4
+    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
+    assert len({tuple(range(21)), *epochs}) == len(epochs) + 1
+
+
+def test_the_order_does_not_depend_on_the_batch_size():
+    labels = load(batch_size=8, num_steps=6)["label"].ravel()
+    np.testing.assert_array_equal(load(batch_size=16, num_steps=3)["label"].ravel(), labels)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_seed_is_a_stream(flip):
+    assert_equal(load(flip=flip, seed=1), load(flip=flip, seed=1))
+    assert (load(seed=1)["label"] != load(seed=2)["label"]).any()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_threads_do_not_reorder(flip):
+    assert_equal(load(flip=flip, threads=1), load(flip=flip, threads=7))
+
+
+def flipped(**keys):
+    """Which images are mirrored, of the records whose mirror image differs."""
+    loaded = load(Numbered(size=2000), batch_size=100, num_steps=20, flip=True, **keys)
+    images, labels = loaded["image"].reshape(-1, 2), loaded["label"].ravel()
+    mirrored = images[:, 0] < 0
+    np.testing.assert_array_equal(np.where(mirrored, -1, 1) * labels, images[:, 0])
+    np.testing.assert_array_equal(images[:, 0], -images[:, 1])
+    return mirrored[labels > 0]
+
+
+def test_half_of_the_images_are_mirrored():
+    # 1,999 fair coins have a standard deviation of 0.0112; four of them.
+    assert abs(flipped(seed=0).mean() - 0.5) < 0.045
+    assert abs((flipped(seed=0) == flipped(seed=1)).mean() - 0.5) < 0.045
+
+
+def test_mirroring_does_not_change_the_order():
+    np.testing.assert_array_equal(load(flip=True)["label"], load(flip=False)["label"])
+
+
+def test_an_image_is_mirrored_anew_in_each_epoch():
+    loaded = load(Numbered(size=200), batch_size=200, num_steps=2, flip=True)
+    by_label = np.take_along_axis(loaded["image"][:, :, 0, 0, 0], np.argsort(loaded["label"]), axis=1)
+    changed = (by_label[0] != by_label[1]).mean()
+    assert 0.3 < changed < 0.7  # 200 fair coins: more than five standard deviations of 0.035
+
+
+@pytest.mark.parametrize("source, channels", [("digits", 1), ("synthetic", 3)])
+def test_shapes_and_dtypes(source, channels):
+    data = base.get_config().data
+    data.update(source=source, height=8, width=8, channels=channels)
+    loaded = batches(open_source(data), seed=0, batch_size=6, rows=np.array([1, 4, 5]), first_step=0, num_steps=3, flip=True)
+    for batch in itertools.islice(loaded, 2):
+        assert batch.keys() == {"image", "label"}
+        assert batch["image"].shape == (3, 8, 8, channels)
+        assert batch["image"].dtype == np.float32
+        assert np.abs(batch["image"]).max() <= 1
+        assert batch["label"].shape == (3,)
+        assert batch["label"].dtype == np.int32
+
+
+def test_a_damaged_image_is_named_through_the_threads(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"text")
+    data = base.get_config().data
+    data.update(source=f"folder:{tmp_path}", height=8, width=8)
+    with pytest.raises(UserError, match="cannot read the image") as error:
+        list(batches(open_source(data), seed=0, batch_size=2, rows=np.arange(2), first_step=0, num_steps=2))
+    assert str(tmp_path / "bad.png") in str(error.value)

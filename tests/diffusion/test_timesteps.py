@@ -1,0 +1,434 @@
+"""SpeeDiT's tables against numbers computed from its definition in NumPy, and its draws against its tables.
+
+In the comments S is the sum of the unnormalised density tanh(1e6 (g - 1e-4)) + 1.5, which lies in (0.5, 2.5).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from speedit_jax.diffusion.schedules import Schedule, even_steps, make_schedule, respace
+from speedit_jax.diffusion.timesteps import PRESETS, SAMPLINGS, WEIGHTINGS, TableStrategy, make_strategy, meaningful_steps
+from speedit_jax.errors import UserError
+
+MANY = 10**12  # an even batch so large that half of it is duals to twelve digits
+
+LINEAR = make_schedule("linear", 1000)
+COSINE = make_schedule("squaredcos_cap_v2", 1000)
+QUAD = Schedule("quad", np.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2, np.arange(1000))
+
+
+def respaced(schedule, count):
+    return respace(schedule, even_steps(schedule.num_steps, count))
+
+
+COLUMNS = {
+    "linear_T1000": LINEAR,
+    "cosine_T1000": COSINE,
+    "quad_T1000": QUAD,
+    "linear_respaced250": respaced(LINEAR, 250),
+    "cosine_respaced250": respaced(COSINE, 250),
+}
+
+# p is the density, m the marginal with half of the draws duals, w the p2 weight; mass_p_below_M is over t < M, and so on.
+NUMBERS = """
+                 linear_T1000        cosine_T1000        quad_T1000          linear_respaced250  cosine_respaced250
+T                1000                1000                1000                250                 250
+M                642                 959                 829                 189                 248
+M_thr5e5         700                 980                 882                 201                 249
+sum_raw          1782.703604649      2416.511979803      2155.205441668      500.2916335033      619
+p_hi             0.001402364360222   0.001034548978401   0.001159982223349   0.004997085364977   0.004038772213247
+p_lo             0.0002804728720445  0.0002069097956802  0.0002319964446698  0.0009994170729955  0.0008077544426494
+mass_p_below_M   0.899506084229      0.9915142407101     0.9603179936001     0.9390355585426     0.9983844911147
+dual_max         642                 959                 829                 189                 248
+m0               0.0008790699148075  0.0006219485568085  0.0007007931372802  0.002998251221319   0.002423263327948
+mM               0.0008790699148075  0.0006219485568085  0.0007007931372802  0.002998251221319   0.002423263327948
+m_last           0.0001402364360222  0.0001034548978401  0.0001159982223349  0.0004997085364977  0.0004038772213247
+mass_m_below_M   0.9490518599344     0.9952398458658     0.9795790056884     0.9670192365888     0.9971728594507
+mass_m_above_M   0.05006907015081    0.004138205577351   0.01972020117432    0.02998251218986    0.0004038772213247
+mean_t_p         370.4718425782      482.9467157128      433.2994390656      101.1130951646      123.302907916
+mean_t_marg      338.9230683887      479.6696660519      417.8720694375      96.32893324358      124.0008077544
+w_min            9.999999999999e-05  4.128422482197e-05  9.999999999999e-05  9.999999999999e-05  4.128422482197e-05
+w_max            0.9999596417023     0.9999999975712     0.9992665875404     0.9999596417023     0.9999999975712
+w_mean_uniform   0.7244867666032     0.5044224874175     0.5773442714545     0.7238104293989     0.5044085878025
+w_mean_p         0.6148319709369     0.487347774376      0.5104994492716     0.65516169696       0.4996054215951
+w_mean_marg      0.5815059282293     0.4839429639443     0.4925236706497     0.6352014450003     0.5024318726354
+alphabar_last    4.035829765376e-05  2.428766907035e-09  0.0007334124595808  4.035829765376e-05  2.428766907033e-09
+m1               0.001218300553294   0.0008374143342838  0.0008599426500864  0.003498030679362   0.002827140549273
+m10              0.001542600795928   0.001138003876241   0.001275980445018   0.005496793901475   0.004038772213247
+m100             0.001542600796245   0.001034548978401   0.001275980445684   0.004997085364977   0.004038772213247
+m_half_M         0.001542600796245   0.001034548978401   0.001159982223349   0.004997085364977   0.004038772213247
+m_M_minus_20     0.001402364360222   0.001034548978401   0.001159982223349   0.004997085364977   0.004038772213247
+"""
+
+
+def column(name):
+    header, *lines = NUMBERS.strip("\n").splitlines()
+    i = header.split().index(name) + 1
+    return {line.split()[0]: float(line.split()[i]) for line in lines}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_published_rule_in_numbers(name):
+    schedule = COLUMNS[name]
+    strategy = make_strategy(schedule, "speedit")
+    t = np.arange(schedule.num_steps)
+    p, m, w, M = strategy.density, strategy.marginal(MANY), strategy.weights, strategy.pivot
+    got = {
+        "T": len(p),
+        "M": M,
+        "M_thr5e5": 1 + np.argmax(np.gradient(schedule.sigmas) < 5e-5),
+        "sum_raw": 2.5 / p.max(),
+        "p_hi": p[0],
+        "p_lo": p[-1],
+        "mass_p_below_M": p[:M].sum(),
+        "dual_max": strategy.dual.max(),
+        "m0": m[0],
+        "mM": m[M],
+        "m_last": m[-1],
+        "mass_m_below_M": m[:M].sum(),
+        "mass_m_above_M": m[M + 1 :].sum(),
+        "mean_t_p": p @ t,
+        "mean_t_marg": m @ t,
+        "w_min": w.min(),
+        "w_max": w.max(),
+        "w_mean_uniform": w.mean(),
+        "w_mean_p": p @ w,
+        "w_mean_marg": m @ w,
+        "alphabar_last": schedule.alphas_cumprod[-1],
+        "m1": m[1],
+        "m10": m[10],
+        "m100": m[100],
+        "m_half_M": m[M // 2],
+        "m_M_minus_20": m[M - 20],
+    }
+    expected = column(name)
+    assert got.keys() == expected.keys()
+    # 1e6 in the density's exponent and abar_T near 1e-9 cost the last digits of float64.
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-9)
+    np.testing.assert_allclose([p.sum(), m.sum()], 1, rtol=1e-12)
+    # The duals are 0..M, all of them and no others.
+    np.testing.assert_array_equal(np.unique(strategy.dual), np.arange(M + 1))
+
+
+def test_the_edge_of_the_density_is_soft():
+    gradient = np.gradient(LINEAR.sigmas)[[0, 640, 641, 642, 999]]
+    np.testing.assert_allclose(gradient, [4.829293e-3, 1.00981358e-4, 9.98271951e-5, 9.86841116e-5, 4.118e-7], rtol=1e-4)
+    p = make_strategy(LINEAR, "speedit").density
+    raw = [2.499978, 2.499759, 2.497406, 2.473050, 2.253653, 1.328895, 0.634242, 0.514843, 0.501587, 0.500172, 0.500019, 0.500002]
+    np.testing.assert_allclose(p[636:648] * 1782.7036046491744, raw, atol=1e-6)
+    np.testing.assert_allclose(p[[0, 641, 642, 999]], [1.4023643602e-3, 7.45437904e-4, 3.55775469e-4, 2.8047287204e-4], rtol=1e-8)
+    assert (p * 1782.7036046491744 > 1.5).sum() == 641
+    np.testing.assert_allclose(
+        [p[:642].sum(), p[642:].sum(), p[:700].sum()], [0.8995060842, 0.1004939158, 0.9158581384], atol=1e-9
+    )
+
+
+def test_duals_and_their_marginal():
+    strategy = make_strategy(LINEAR, "speedit")
+    np.testing.assert_array_equal(strategy.dual[[0, 1, 641, 642, 999]], [642, 641, 1, 0, 357])
+    m, p, w = strategy.marginal(MANY), strategy.density, strategy.weights
+    np.testing.assert_allclose(m[10:351], 1.542600796e-3, rtol=1e-6)  # 2.75 / S: drawn, dual of a low and of a high step
+    np.testing.assert_allclose(m[358:631], 1.402364360e-3, rtol=1e-6)  # 2.5 / S: drawn, and dual of a low step
+    np.testing.assert_allclose(m[[0, 1, 642, 643]], [8.790699148e-4, 1.218300553e-3, 8.790699148e-4, 1.443994e-4], rtol=1e-6)
+    np.testing.assert_allclose(m[650:], 1.4023643602e-4, rtol=1e-4)  # 0.25 / S: drawn only
+    masses = [m[1:358].sum(), m[358:638].sum(), m[638:642].sum()]
+    np.testing.assert_allclose(masses, [0.550307, 0.392662, 0.005204], atol=1e-6)
+    for density, divergence, effective in ((m, 0.273780, 0.706984), (p, 0.175896, 0.775817)):
+        np.testing.assert_allclose(density @ np.log(1000 * density), divergence, atol=1e-6)
+        np.testing.assert_allclose(1 / (1000 * density @ density), effective, atol=1e-6)
+    effort = [0.00009, 0.04635, 0.16175, 0.53012, 0.9348, 1.29327, 1.37973, 0.14225, 0.14023]
+    np.testing.assert_allclose((1000 * m * w)[[0, 50, 100, 200, 300, 500, 637, 643, 999]], effort, atol=5e-6)
+    assert np.argmax(m * w) == 637
+
+
+@pytest.mark.parametrize(
+    "n, mass",
+    [(1, 0.100138), (2, 0.100138), (3, 0.066759), (4, 0.075104), (7, 0.057222), (8, 0.062586), (32, 0.053198), (256, 0.050460)],
+)
+def test_the_marginal_depends_on_the_batch(n, mass):
+    m = make_strategy(LINEAR, "speedit").marginal(n)
+    np.testing.assert_allclose(m[643:].sum(), mass, atol=1e-6)
+    np.testing.assert_allclose(m.sum(), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n, at_500, at_100", [(7, 8.75, 9.5), (8, 8.0, 8.6), (32, 9.412, 10.294), (256, 9.922, 10.907)])
+def test_suppression_depends_on_the_batch(n, at_500, at_100):
+    m = make_strategy(LINEAR, "speedit").marginal(n)
+    np.testing.assert_allclose([m[500] / m[900], m[100] / m[900]], [at_500, at_100], atol=1e-3)
+
+
+def test_p2_weight_is_one_over_one_plus_snr():
+    for schedule in COLUMNS.values():
+        abar = schedule.alphas_cumprod
+        np.testing.assert_allclose(make_strategy(schedule, "p2").weights, 1 / (1 + abar / (1 - abar)), rtol=1e-9)
+    w = make_strategy(LINEAR, "p2").weights
+    np.testing.assert_allclose(
+        w[[100, 200, 300, 500, 700]], [0.10485841, 0.34365299, 0.60598888, 0.92220334, 0.99313172], atol=5e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule, boundary, raw_sum, mass_p, mass_m",
+    [
+        (respaced(LINEAR, 100), 82, 212.00, 0.9575, 0.0200),
+        (respace(LINEAR, range(0, 1000, 20)), 44, 111.01, 0.9730, 0.0113),
+    ],
+)
+def test_published_rule_on_short_schedules(schedule, boundary, raw_sum, mass_p, mass_m):
+    strategy = make_strategy(schedule, "speedit")
+    assert strategy.pivot == boundary
+    np.testing.assert_allclose(2.5 / strategy.density.max(), raw_sum, atol=5e-3)
+    np.testing.assert_allclose(strategy.density[:boundary].sum(), mass_p, atol=6e-5)
+    np.testing.assert_allclose(strategy.marginal(MANY)[boundary + 1 :].sum(), mass_m, atol=6e-5)
+
+
+@pytest.mark.parametrize(
+    "name, boundaries",
+    [
+        ("linear", {50: 41, 100: 80, 200: 153, 250: 187, 500: 349, 1000: 642, 2000: 1157, 4000: 2016}),
+        ("squaredcos_cap_v2", {200: 199, 250: 248, 500: 490, 1000: 959, 2000: 1835, 4000: 3334}),
+    ],
+)
+def test_meaningful_steps_of_native_schedules(name, boundaries):
+    assert {steps: meaningful_steps(make_schedule(name, steps)) for steps in boundaries} == boundaries
+
+
+@pytest.mark.parametrize("schedule, first, last", [(LINEAR, 12, 16), (QUAD, 81, 93), (COSINE, 107, 160)])
+def test_a_dual_past_the_table_becomes_its_last_step(schedule, first, last):
+    """Where M = N, the published dual(0) = N indexes past the end."""
+    for count in range(first, last + 1):
+        strategy = make_strategy(respaced(schedule, count), "speedit")
+        assert strategy.pivot == count
+        np.testing.assert_array_equal(strategy.dual, np.minimum(count - np.arange(count), count - 1))
+        np.testing.assert_allclose(strategy.marginal(256).sum(), 1, rtol=1e-12)
+    assert meaningful_steps(respaced(schedule, last + 1)) <= last
+    with pytest.raises(UserError):
+        meaningful_steps(respaced(schedule, first - 1))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        respaced(COSINE, 100),
+        respace(COSINE, range(0, 1000, 20)),
+        respace(QUAD, range(0, 1000, 20)),
+        make_schedule("squaredcos_cap_v2", 100),
+        make_schedule("squaredcos_cap_v2", 50),
+    ],
+    ids=lambda s: s.name,
+)
+def test_no_step_below_the_threshold_is_an_error_that_names_the_schedule(schedule):
+    for keys in ({"strategy": "speedit"}, {"strategy": "p2", "sampling": "speedit"}, {"strategy": "uniform", "dual": True}):
+        with pytest.raises(
+            UserError, match=f"'{schedule.name}' with {schedule.num_steps} steps.*timesteps.strategy=speed_cvpr25"
+        ):
+            make_strategy(schedule, **keys)
+    # The others do not need the rule.
+    for strategy in ("uniform", "p2", "speed_cvpr25"):
+        assert len(make_strategy(schedule, strategy).density) == schedule.num_steps
+
+
+@pytest.mark.parametrize(
+    "k, tau, high, low, below, above_with_dual",
+    [
+        (2, 700, 1.176471e-3, 5.88235e-4, 0.823529, 0.088235),
+        (5, 700, 1.315789e-3, 2.63158e-4, 0.921053, 0.039474),
+        (10, 700, 1.369863e-3, 1.36986e-4, 0.958904, 0.020548),
+        (25, 700, 1.404494e-3, 5.6180e-5, 0.983146, 0.008427),
+        (5, 500, 1.6667e-3, 1.6667e-3 / 5, 0.8333, 0.2025),
+        (5, 600, 1.4706e-3, 1.4706e-3 / 5, 0.8824, 0.0904),
+        (5, 800, 1.1905e-3, 1.1905e-3 / 5, 0.9524, 0.0238),
+        (5, 900, 1.0870e-3, 1.0870e-3 / 5, 0.9783, 0.0109),
+    ],
+)
+def test_asymmetric_sampling(k, tau, high, low, below, above_with_dual):
+    strategy = make_strategy(LINEAR, "speed_cvpr25", k=k, tau=tau)
+    p = strategy.density
+    assert strategy.pivot is None
+    np.testing.assert_allclose(p[:tau], k / (1000 + tau * (k - 1)), rtol=1e-12)
+    np.testing.assert_allclose(p[tau:], 1 / (1000 + tau * (k - 1)), rtol=1e-12)
+    np.testing.assert_allclose([p[0], p[-1]], [high, low], rtol=5e-5)
+    np.testing.assert_allclose(p[:tau].sum(), below, atol=5e-5)
+    # The published code pairs this density about SpeeDiT's M.
+    paired = dataclasses.replace(strategy, pivot=642).marginal(MANY)
+    np.testing.assert_allclose(paired[tau:].sum(), above_with_dual, atol=5e-5)
+
+
+def test_asymmetric_sampling_paired_about_another_boundary():
+    m = dataclasses.replace(make_strategy(LINEAR, "speed_cvpr25"), pivot=642).marginal(MANY) * 3800
+    steps = {0: 5, 1: 7.5, 57: 7.5, 58: 5.5, 357: 5.5, 358: 5, 642: 5, 643: 2.5, 699: 2.5, 700: 0.5, 999: 0.5}
+    np.testing.assert_allclose(m[list(steps)], list(steps.values()), rtol=1e-9)
+    cosine = make_strategy(COSINE, "speed_cvpr25")
+    np.testing.assert_allclose(cosine.marginal(256)[700:].sum(), 0.0789, atol=5e-5)
+    np.testing.assert_allclose(dataclasses.replace(cosine, pivot=959).marginal(MANY)[700:].sum(), 0.2105, atol=5e-5)
+
+
+def test_boundary_of_asymmetric_sampling_scales_with_the_schedule():
+    p = make_strategy(make_schedule("linear", 250), "speed_cvpr25", k=5, tau=700).density
+    np.testing.assert_allclose(p[174] / p[175], 5, rtol=1e-12)
+    assert len(np.unique(p)) == 2
+
+
+@pytest.mark.parametrize("lam, mean", [(0.5, 0.5), (0.6, 0.473713), (0.8, 0.421138), (1.0, 0.368563)])
+def test_change_aware_weights(lam, mean):
+    w = make_strategy(LINEAR, "speed_cvpr25", lam=lam).weights
+    np.testing.assert_allclose([w.min(), w.max(), w.mean()], [1 - lam, lam, mean], atol=5e-7)
+    if lam > 0.5:
+        assert (np.argmax(w), np.argmin(w)) == (219, 999)
+    # Linear in lambda: all follow from the weights of 1.
+    np.testing.assert_allclose(w, 1 - lam + (2 * lam - 1) * make_strategy(LINEAR, "speed_cvpr25", lam=1).weights, atol=1e-12)
+
+
+def test_change_aware_weights_of_the_default_lambda():
+    strategy = make_strategy(LINEAR, "speed_cvpr25")
+    w = strategy.weights
+    expected = [0.40879, 0.53890, 0.6, 0.51577, 0.41472, 0.40720, 0.4]
+    np.testing.assert_allclose(w[[0, 100, 219, 400, 640, 699, 999]], expected, atol=5e-6)
+    # The paper's closed form: v ~ (beta_0 + D u) exp(-(beta_0 + D u / 2) t), u = t / T.
+    t = np.arange(1000)
+    v = (1e-4 + 0.0199 * t / 1000) * np.exp(-(1e-4 + 0.0199 * t / 2000) * t)
+    np.testing.assert_allclose(w, 0.4 + 0.2 * (v - v.min()) / (v.max() - v.min()), atol=2e-3)
+    effort = strategy.density * w
+    np.testing.assert_allclose(effort[700:].sum() / effort.sum(), 0.064, atol=5e-4)
+
+
+def parts(strategy):
+    return {"sampling": strategy.density.tobytes(), "weighting": strategy.weights.tobytes(), "dual": strategy.pivot}
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+def test_presets_are_their_three_parts(strategy):
+    sampling, weighting, dual = PRESETS[strategy]
+    preset = make_strategy(LINEAR, strategy)
+    spelled_out = make_strategy(LINEAR, "uniform", sampling=sampling, weighting=weighting, dual=dual)
+    assert parts(preset) == parts(spelled_out)
+    assert parts(preset) == parts(make_strategy(LINEAR, strategy, sampling=None, weighting=None, dual=None))
+
+
+@pytest.mark.parametrize("strategy", PRESETS)
+@pytest.mark.parametrize(
+    "part, value",
+    [("sampling", v) for v in SAMPLINGS] + [("weighting", v) for v in WEIGHTINGS] + [("dual", v) for v in (False, True)],
+)
+def test_an_override_changes_only_its_part(strategy, part, value):
+    before = make_strategy(LINEAR, strategy)
+    after = make_strategy(LINEAR, strategy, **{part: value})
+    same = value == PRESETS[strategy][["sampling", "weighting", "dual"].index(part)]
+    changed = {key for key in parts(before) if parts(before)[key] != parts(after)[key]}
+    # The asymmetric density brings the pivot of its own boundary along.
+    allowed = {"sampling", "dual"} if part == "sampling" and before.pivot is not None and value == "speed" else {part}
+    assert changed == (set() if same else allowed)
+    assert (before.name == after.name) == same
+    assert same or f"{part}={value}" in after.name
+
+
+def test_pivots():
+    assert make_strategy(LINEAR, "uniform", dual=True).pivot == 642
+    assert make_strategy(LINEAR, "speed_cvpr25", dual=True).pivot == 700
+    assert make_strategy(LINEAR, "speed_cvpr25", dual=True, tau=500).pivot == 500
+    # About its own boundary the pairing keeps the suppression.
+    m = make_strategy(COSINE, "speed_cvpr25", dual=True).marginal(MANY)
+    np.testing.assert_allclose(m[701:].sum(), 0.0789 / 2, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"strategy": "speedy"}, r"timesteps\.strategy 'speedy'.*uniform, p2, speedit, speed_cvpr25"),
+        ({"sampling": "p2"}, r"timesteps\.sampling 'p2'.*uniform, speedit, speed"),
+        ({"weighting": "speed"}, r"timesteps\.weighting 'speed'.*none, p2, change_aware"),
+        ({"k": 0.5}, r"timesteps\.k=0\.5"),
+        ({"k": float("inf")}, r"timesteps\.k=inf"),
+        ({"k": float("nan")}, r"timesteps\.k=nan"),
+        ({"tau": 0}, r"timesteps\.tau=0"),
+        ({"tau": 1000}, r"timesteps\.tau=1000"),
+        ({"lam": 0.4}, r"timesteps\.lam=0\.4"),
+        ({"lam": 1.1}, r"timesteps\.lam=1\.1"),
+    ],
+)
+def test_user_errors_name_the_key(keys, message):
+    with pytest.raises(UserError, match=message):
+        make_strategy(LINEAR, **({"strategy": "speed_cvpr25"} | keys))
+
+
+PAIRED = [("speedit", {}), ("uniform", {"dual": True}), ("speed_cvpr25", {"dual": True})]
+INDEPENDENT = [("uniform", {}), ("p2", {}), ("speed_cvpr25", {})]
+
+
+@pytest.mark.parametrize(
+    "n, strategy, keys", [(n, "speedit", {}) for n in (1, 2, 3, 7)] + [(256, *s) for s in PAIRED + INDEPENDENT]
+)
+def test_structure_of_a_draw(n, strategy, keys):
+    strategy = make_strategy(LINEAR, strategy, **keys)
+    state = strategy.init()
+    t, weight = jax.jit(strategy.sample, static_argnums=1)(jax.random.key(3), n, 7, state)
+    assert t.shape == weight.shape == (n,)
+    assert jnp.issubdtype(t.dtype, jnp.integer)
+    assert weight.dtype == jnp.float32
+    assert ((t >= 0) & (t < 1000)).all()
+    np.testing.assert_array_equal(weight, strategy.weights.astype(np.float32)[t])
+    if strategy.pivot is not None:
+        drawn = n // 2 + 1
+        np.testing.assert_array_equal(t[drawn:], strategy.dual[t[: n - drawn]])
+    assert strategy.update(state, t, weight) == state == ()
+
+
+def test_draws_depend_on_the_key_alone():
+    strategy = make_strategy(LINEAR, "speedit")
+    draw = lambda seed, step: np.asarray(strategy.sample(jax.random.key(seed), 64, step, ())[0])  # noqa: E731
+    np.testing.assert_array_equal(draw(0, 0), draw(0, 5))
+    assert (draw(0, 0) != draw(1, 0)).any()
+
+
+@pytest.mark.parametrize("n, strategy, keys", [(256, *s) for s in PAIRED + INDEPENDENT] + [(7, *s) for s in PAIRED])
+def test_drawn_frequencies_are_the_marginal(n, strategy, keys):
+    """z-scores of all 1,000 counts over about 300,000 draws.
+
+    Bounds: were all normal, one beyond 5.5 has a chance of 1000 x 4e-8; the mean of z^2 is 1 with a standard deviation of
+    sqrt(2 / 1000), or sqrt(4 / 1000) where the counts of t and dual(t) go together; 5 of the latter are 0.32.
+    """
+    strategy = make_strategy(LINEAR, strategy, **keys)
+    batches = 300_000 // n
+    sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, n, 0, ())[0]))
+    counts = np.bincount(np.asarray(sample(jax.random.split(jax.random.key(11), batches))).ravel(), minlength=1000)
+    expected = batches * n * strategy.marginal(n)
+    variance = expected.copy()
+    if strategy.pivot is not None and strategy.pivot % 2 == 0:
+        # The step that is its own dual is counted in twos.
+        fixed = strategy.pivot // 2
+        assert strategy.dual[fixed] == fixed
+        variance[fixed] += 2 * batches * (n - n // 2 - 1) * strategy.density[fixed]
+    z = (counts - expected) / np.sqrt(variance)
+    assert np.abs(z).max() < 5.5
+    assert abs(np.mean(z**2) - 1) < 0.32
+
+
+def test_the_draw_is_the_same_on_eight_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    strategy, key = make_strategy(LINEAR, "speedit"), jax.random.key(0)
+    draw = lambda key: strategy.sample(key, 64, 0, ())  # noqa: E731
+    alone = jax.jit(draw)(key)
+    sharded = jax.jit(draw, out_shardings=NamedSharding(mesh, PartitionSpec("data")))(key)
+    assert len(sharded[0].sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, sharded, alone)
+
+
+def test_the_log_line_says_what_is_drawn():
+    line = make_strategy(LINEAR, "speedit").describe(MANY)
+    assert line == (
+        "speedit: T=1000, E[t]=338.9, E[weight]=0.5815, density max/min=11.00, dual draw about 642, 5.1% of draws at t >= 642"
+    )
+    assert "dual" not in make_strategy(LINEAR, "uniform").describe(256)
+
+
+def test_a_strategy_is_its_tables():
+    strategy = TableStrategy("two", np.array([0.0, 1.0]), np.array([3.0, 4.0]))
+    t, weight = strategy.sample(jax.random.key(0), 5, 0, ())
+    np.testing.assert_array_equal(t, 1)
+    np.testing.assert_array_equal(weight, 4)
+    np.testing.assert_array_equal(strategy.marginal(5), strategy.density)

@@ -1,0 +1,112 @@
+"""Attention: the choice of kernel, and the TPU kernel compiled for TPU and interpreted on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+
+from speedit_jax.errors import UserError
+from speedit_jax.models.attention import attention, choose_attention
+
+
+def qkv(batch=1, tokens=64, heads=2, head_dim=16):
+    return jax.random.normal(jax.random.key(0), (3, batch, tokens, heads, head_dim))
+
+
+def xla(q, k, v):
+    return attention(q, k, v, "xla", None, None)
+
+
+def pallas(q, k, v):
+    return attention(q, k, v, "pallas", None, None)
+
+
+def softmax_attention(q, k, v):
+    """The definition, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.exp(np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]))
+    return np.einsum("bhts,bshk->bthk", scores / scores.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(
+    "requested, platform, dtype, chosen",
+    [
+        ("auto", "cpu", "float32", "xla"),
+        ("auto", "cpu", "bfloat16", "xla"),
+        ("auto", "gpu", "float32", "xla"),
+        ("auto", "gpu", "bfloat16", "cudnn"),
+        ("auto", "cuda", "float16", "cudnn"),
+        ("auto", "tpu", "float32", "pallas"),
+        ("auto", "tpu", "bfloat16", "pallas"),
+        ("xla", "cpu", "float32", "xla"),
+        ("xla", "gpu", "bfloat16", "xla"),
+        ("xla", "tpu", "bfloat16", "xla"),
+        ("cudnn", "gpu", "bfloat16", "cudnn"),
+        ("pallas", "tpu", "float32", "pallas"),
+    ],
+)
+def test_choice(requested, platform, dtype, chosen):
+    assert choose_attention(requested, platform, dtype) == chosen
+
+
+@pytest.mark.parametrize(
+    "requested, platform, dtype, message",
+    [
+        ("flash", "gpu", "bfloat16", r"unknown model\.attention 'flash'.*auto, xla, cudnn, pallas"),
+        ("cudnn", "cpu", "bfloat16", r"model\.attention=cudnn.*not cpu in bfloat16"),
+        ("cudnn", "tpu", "bfloat16", r"model\.attention=cudnn.*not tpu"),
+        ("cudnn", "gpu", "float32", r"model\.attention=cudnn.*not gpu in float32"),
+        ("pallas", "cpu", "float32", r"model\.attention=pallas.*not cpu"),
+        ("pallas", "gpu", "bfloat16", r"model\.attention=pallas.*not gpu"),
+    ],
+)
+def test_impossible_choices(requested, platform, dtype, message):
+    with pytest.raises(UserError, match=message):
+        choose_attention(requested, platform, dtype)
+
+
+def test_xla_attention_is_its_definition():
+    inputs = qkv(batch=2, tokens=12, heads=3, head_dim=8)
+    np.testing.assert_allclose(xla(*inputs), softmax_attention(*inputs), atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1000])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_the_kernel_and_its_gradient_lower_for_tpu(tokens, head_dim):
+    inputs = [jax.ShapeDtypeStruct((2, tokens, 4, head_dim), jnp.bfloat16)] * 3
+    gradient = jax.grad(lambda q, k, v: pallas(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    for f, kernels in ((pallas, 1), (gradient, 3)):
+        text = jax.jit(f).trace(*inputs).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("@tpu_custom_call") == kernels
+
+
+# Without padding; with it; with a head that does not fill the lanes; in several blocks.
+@pytest.mark.parametrize("tokens, head_dim", [(128, 64), (64, 72), (300, 64)])
+def test_the_kernel_computes_attention(tokens, head_dim):
+    inputs = qkv(tokens=tokens, head_dim=head_dim)
+    with pltpu.force_tpu_interpret_mode():
+        got = pallas(*inputs)
+    np.testing.assert_allclose(got, xla(*inputs), atol=1e-5)
+
+
+def test_the_gradient_of_the_kernel():
+    inputs, cotangent = qkv(tokens=100, heads=1), jnp.arange(16) - 7.5
+    gradients = [jax.grad(lambda args, f=f: (f(*args) * cotangent).sum()) for f in (pallas, xla)]
+    with pltpu.force_tpu_interpret_mode():
+        got = gradients[0](inputs)
+    np.testing.assert_allclose(got, gradients[1](inputs), atol=1e-5)
+
+
+def test_the_kernel_under_a_mesh():
+    """Each device computes its images and heads alone."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sharded = jax.jit(lambda q, k, v: attention(q, k, v, "pallas", ("data", "fsdp"), "tensor"))
+    inputs = qkv(batch=4)
+    with jax.set_mesh(mesh):
+        text = sharded.trace(*inputs).lower(lowering_platforms=("tpu",)).as_text()
+        assert "tensor<1x1x128x16xf32>" in text
+        with pltpu.force_tpu_interpret_mode():
+            got = sharded(*inputs)
+    np.testing.assert_allclose(got, xla(*inputs), atol=1e-5)

@@ -1,0 +1,226 @@
+"""The networks: sizes, what they are at initialisation, and what must not change their outputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import build, parse_name
+
+
+@functools.cache
+def make(image_shape=(8, 8, 3), num_classes=5, learned_variance=True, platform="cpu", **keys):
+    config = base.get_config().model
+    config.update({"name": "DiT-tiny/2", "width": 32, "depth": 2, "heads": 2} | keys)
+    return build(config, image_shape=image_shape, num_classes=num_classes, learned_variance=learned_variance, platform=platform)
+
+
+def initial(model, seed=0):
+    return jax.jit(model.init)(jax.random.key(seed))
+
+
+def trained(model):
+    """Parameters away from initialisation, where all gates are open."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), initial(model))
+
+
+def inputs(model, batch=4):
+    x = np.random.default_rng(1).standard_normal((batch, *model.image_shape), np.float32)
+    return x, np.arange(batch) * 150, np.arange(batch) % max(1, model.num_classes)
+
+
+def run(model, params, x, t, y):
+    return np.asarray(jax.jit(model.apply)(params, x, t, y))
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("DiT-S/2", 32_865_056),
+        ("DiT-S/4", 32_920_448),
+        ("DiT-S/8", 33_142_016),
+        ("DiT-B/2", 130_315_808),
+        ("DiT-L/2", 457_840_672),
+        ("DiT-XL/2", 674_834_720),
+    ],
+)
+def test_parameters_of_the_papers_models(name, parameters):
+    model = make((32, 32, 4), 1000, name=name, width=0, depth=0, heads=0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == parameters
+    assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"image_shape": (4, 12, 1), "name": "DiT-tiny/4", "learned_variance": False},
+        {"image_shape": (6, 2, 4), "name": "DiT-tiny/1", "num_classes": 0},
+    ],
+)
+def test_at_initialisation_the_output_is_zero(keys):
+    model = make(**keys)
+    out = run(model, initial(model), *inputs(model))
+    height, width, channels = model.image_shape
+    assert out.shape == (4, height, width, channels * (2 if keys.get("learned_variance", True) else 1))
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_every_block_is_the_identity_at_initialisation():
+    """adaLN-Zero: with the last layer opened, the blocks' weights do not matter."""
+    model = make()
+    params = initial(model)
+    params |= {name: trained(model)[name] for name in ("final", "final_adaLN")}
+    other = initial(model, 7)["blocks"]
+    assert (other["mlp"]["up"]["kernel"] != params["blocks"]["mlp"]["up"]["kernel"]).any()
+    out = run(model, params, *inputs(model))
+    assert np.abs(out).max() > 0.1
+    np.testing.assert_array_equal(run(model, params | {"blocks": other}, *inputs(model)), out)
+
+
+def test_layers_are_initialised_apart():
+    kernel = initial(make())["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.shape[0] == 2
+    assert len({layer.tobytes() for layer in np.asarray(kernel)}) == 2
+
+
+def test_initialisation_is_a_function_of_the_key():
+    first, again, other = (initial(make(), seed) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first["patch"]["kernel"] != other["patch"]["kernel"]).any()
+
+
+def test_every_parameter_is_used_and_every_axis_named():
+    model = make()
+    params = trained(model)
+    gradients = jax.jit(jax.grad(lambda p: (model.apply(p, *inputs(model, 6)) ** 2).sum()))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        if "qkv" in jax.tree_util.keystr(path) and gradient.ndim == 4:
+            gradient = gradient[:, [0, 2]]  # a constant added to all keys changes no softmax
+        elif "label" in jax.tree_util.keystr(path):
+            gradient = gradient[:5]  # nobody had the null label
+        assert (np.abs(gradient).max(axis=-1) > 0).all(), path
+    names = jax.tree.map(len, model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    assert names == jax.tree.map(jnp.ndim, params)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_an_image_depends_on_its_own_inputs_alone(which):
+    model = make()
+    params, args = trained(model), inputs(model)
+    out = run(model, params, *args)
+    changed = [np.array(a) for a in args]
+    changed[which][1] += 1
+    difference = np.abs(run(model, params, *changed) - out).max(axis=(1, 2, 3))
+    assert difference[1] > 1e-3
+    np.testing.assert_array_equal(difference[[0, 2, 3]], 0)
+
+
+def test_positions_matter():
+    """Without them, shuffling the patches would only shuffle the output."""
+    model = make()
+    params, (x, t, y) = trained(model), inputs(model)
+    rolled = run(model, params, np.roll(x, 2, axis=1), t, y)
+    assert np.abs(np.roll(rolled, -2, axis=1) - run(model, params, x, t, y)).max() > 0.01
+
+
+def test_the_null_label_is_one_more_row():
+    model = make()
+    assert model.null_label == 5
+    params, (x, t, _) = trained(model), inputs(model)
+    assert params["label"]["table"].shape == (6, 32)
+    outs = [run(model, params, x, t, np.full(4, label)) for label in range(6)]
+    assert len({out.tobytes() for out in outs}) == 6
+
+
+def test_without_dropout_there_is_no_null_label():
+    model = make(num_classes=5, label_dropout=0.0)
+    assert model.null_label is None
+    assert jax.eval_shape(model.init, jax.random.key(0))["label"]["table"].shape == (5, 32)
+
+
+def test_an_unconditional_model_ignores_the_label():
+    model = make(num_classes=0)
+    assert model.null_label is None
+    params, (x, t, y) = trained(model), inputs(model)
+    assert "label" not in params
+    np.testing.assert_array_equal(run(model, params, x, t, y), run(model, params, x, t, y + 3))
+
+
+@functools.cache
+def outputs_and_gradients(**keys):
+    model = make(**keys)
+
+    def loss(params):
+        out = model.apply(params, *inputs(model))
+        return (out**2).mean(), out
+
+    gradients, out = jax.jit(jax.grad(loss, has_aux=True))(trained(make()))
+    return jax.tree.map(np.asarray, {"out": out, "gradients": gradients})
+
+
+@pytest.mark.parametrize("keys", [{"remat": "dots"}, {"remat": "full"}, {"scan_unroll": 2}])
+def test_how_it_is_computed_changes_nothing(keys):
+    def close(a, b):
+        # Another order of float32 sums of a few hundred terms: 100 units in the last place of the largest entry.
+        np.testing.assert_allclose(a, b, atol=100 * 2**-24 * np.abs(b).max())
+
+    jax.tree.map(close, outputs_and_gradients(**keys), outputs_and_gradients())
+
+
+def test_bfloat16_rounds_activations_and_not_parameters():
+    model = make(dtype="bfloat16")
+    assert model.dtype == "bfloat16"
+    assert {p.dtype for p in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))} == {jnp.dtype("float32")}
+    expected, got = outputs_and_gradients(), outputs_and_gradients(dtype="bfloat16")
+    assert {a.dtype for a in jax.tree.leaves(got)} == {np.dtype("float32")}
+
+    def close(a, b):
+        # About twenty roundings of at most 2^-9 from one end to the other, were they all to add up.
+        assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 20 * 2**-9
+
+    jax.tree.map(close, got, expected)
+
+
+@pytest.mark.parametrize("platform, dtype", [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_auto_dtype(platform, dtype):
+    assert make(platform=platform).dtype == dtype
+
+
+@pytest.mark.parametrize("name, parsed", [("DiT-tiny/1", ("tiny", 1)), ("DiT-S/2", ("S", 2)), ("DiT-XL/8", ("XL", 8))])
+def test_names(name, parsed):
+    assert parse_name(name) == parsed
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        *[
+            ({"name": name}, rf"model\.name '{name}'")
+            for name in ("DiT-M/2", "DiT-S/3", "DiT-S", "S/2", "DiG-S/2", "DiT-S/02", "")
+        ],
+        ({"name": "DiT-tiny/8", "image_shape": (8, 12, 3)}, r"model\.name='DiT-tiny/8'.*multiples of 8, not 8x12"),
+        ({"width": 36, "heads": 5}, "model width 36 .* 5 heads"),
+        ({"width": 30, "heads": 2}, "model width 30 must be a multiple of 4"),
+        ({"remat": "some"}, r"model\.remat 'some'.*none, dots, full"),
+        ({"dtype": "float16"}, r"model\.dtype 'float16'.*auto, float32, bfloat16"),
+        ({"scan_unroll": 0}, r"model\.scan_unroll=0.*1\.\.2"),
+        ({"scan_unroll": 3}, r"model\.scan_unroll=3.*1\.\.2"),
+        ({"label_dropout": 1.0}, r"model\.label_dropout=1\.0"),
+        ({"label_dropout": -0.1}, r"model\.label_dropout=-0\.1"),
+        ({"attention": "flash"}, r"model\.attention 'flash'"),
+        ({"attention": "pallas"}, r"model\.attention=pallas"),
+        ({"mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0"),
+        ({"heads": -2}, r"model\.heads=-2"),
+    ],
+)
+def test_user_errors_name_the_key(keys, message):
+    with pytest.raises(UserError, match=message):
+        make(**keys)

@@ -1,0 +1,374 @@
+"""The commands as a user meets them: one readable line for every mistake, and the way from training to images.
+
+Starting Python and importing jax takes seconds, so this file, run as a script, is a server that has done both: it forks a
+child for each command, which then does what `python -m` does. A few commands are run by `python -m` itself.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--config=configs/digits.py",
+    "--config.model.width=16",
+    "--config.model.depth=1",
+    "--config.model.heads=2",
+    "--config.model.scan_unroll=1",
+    "--config.optim.warmup_steps=2",
+    "--config.training.num_steps=6",
+    "--config.training.batch_size=16",
+    "--config.training.log_every=2",
+    "--config.training.sample_every=0",
+    "--config.checkpoint.every=3",
+    "--config.sampling.num_steps=3",
+]
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def child(module: str, args: list[str], xla_flags: str, out: str, err: str) -> None:
+    """`python -m module args`, in a fork of the server."""
+    os.environ["XLA_FLAGS"] = xla_flags
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [module, *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def serve() -> None:
+    """Answers each line of stdin, the JSON of a command, by the JSON of its Result."""
+    import jax  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+
+    # All but the commands themselves: they define their flags when they run.
+    from speedit_jax import cli  # noqa: F401
+    from speedit_jax.data import loader, sources  # noqa: F401
+    from speedit_jax.training import builders, checkpoint, curves, sampling, step, telemetry  # noqa: F401
+
+    for line in sys.stdin:
+        with tempfile.TemporaryDirectory() as scratch:
+            out, err = Path(scratch) / "out", Path(scratch) / "err"
+            process = multiprocessing.get_context("fork").Process(target=child, args=(*json.loads(line), str(out), str(err)))
+            process.start()
+            process.join()
+            print(json.dumps([process.exitcode, out.read_text(), err.read_text()]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """run(command, *flags, xla_flags="") -> Result."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+
+        def run(command: str, *args: object, xla_flags: str = "") -> Result:
+            server.stdin.write(json.dumps([f"speedit_jax.{command}", [str(arg) for arg in args], xla_flags]) + "\n")
+            server.stdin.flush()
+            return Result(*json.loads(server.stdout.readline()))
+
+        yield run
+        server.stdin.close()
+
+
+def run_alone(command: str, *args: object) -> Result:
+    """The same, in a process of its own."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    argv = [sys.executable, "-m", f"speedit_jax.{command}", *map(str, args)]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def assert_fails(result: Result, *words: str) -> None:
+    """One line on stderr, for a person to read."""
+    assert result.code not in (0, None), result
+    assert "Traceback" not in result.out + result.err, result
+    lines = result.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result
+    assert "\\n" not in lines[0] and "\\'" not in lines[0], f"a repr, not a text: {lines[0]}"
+    for word in words:
+        assert word in lines[0], result
+
+
+def assert_works(result: Result) -> None:
+    """Exit code 0 and no log lines of the libraries: only what the commands say, and the progress bar."""
+    assert result.code == 0, result
+    assert not re.search(r"^([IWEF]\d{4} |WARNING|FATAL|Traceback)", result.out + result.err, re.MULTILINE), result
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    result = run("train", *TINY, f"--workdir={workdir}", "--config.training.sample_every=6")
+    assert_works(result)
+    assert f"python -m speedit_jax.sample --workdir={workdir}" in result.out
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def without_null_label(run, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("without_null_label") / "run"
+    flags = ["--config.model.label_dropout=0.0", "--config.training.num_steps=3", f"--workdir={workdir}"]
+    assert_works(run("train", *TINY, *flags))
+    return workdir
+
+
+BAD_TRAIN_FLAGS = {
+    "typo in a key": (["--config.model.widht=16"], ["widht", 'Did you mean "width"']),
+    "not a number": (["--config.training.num_steps=abc"], ["config.training.num_steps", "abc"]),
+    "not an integer": (["--config.training.batch_size=1.5"], ["config.training.batch_size", "1.5"]),
+    "not a boolean": (["--config.data.flip=maybe"], ["config.data.flip", "maybe"]),
+    "no value": (["--config.training.batch_size"], ["config.training.batch_size"]),
+    "a section for a value": (["--config.model=3"], ["config.model"]),
+    "argument that is no flag": (["extra"], ["extra"]),
+    "unknown strategy": (["--config.timesteps.strategy=foo"], ["timesteps.strategy", "foo", "speed_cvpr25"]),
+    "unknown model": (["--config.model.name=DiT-Q/2"], ["model.name", "DiT-Q/2", "XL"]),
+    "unknown schedule": (["--config.diffusion.schedule=foo"], ["diffusion.schedule", "foo", "linear"]),
+    "unknown learning rate": (["--config.optim.schedule=foo"], ["optim.schedule", "foo", "cosine"]),
+    "unknown sampler": (["--config.sampling.sampler=foo", "--config.training.sample_every=3"], ["sampler", "foo", "ddim"]),
+    "unknown source": (["--config.data.source=foo"], ["data.source", "foo", "digits"]),
+    "folder that is not there": (["--config.data.source=folder:/no/such"], ["data.source", "/no/such"]),
+    "workdir that cannot be": (["--workdir=/dev/null/run"], ["--workdir", "/dev/null/run"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN_FLAGS)
+def test_a_mistake_in_training_is_one_line_and_writes_nothing(run, tmp_path, case):
+    flags, words = BAD_TRAIN_FLAGS[case]
+    assert_fails(run("train", *TINY, f"--workdir={tmp_path / 'run'}", *flags), *words)
+    assert not any(tmp_path.iterdir())
+
+
+BAD_MESHES = {
+    "batch that does not divide": (["--config.training.batch_size=63"], ["training.batch_size=63", "8 devices"]),
+    "mesh that does not fit": (["--config.mesh.data=3"], ["mesh.data=3", "8 devices"]),
+    "two axes that take the rest": (["--config.mesh.fsdp=-1"], ["mesh.fsdp=-1"]),
+    "heads that do not divide": (["--config.mesh.tensor=4"], ["mesh.tensor=4", "2 heads"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESHES)
+def test_a_mistake_about_eight_devices_is_one_line(run, tmp_path, case):
+    flags, words = BAD_MESHES[case]
+    assert_fails(run("train", *TINY, f"--workdir={tmp_path / 'run'}", *flags, xla_flags=EIGHT_DEVICES), *words)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("override", [[], ["--config.model.width=16"]], ids=["plain", "with an override"])
+def test_a_config_file_that_does_not_exist(run, tmp_path, override):
+    flags = ["--config=configs/nope.py", f"--workdir={tmp_path / 'run'}", *override]
+    assert_fails(run("train", *flags), "configs/nope.py")
+
+
+def test_a_broken_config_file(run, tmp_path):
+    broken = {
+        "syntax": ("def get_config(:\n", ["syntax"]),
+        "key": ("from configs import base\n\ndef get_config():\n    return base.get_config().modle\n", ["modle"]),
+        "type": ("def get_config():\n    c = 1 + 'a'\n", ["unsupported operand"]),
+        "module": ("import nosuchmodule\n", ["nosuchmodule"]),
+        "function": ("x = 1\n", ["get_config"]),
+    }
+    for name, (text, words) in broken.items():
+        (tmp_path / f"{name}.py").write_text(text)
+        assert_fails(run("train", f"--config={tmp_path / name}.py", f"--workdir={tmp_path / 'run'}"), *words)
+
+
+@pytest.mark.parametrize("given", [[], ["--config=", "--workdir="]], ids=["left out", "empty"])
+def test_missing_flags(run, given):
+    workdir, config = ["--workdir=runs/x"], ["--config=configs/digits.py"]
+    assert_fails(run("train", *workdir, *given[:1]), "--config is missing")
+    assert_fails(run("train", *config, *given[1:]), "--workdir is missing")
+    assert_fails(run("sample", *given[1:]), "--workdir is missing")
+
+
+def test_flags_before_the_config_file(run):
+    assert_fails(run("train", "--config.model.width=3", "--config=configs/digits.py"), "config.model.width")
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--config.modle.name=x"), "modle", 'Did you mean "model"')
+    assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--nosuch=1"), "nosuch")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_help(run, command):
+    result = run(command, "--help")
+    assert result.code in (0, 1)  # absl's own is 1
+    assert "--workdir" in result.out and f"python -m speedit_jax.{command}" in result.out
+    assert command == "sample" or "--config" in result.out
+    assert not result.err
+
+
+def test_another_run_is_not_overwritten(run, trained, tmp_path):
+    before = checksums(trained)
+    for flags, words in (
+        (["--config.seed=5"], ["seed was 0, now 5"]),
+        (["--config.training.num_steps=9"], ["training.num_steps was 6, now 9"]),
+        (["--config.data.source=synthetic"], ["data.source", "the data are not the same"]),
+    ):
+        assert_fails(run("train", *TINY, *flags, f"--workdir={trained}"), "another run", *words)
+    assert checksums(trained) == before
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    assert_fails(run("train", *TINY, f"--workdir={tmp_path}"), str(tmp_path), "metrics.jsonl", "run.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, trained):
+    before = checksums(trained)
+    result = run("train", *TINY, f"--workdir={trained}")
+    assert_works(result)
+    assert "complete" in result.out and "step 6 of 6" in result.out
+    assert checksums(trained) == before
+
+
+BAD_SAMPLE_FLAGS = {
+    "class number": (["--class_labels=3,10"], ["--class_labels", "10", "0..9"]),
+    "class name": (["--class_labels=cat"], ["--class_labels", "cat"]),
+    "negative class": (["--class_labels=-1"], ["--class_labels", "-1"]),
+    "no class": (["--class_labels="], ["--class_labels"]),
+    "step": (["--checkpoint_step=5"], ["step 5", "3, 6"]),
+    "out": (["--out=/dev/null/x.png"], ["/dev/null/x", "--out"]),
+    "sampler": (["--sampler=foo"], ["sampler", "foo", "ddpm"]),
+    "steps": (["--num_steps=1001"], ["1001", "1000"]),
+    "eta": (["--eta=2"], ["eta=2"]),
+    "guidance": (["--guidance_scale=-1"], ["guidance_scale=-1"]),
+    "weights": (["--weights=best"], ["weights", "best", "raw"]),
+    "number": (["--num_images=0"], ["num_images"]),
+    "unknown flag": (["--nosuch=1"], ["nosuch"]),
+    "config key": (["--config.model.width=16"], ["config.model.width"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLE_FLAGS)
+def test_a_mistake_in_sampling_is_one_line_and_writes_nothing(run, trained, case):
+    flags, words = BAD_SAMPLE_FLAGS[case]
+    before = checksums(trained)
+    assert_fails(run("sample", f"--workdir={trained}", *flags), *words)
+    assert checksums(trained) == before
+
+
+def test_no_checkpoint_to_sample(run, tmp_path):
+    assert_fails(run("sample", f"--workdir={tmp_path}"), "no checkpoints", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    assert_fails(run("sample", f"--workdir={tmp_path}"), "no finished checkpoint", str(tmp_path))
+
+
+def test_guidance_needs_label_dropout(run, without_null_label, tmp_path):
+    flags = [f"--workdir={without_null_label}", "--num_images=2", f"--out={tmp_path / 'x'}"]
+    assert_fails(run("sample", *flags, "--guidance_scale=2"), "guidance_scale=2", "label dropout")
+    assert_works(run("sample", *flags))
+    assert json.loads((tmp_path / "x.json").read_text())["guidance_scale"] == 1
+
+
+@pytest.fixture(scope="module")
+def sample(run, trained, tmp_path_factory):
+    """sample(*flags, xla_flags="") -> (images, labels, settings) of ten images of the classes 0..3."""
+
+    def sample(*flags: str, xla_flags: str = "") -> tuple[np.ndarray, np.ndarray, dict]:
+        out = tmp_path_factory.mktemp("sampled") / "x"
+        result = run(
+            "sample",
+            f"--workdir={trained}",
+            "--class_labels=0,1,2,3",
+            "--num_images=10",
+            f"--out={out}.png",
+            *flags,
+            xla_flags=xla_flags,
+        )
+        assert_works(result)
+        assert sorted(path.name for path in out.parent.iterdir()) == ["x.json", "x.npz", "x.png"]
+        assert f"{out}.png" in result.out
+        with np.load(f"{out}.npz") as data:
+            return data["arr_0"], data["arr_1"], json.loads(Path(f"{out}.json").read_text())
+
+    return sample
+
+
+@pytest.fixture(scope="module")
+def ten(sample):
+    return sample()
+
+
+def test_samples_come_from_the_workdir_alone(ten, trained):
+    images, labels, settings = ten
+    assert images.dtype == np.uint8 and images.shape == (10, 8, 8, 1)
+    assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
+    assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    expected = {
+        "workdir": str(trained),
+        "checkpoint_step": 6,
+        "weights": "ema",
+        "seed": 0,
+        "num_images": 10,
+        "class_labels": [0, 1, 2, 3],
+        "sampler": "ddim",
+        "num_steps": 3,
+        "eta": 0.0,
+        "guidance_channels": 0,
+        "clip": True,
+        "batch_size": 64,
+        "devices": 1,
+    }
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["guidance_scale"] > 1
+    assert {"jax", "speedit_jax", "sampled_with_jax"} <= settings["versions"].keys()
+
+
+def test_the_same_command_gives_the_same_bits(sample, ten):
+    again = sample()
+    np.testing.assert_array_equal(again[0], ten[0])
+    assert again[1:] == (pytest.approx(ten[1]), ten[2])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--weights=raw", "--sampler=ddpm", "--guidance_scale=1", "--seed=1", "--eta=1", "--checkpoint_step=3"]
+)
+def test_every_setting_counts_and_is_recorded(sample, ten, flag):
+    images, labels, settings = sample(flag)
+    assert (images != ten[0]).any()
+    np.testing.assert_array_equal(labels, ten[1])
+    name, value = flag[2:].split("=")
+    assert str(settings[name]) in (value, f"{value}.0")
+
+
+def test_eight_devices_draw_the_same_images(sample, ten):
+    images, labels, settings = sample(xla_flags=EIGHT_DEVICES)
+    assert np.abs(images.astype(int) - ten[0]).max() <= 1
+    np.testing.assert_array_equal(labels, ten[1])
+    assert settings["devices"] == 8
+
+
+def test_images_do_not_depend_on_their_batch(sample, ten):
+    images, labels, _ = sample("--batch_size=4")
+    assert np.abs(images.astype(int) - ten[0]).max() <= 1
+    np.testing.assert_array_equal(labels, ten[1])
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        serve()

@@ -1,0 +1,105 @@
+"""Floors: lower packages never import upper ones, and each third-party library has one owner."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import speedit_jax
+
+ROOT = Path(speedit_jax.__file__).parent
+
+# Modules directly under speedit_jax are commands; packages not named here may not exist.
+FLOORS = {"training": 3, "models": 2} | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
+COMMANDS = 4
+# Library -> the only places that may import it.
+OWNERS = {
+    "flax": ("speedit_jax.models",),
+    "orbax": ("speedit_jax.training.checkpoint",),
+    "grain": ("speedit_jax.data",),
+    "tensorflow_datasets": ("speedit_jax.data",),
+    "torch": (),
+    "tensorflow": (),
+}
+
+
+def imports(module, source):
+    """Absolute names of all that a module imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def within(name, package):
+    return f"{name}.".startswith(f"{package}.")
+
+
+def floor(module):
+    package = module.split(".")[1]
+    return FLOORS.get(package, COMMANDS)
+
+
+def violations(module, source):
+    found = []
+    for name in imports(module, source):
+        library = name.split(".")[0]
+        if library in OWNERS and not any(within(module, owner) for owner in OWNERS[library]):
+            found.append(f"{module} imports {name}")
+        of_the_package = within(name, "speedit_jax") and name != "speedit_jax.__version__"
+        if not of_the_package or within(name, "speedit_jax.errors") or name.split(".")[1] == module.split(".")[1]:
+            continue
+        if floor(name) > floor(module) or (floor(name) == floor(module) < COMMANDS):
+            found.append(f"{module} imports {name}")
+    return found
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_floors(path):
+    module = ".".join(("speedit_jax", *path.relative_to(ROOT).with_suffix("").parts))
+    assert violations(module, path.read_text()) == []
+
+
+def test_every_package_has_a_floor():
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= FLOORS.keys()
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("speedit_jax.diffusion.gaussian", "from speedit_jax.models import build"),
+        ("speedit_jax.diffusion.gaussian", "import speedit_jax.data.loader"),
+        ("speedit_jax.data.loader", "from ..diffusion import gaussian"),
+        ("speedit_jax.models.build", "def f():\n    from speedit_jax.training.state import TrainState"),
+        ("speedit_jax.training.step", "from speedit_jax import cli"),
+        ("speedit_jax.training.step", "import flax.linen as nn"),
+        ("speedit_jax.training.state", "import orbax.checkpoint as ocp"),
+        ("speedit_jax.train", "from grain import python"),
+        ("speedit_jax.models.build", "import tensorflow_datasets as tfds"),
+        ("speedit_jax.data.sources", "import torch.utils.data"),
+        ("speedit_jax.data.sources", "from tensorflow import io"),
+    ],
+)
+def test_what_is_forbidden_is_found(module, source):
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("speedit_jax.train", "from speedit_jax import cli\nfrom speedit_jax.training import run"),
+        ("speedit_jax.training.checkpoint", "import orbax.checkpoint\nfrom speedit_jax import __version__"),
+        ("speedit_jax.models.dit", "import flax\nfrom . import layers\nfrom speedit_jax.diffusion import gaussian"),
+        ("speedit_jax.data.loader", "import grain, tensorflow_datasets\nfrom speedit_jax.errors import UserError"),
+    ],
+)
+def test_what_is_allowed_is_not(module, source):
+    assert violations(module, source) == []

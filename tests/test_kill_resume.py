@@ -1,0 +1,65 @@
+"""Killed and resumed is the same, to the bit, as left alone: benchmarks/kill_resume.py in small."""
+
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_resume.py"
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("kill_resume", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kill_resume"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("kill_resume")
+
+
+@pytest.fixture(scope="module")
+def env(scratch):
+    """One device, and one compilation for all runs."""
+    return os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(scratch / "cache")}
+
+
+@pytest.fixture(scope="module")
+def reference(script, scratch, env):
+    return script.uninterrupted(scratch / "uninterrupted", STEPS, env)[0]
+
+
+def test_a_struck_run_ends_in_the_same_bits(script, scratch, env, reference):
+    experiments = {
+        "kill in a save": [script.Strike("saving", 1, 0.01)],
+        "kill in sampling": [script.Strike("sampling", STEPS, 0.1)],
+        "Ctrl-C": [script.Strike("compiling", 0, 0.1, signal.SIGINT)],
+    }
+    rows = {row["name"]: row for row in script.study(experiments, reference, scratch, STEPS, env=env)}
+    assert {name: row["problems"] for name, row in rows.items()} == {name: [] for name in experiments}
+    assert all(row["hits"][0]["phase"] != "finished" for row in rows.values())
+    log = (scratch / "Ctrl-C.0.log").read_text()
+    assert "SIGINT: saving after this step" in log and f"of {STEPS}, all saved in" in log
+    assert "Going on from the checkpoint of step" in (scratch / "Ctrl-C.1.log").read_text()
+    assert not [path for path in scratch.glob("*.log") if "Traceback" in path.read_text()]
+
+
+def test_the_comparison_covers_the_whole_run_and_sees_one_bit(script, reference):
+    parts = ("params", "ema", "opt/1/0/mu", "opt/1/0/nu", "opt/1/0/count", "step", "skipped", "skipped_in_a_row")
+    for part in parts:
+        assert any(name.startswith(f"checkpoint {STEPS}: {part}") for name in reference), part
+    assert f"samples/step_{STEPS:07d}.png" in reference and f"metrics.jsonl line {STEPS // script.LOG_EVERY}" in reference
+    for name, value in reference.items():
+        if name.startswith("checkpoint"):
+            dtype, shape, data = value
+            flipped = (dtype, shape, bytes([data[0] ^ 1]) + data[1:])
+            assert script.differences(reference, reference | {name: flipped}) == [name]
+    assert script.differences(reference, reference | {"leftover x.partial": True}) == ["leftover x.partial"]

@@ -1,0 +1,311 @@
+"""Checkpoints: equal to the bit on any mesh, and one line for everything that can be wrong with them."""
+
+import dataclasses
+import gc
+import os
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
+from speedit_jax.training.checkpoint import Checkpoints, arrays
+
+from . import tiny
+from .tiny import ONE
+
+META = {"config": {"seed": 3}, "class_names": ["a", "b"]}
+
+# What orbax leaves behind when a checkpoint is damaged or the disk is full complains once more, in threads and destructors.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def complaints_stay_here():
+    yield
+    gc.collect()
+
+
+def two_arrays() -> Model:
+    """A model of two arrays: for what does not depend on which they are."""
+    return tiny.make_model(
+        lambda key: {"kernel": jnp.zeros((8, 8)), "bias": jnp.zeros((8,))}, axes={"kernel": ("embed", "mlp"), "bias": ("mlp",)}
+    )
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tiny.make_trainer(model=two_arrays())
+
+
+@pytest.fixture(scope="module")
+def saved(small, tmp_path_factory):
+    """A run with the checkpoints of steps 1, 2 and 3: states 1, 2 and 3."""
+    workdir = tmp_path_factory.mktemp("run")
+    save(workdir, small, (1, 2, 3), keep_last=3)
+    return workdir
+
+
+def save(workdir, trainer, steps, **options):
+    checkpoints = Checkpoints(workdir, create=True, **options)
+    for step in steps:
+        checkpoints.save(step, tiny.random_state(trainer, step), META | {"step": step})
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def restore(workdir, trainer, step):
+    return Checkpoints(workdir).restore(step, trainer.shapes, trainer.shardings)
+
+
+def names(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 1000
+    return text
+
+
+def test_round_trip_onto_other_meshes(tmp_path):
+    state = tiny.random_state(tiny.make_trainer((8, 1, 1), model=two_arrays()))
+    checkpoints = Checkpoints(tmp_path, create=True)
+    checkpoints.save(7, state, META)
+    checkpoints.wait()
+    assert any("mu" in name for name in arrays(state)), "the optimizer's moments are part of it"
+    for step, shape in enumerate([(8, 1, 1), (2, 2, 2), ONE, (1, 2, 4)], start=7):
+        trainer = tiny.make_trainer(shape, model=two_arrays())
+        restored = checkpoints.restore(step, trainer.shapes, trainer.shardings)
+        tiny.assert_same(arrays(restored), arrays(state))
+        assert jax.tree.map(lambda x: x.sharding, restored) == trainer.shardings
+        # What was restored is saved in turn: each mesh reads what the one before wrote.
+        checkpoints.save(step + 1, restored, META)
+        checkpoints.wait()
+    checkpoints.close()
+
+
+def test_arrays_name_every_leaf(small):
+    state = tiny.random_state(small)
+    assert len(arrays(state)) == len(jax.tree.leaves(state))
+    assert {"step", "params/kernel", "ema/bias", "skipped"} < set(arrays(state))
+
+
+def test_later_changes_do_not_reach_a_checkpoint(small, tmp_path):
+    """save() returns when the arrays may be donated: the step that follows overwrites them."""
+    checkpoints = Checkpoints(tmp_path, create=True)
+    state = tiny.random_state(small)
+    expected = {name: value.copy() for name, value in arrays(state).items()}
+    checkpoints.save(1, state, META)
+    jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
+    checkpoints.wait()
+    checkpoints.close()
+    tiny.assert_same(arrays(restore(tmp_path, small, 1)), expected)
+
+
+@pytest.mark.parametrize(("weights", "field"), [("ema", "ema"), ("raw", "params")])
+def test_weights_alone(saved, small, weights, field):
+    trainer = tiny.make_trainer((1, 2, 4), model=two_arrays())
+    restored = Checkpoints(saved).restore_weights(2, weights, trainer.shapes.params, trainer.shardings.params)
+    tiny.assert_same(restored, getattr(tiny.random_state(small, 2), field))
+    assert jax.tree.map(lambda x: x.sharding, restored) == trainer.shardings.params
+
+
+def test_unknown_weights(saved, small):
+    with pytest.raises(UserError, match="unknown --weights=best; choose one of ema, raw"):
+        Checkpoints(saved).restore_weights(2, "best", small.shapes.params, small.shardings.params)
+
+
+def test_meta(saved):
+    assert Checkpoints(saved).meta(2) == META | {"step": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 1}, ["7"]),
+        ({"keep_last": 3}, ["5", "6", "7"]),
+        ({"keep_last": 2, "keep_every": 3}, ["3", "6", "7"]),
+    ],
+    ids=str,
+)
+def test_what_is_kept(small, tmp_path, options, kept):
+    save(tmp_path, small, range(1, 8), **options)
+    assert names(tmp_path) == kept
+    assert Checkpoints(tmp_path).latest() == 7
+
+
+def test_choose(saved):
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.choose(None) == 3
+    assert checkpoints.choose(2) == 2
+    with pytest.raises(UserError, match=r"no checkpoint of step 9 in .*checkpoints; there are 1, 2, 3"):
+        checkpoints.choose(9)
+
+
+def test_no_checkpoints(tmp_path):
+    with pytest.raises(UserError, match=rf"no checkpoints in {tmp_path}; train there first, or name another --workdir"):
+        Checkpoints(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    empty = Checkpoints(tmp_path, create=True)
+    assert empty.latest() is None
+    with pytest.raises(UserError, match=r"no finished checkpoint in .*; train longer first"):
+        empty.choose(None)
+
+
+def wider(state):
+    return dataclasses.replace(state, params=state.params | {"kernel": jax.ShapeDtypeStruct((8, 12), np.float32)})
+
+
+def without_bias(state):
+    return dataclasses.replace(state, params={"kernel": state.params["kernel"]})
+
+
+def with_another(state):
+    return dataclasses.replace(state, params=state.params | {"gain": state.params["bias"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wider, r"params/kernel has shape \(8, 8\), not \(8, 12\)"),
+        (without_bias, "extra params/bias"),
+        (with_another, "missing params/gain"),
+    ],
+)
+def test_misfits_are_named(saved, small, change, message):
+    checkpoints = Checkpoints(saved)
+    shapes = change(small.shapes)
+    shardings = jax.tree.map(lambda _: small.shardings.step, shapes)
+    with pytest.raises(UserError, match=rf"checkpoint {saved}/checkpoints/2 does not fit the model: {message}") as error:
+        checkpoints.restore(2, shapes, shardings)
+    one_line(error)
+    with pytest.raises(UserError, match=f"does not fit the model: {message}"):
+        checkpoints.restore_weights(2, "raw", shapes.params, shardings.params)
+    # The other weights fit as before: only what is asked for is looked at.
+    checkpoints.restore_weights(2, "ema", small.shapes.params, small.shardings.params)
+
+
+def test_many_misfits_are_counted(saved):
+    trainer = tiny.make_trainer()
+    with pytest.raises(UserError, match=r"missing ema/blocks/adaLN/bias; (.*; ){3}.* and \d+ more$") as error:
+        restore(saved, trainer, 2)
+    one_line(error)
+
+
+def damaged(saved, tmp_path, path: str, size: int | None):
+    """A copy of the run in which one file of step 3 is cut to `size` bytes, or gone."""
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / "3" / path
+    if size is None:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    else:
+        os.truncate(file, size)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [
+        *((path, size) for path in ("state/_METADATA", "state/manifest.ocdbt") for size in (None, 0, 20)),
+        ("state", None),
+        ("state/d", None),
+    ],
+)
+def test_damage_is_named(saved, small, tmp_path, path, size):
+    workdir = damaged(saved, tmp_path, path, size)
+    for read in (
+        lambda: restore(workdir, small, 3),
+        lambda: Checkpoints(workdir).restore_weights(3, "ema", small.shapes.params, small.shardings.params),
+    ):
+        with pytest.raises(UserError, match=rf"checkpoint {workdir}/checkpoints/3 cannot be read .*; remove that dir") as error:
+            read()
+        one_line(error)
+    # The way out that the message names.
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    assert Checkpoints(workdir).choose(None) == 2
+    tiny.assert_same(restore(workdir, small, 2), tiny.random_state(small, 2))
+
+
+@pytest.mark.parametrize("size", [None, 0, 4], ids=["gone", "empty", "cut"])
+def test_damaged_meta_is_named(saved, tmp_path, size):
+    workdir = damaged(saved, tmp_path, "meta/metadata", size)
+    with pytest.raises(UserError, match=rf"checkpoint {workdir}/checkpoints/3 cannot be read") as error:
+        Checkpoints(workdir).meta(3)
+    one_line(error)
+
+
+def test_no_damage_gives_other_numbers(saved, small, tmp_path):
+    """Whichever file is cut in half, restoring fails as above or gives the very bits that were saved."""
+    expected, failed = tiny.random_state(small, 3), 0
+    files = [p.relative_to(saved / "checkpoints" / "3") for p in (saved / "checkpoints" / "3").rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for i, path in enumerate(files):
+        size = (saved / "checkpoints" / "3" / path).stat().st_size
+        try:
+            restored = restore(damaged(saved, tmp_path / str(i), str(path), size // 2), small, 3)
+        except UserError:
+            failed += 1
+        else:
+            tiny.assert_same(restored, expected)
+    assert failed > 3
+
+
+def test_what_a_killed_save_left_is_ignored_and_removed(saved, small, tmp_path):
+    shutil.copytree(saved / "checkpoints", tmp_path / "checkpoints")
+    # As orbax names it until all is on disk.
+    partial = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "3", partial)
+
+    reading = Checkpoints(tmp_path)
+    assert reading.latest() == reading.choose(None) == 3
+    tiny.assert_same(restore(tmp_path, small, 3), tiny.random_state(small, 3))
+    assert partial.is_dir(), "who only reads removes nothing: another process may be writing it"
+
+    save(tmp_path, small, [4], keep_last=4)
+    assert names(tmp_path) == ["1", "2", "3", "4"]
+    tiny.assert_same(restore(tmp_path, small, 4), tiny.random_state(small, 4))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """(an empty file system of 1 MiB, a function that sets its size in KiB)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"needs the right to mount a tmpfs: {e}")
+    yield disk, lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_full_disk(small_disk):
+    disk, resize = small_disk
+    trainer = tiny.make_trainer()  # large enough that a checkpoint is mostly arrays
+    resize(1 << 16)
+    save(disk, trainer, [1])
+    used = shutil.disk_usage(disk).used // 1024
+    resize(used + used // 2)
+
+    checkpoints = Checkpoints(disk, keep_last=2, create=True)
+    with pytest.raises(UserError, match=f"could not write a checkpoint to {disk}/checkpoints: no space left") as error:
+        checkpoints.save(2, tiny.random_state(trainer, 2), META)
+        checkpoints.wait()
+    assert "the earlier checkpoints are whole" in one_line(error)
+
+    # Half of step 2 still fills the disk; what was there before is as it was.
+    assert Checkpoints(disk).choose(None) == 1
+    tiny.assert_same(restore(disk, trainer, 1), tiny.random_state(trainer, 1))
+
+    resize(1 << 16)  # "make room and run the same command again"
+    save(disk, trainer, [2], keep_last=2)
+    assert names(disk) == ["1", "2"]
+    tiny.assert_same(restore(disk, trainer, 2), tiny.random_state(trainer, 2))

@@ -1,0 +1,172 @@
+"""Gradients on every mesh are those of one device, for every leaf.
+
+A wrong sharding can leave the loss exact and only the gradient wrong, and Adam divides a wrong scale away; so each leaf of
+the gradient itself is compared, at weights that are nowhere zero.
+"""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from speedit_jax.training import sharding
+from speedit_jax.training.step import make_gradient, make_loss
+
+from . import tiny
+from .tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
+
+
+def _attention(q, k, v, **_):
+    logits = jnp.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits), v)
+
+
+@contextlib.contextmanager
+def precision(x64: bool):
+    """float64 throughout: jax.nn's attention rounds its softmax to float32 even then, so a plain one stands in."""
+    if not x64:
+        yield
+        return
+    with jax.enable_x64(True), mock.patch.object(jax.nn, "dot_product_attention", _attention):
+        yield
+
+
+@functools.cache
+def gradient(shape, x64: bool, accumulation: int = 1):
+    """(gradient, loss, metrics, per_example) on a mesh, on the host."""
+    dtype = np.float64 if x64 else np.float32
+    rng = np.random.default_rng(1)
+    batch = {
+        "x0": rng.uniform(-1, 1, (BATCH, *IMAGE)).astype(dtype),
+        "noise": rng.normal(size=(BATCH, *IMAGE)).astype(dtype),
+        "t": rng.integers(0, 1000, BATCH).astype(np.int32),
+        "weight": rng.uniform(0.5, 1.5, BATCH).astype(dtype),
+        "y": rng.integers(0, CLASSES + 1, BATCH).astype(np.int32),
+    }
+    with precision(x64):
+        trainer = tiny.make_trainer(shape)
+        params = jax.device_put(tiny.random_like(trainer.shapes.params, dtype=dtype), trainer.shardings.params)
+        function = jax.jit(
+            make_gradient(make_loss(trainer.model, trainer.diffusion), accumulation),
+            in_shardings=(trainer.shardings.params, trainer.rows),
+            out_shardings=(trainer.shardings.params, None, None, None),
+            compiler_options=tiny.QUICK_COMPILE,
+        )
+        with jax.set_mesh(trainer.mesh):
+            result = jax.tree.map(np.asarray, function(params, jax.device_put(batch, trainer.rows)))
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(result))
+    return result
+
+
+# Sums over at most BATCH * 16 tokens * 128 features, added in another order: some square roots of that many roundings of
+# 1e-16 and 6e-8, seen as 6e-16 and 3e-7. The fault of `test_layout_of_two_kernels` is of order one.
+@pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-12), (False, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_every_leaf_on_every_mesh(shape, x64, tolerance):
+    grads, loss, metrics, per_example = gradient(shape, x64)
+    reference = gradient(ONE, x64)
+    errors = tiny.relative_errors(grads, reference[0])
+    assert len(errors) == 21
+    assert all(np.linalg.norm(leaf) > 1e-3 for leaf in jax.tree.leaves(reference[0])), "a gradient that is zero tests nothing"
+    assert max(errors.values()) < tolerance, {name: error for name, error in errors.items() if error >= tolerance}
+    np.testing.assert_allclose(loss, reference[1], rtol=tolerance)
+    assert max(tiny.relative_errors(metrics, reference[2]).values()) < tolerance
+    np.testing.assert_allclose(per_example, reference[3], rtol=tolerance)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_only_the_rounding(accumulation):
+    # (2, 2, 2) divides a batch by 4, so that 4 microbatches of 4 leave one example to a device.
+    grads, loss, metrics, per_example = gradient((2, 2, 2), True, accumulation)
+    whole = gradient((2, 2, 2), True)
+    assert max(tiny.relative_errors(grads, whole[0]).values()) < 1e-12
+    np.testing.assert_allclose(loss, whole[1], rtol=1e-12)
+    assert max(tiny.relative_errors(metrics, whole[2]).values()) < 1e-12
+    # The examples' losses differ by far more than this, so equality shows that they are in the batch's order.
+    assert np.ptp(whole[3]) > 0.1
+    np.testing.assert_allclose(per_example, whole[3], rtol=1e-12)
+
+
+@functools.cache
+def twenty_adam_steps(shape):
+    """The parameters' change and the losses over 20 steps of the real train step, in float64."""
+    with precision(True):
+        trainer = tiny.make_trainer(shape, optim__learning_rate=1e-3, training__num_steps=20)
+        before = tiny.random_like(trainer.shapes.params, dtype=np.float64)
+        state = trainer.state(before)
+        step = trainer.train_step(tiny.QUICK_COMPILE)
+        batch, key = tiny.random_batch(dtype=np.float64), jax.random.key(0)
+        losses = []
+        for _ in range(20):
+            state, metrics = step(state, batch, key)
+            losses.append(float(metrics["loss"]))
+        return jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, before), np.array(losses)
+
+
+# The changes are compared, not the parameters, whose unchanged part would hide errors. Adam makes a full step of any
+# gradient, however small, that is above eps: in float32 the biases of the keys, whose gradient is exactly zero (softmax
+# does not see them), would walk about on its rounding. In float64 that rounding, 1e-17, is far below eps = 1e-8, so every
+# leaf can be held to the promise.
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_twenty_adam_steps(shape):
+    change, losses = twenty_adam_steps(shape)
+    reference, reference_losses = twenty_adam_steps(ONE)
+    assert reference_losses[-1] < reference_losses[0]
+    np.testing.assert_allclose(losses, reference_losses, rtol=1e-12)
+    errors = tiny.relative_errors(change, reference)
+    assert max(errors.values()) < 1e-9, {name: error for name, error in errors.items() if error >= 1e-9}
+
+
+def _mlp_errors(up, down):
+    """(relative error of the loss, {"up", "down": of the gradient}) on (2, 2, 2) against one device, in float64."""
+    rng = np.random.default_rng(0)
+    params = {"up": rng.normal(size=(32, 128)) / 32**0.5, "down": rng.normal(size=(128, 32)) / 128**0.5}
+    x, y = rng.normal(size=(2, 8, 16, 32))
+
+    def loss(params, x, y):
+        return ((jax.nn.gelu(x @ params["up"]) @ params["down"] - y) ** 2).mean()
+
+    def run(shape):
+        mesh = tiny.make_mesh(shape)
+        shardings = {"up": NamedSharding(mesh, up), "down": NamedSharding(mesh, down)}
+        rows = sharding.batch_sharding(mesh)
+        function = jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, rows, rows), out_shardings=(None, shardings))
+        with jax.set_mesh(mesh):
+            args = jax.device_put((params, x, y), (shardings, rows, rows))
+            return jax.tree.map(np.asarray, function(*args))
+
+    with jax.enable_x64(True):
+        (value, grads), (reference, reference_grads) = run((2, 2, 2)), run(ONE)
+    return abs(value - reference) / reference, tiny.relative_errors(grads, reference_grads)
+
+
+def test_layout_of_two_kernels(record_property):
+    """XLA:CPU gets the gradient of `up` wrong where both kernels are sharded alike; ours are not."""
+    loss_error, errors = _mlp_errors(P("fsdp", "tensor"), P("tensor", "fsdp"))
+    assert loss_error < 1e-12 and max(errors.values()) < 1e-12
+    # Measured, not asserted: the day XLA gets this right, nothing here need change. 0.78 on jax 0.10.2 and 0.12.0.1.
+    loss_error, errors = _mlp_errors(P("fsdp", "tensor"), P("fsdp", "tensor"))
+    record_property("alike_loss_error", loss_error)
+    record_property("alike_up_gradient_error", errors["up"])
+    record_property("alike_down_gradient_error", errors["down"])
+
+
+def test_kernels_are_column_parallel_in_and_row_parallel_out():
+    trainer = tiny.make_trainer()
+    specs = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec(names)
+        for path, names in jax.tree_util.tree_leaves_with_path(trainer.model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    }
+    over_tensor = {name: spec for name, spec in specs.items() if name.endswith("kernel") and "tensor" in spec}
+    assert over_tensor == {
+        "blocks/attention/qkv/kernel": P(None, "fsdp", None, "tensor", None),
+        "blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+        "blocks/mlp/up/kernel": P(None, "fsdp", "tensor"),
+        "blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+    }

@@ -1,0 +1,112 @@
+"""Two processes on this machine train as one does, and one goes on from where two stopped."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .tiny import TINY
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+
+# fsdp reaches over both processes, so that each holds but half of the parameters.
+CONFIG = TINY | {
+    "training.num_steps": STEPS,
+    "training.log_every": 1,
+    "checkpoint.every": 2,
+    "mesh.fsdp": 4,
+    "mesh.tensor": 2,
+    "sampling.num_steps": 2,
+    "sampling.grid_images": 4,
+}
+
+
+def start(workdir: Path, devices: int, *arguments: str, **variables: str) -> subprocess.Popen:
+    # Optimization level 0 is LLVM's: half the compilation.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
+    overrides = [f"--config.{key}={value}" for key, value in CONFIG.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "speedit_jax.train", "--config=configs/base.py", f"--workdir={workdir}", *overrides, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=1200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-3000:]
+    return outputs
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def metrics(workdir: Path) -> dict[str, list[float]]:
+    """{name: its values by step}, but for those of the clock."""
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {name: [r[name] for r in records] for name in records[0] if not name.startswith("time_")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(directory of two processes, of one process, of two and then one, the outputs of the three commands)."""
+    root = tmp_path_factory.mktemp("multihost")
+    two, one, resumed = root / "two", root / "one", root / "resumed"
+    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    grids = f"--config.training.sample_every={STEPS}"
+    processes = [start(two, 4, "--multihost", grids, **address, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    outputs = finish(processes)[:1]
+
+    shutil.copytree(two, resumed)
+    shutil.rmtree(resumed / "checkpoints" / str(STEPS))
+    outputs += finish([start(one, 8, grids), start(resumed, 8)])
+    return two, one, resumed, outputs
+
+
+def test_two_processes_train_as_one(runs):
+    two, one, _, outputs = runs
+    assert "8 cpu, 2 processes: data 1 x fsdp 4 x tensor 2" in outputs[0]
+    assert "8 cpu, 1 processes: data 1 x fsdp 4 x tensor 2" in outputs[1]
+    expected = metrics(one)
+    assert expected["step"] == [1, 2, 3, 4]
+    assert metrics(two).keys() == expected.keys()
+    for name, values in metrics(two).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_grids_are_drawn_by_both(runs):
+    two, one, _, _ = runs
+    pictures = [np.asarray(Image.open(run / "samples" / f"step_{STEPS:07d}.png"), int) for run in (two, one)]
+    # The floats differ by rounding, so a pixel on the edge between two greys may fall to the other.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.ptp(pictures[0]) > 50
+
+
+def test_one_process_goes_on_where_two_stopped(runs):
+    two, _, resumed, outputs = runs
+    assert "Going on from the checkpoint of step 2." in outputs[2]
+    expected = metrics(two)
+    for name, values in metrics(resumed).items():
+        assert values[:2] == expected[name][:2]
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
+    assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["2", "4"]

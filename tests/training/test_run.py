@@ -1,0 +1,119 @@
+"""A run's directory continues only the run it holds."""
+
+import json
+
+import pytest
+
+from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
+from speedit_jax.training import run
+
+from . import tiny
+
+
+def describe(**changes):
+    config = tiny.make_config(**changes)
+    return run.describe(config, open_source(config.data))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """The directory of a run."""
+    run.claim(tmp_path / "a" / "b", describe())
+    return tmp_path / "a" / "b"
+
+
+def test_claim_writes_what_the_run_is(workdir):
+    meta = json.loads((workdir / "run.json").read_text())
+    assert meta == describe()
+    assert meta["config"]["optim"]["learning_rate"] == 1e-4
+    assert meta["image_shape"] == [8, 8, 1]
+    assert meta["class_names"] == [f"class {i}" for i in range(10)]
+    assert set(meta["versions"]) >= {"speedit_jax", "jax"}
+    assert [p.name for p in workdir.iterdir()] == ["run.json"]
+
+
+def test_claiming_again_changes_nothing(workdir):
+    before = (workdir / "run.json").read_bytes()
+    run.claim(workdir, describe() | {"versions": {"jax": "another"}})
+    assert (workdir / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim__learning_rate": 1.0}, "optim.learning_rate was 0.0001, now 1.0"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"model__depth": 3}, "model.depth was 2, now 3"),
+        ({"training__batch_size": 32}, "training.batch_size was 16, now 32"),
+        ({"timesteps__sampling": "uniform"}, "timesteps.sampling was None, now 'uniform'"),
+        ({"data__flip": True}, "data.flip was False, now True"),
+        # The data's shape changes the data too; both are said.
+        ({"data__height": 16}, "data.height was 8, now 16; the data are not the same"),
+        (
+            {"seed": 1, "model__depth": 3, "training__ema_decay": 0.5, "optim__b1": 0.5},
+            r"model.depth .*; optim.b1 .*; seed was 0, now 1 and 1 more",
+        ),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused(workdir, changes, message):
+    before = (workdir / "run.json").read_bytes()
+    with pytest.raises(UserError, match=rf"{workdir} holds another run \(.*{message}.*\); use its settings") as error:
+        run.claim(workdir, describe(**changes))
+    assert "\n" not in str(error.value)
+    assert (workdir / "run.json").read_bytes() == before
+    assert [p.name for p in workdir.iterdir()] == ["run.json"]
+
+
+def test_other_data_are_refused(workdir):
+    with pytest.raises(UserError, match="the data are not the same"):
+        run.claim(workdir, describe() | {"data_fingerprint": "0" * 16})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint__every": 7, "checkpoint__keep_last": 5, "checkpoint__keep_every": 100},
+        {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": 2},
+        {"sampling__num_steps": 9, "sampling__guidance_scale": 4.0},
+        {"data__threads": 1, "training__log_every": 3, "training__sample_every": 50},
+        {"training__num_steps": 1000},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_what_does_not_change_the_result_may_change(workdir, changes):
+    run.claim(workdir, describe(**changes))
+
+
+def test_a_cosine_may_not_be_prolonged(tmp_path):
+    run.claim(tmp_path, describe(optim__schedule="cosine"))
+    with pytest.raises(UserError, match=r"training.num_steps was 100, now 200"):
+        run.claim(tmp_path, describe(optim__schedule="cosine", training__num_steps=200))
+
+
+def test_a_key_that_is_new_or_gone_is_named(workdir):
+    meta = describe()
+    meta["config"]["optim"]["b3"] = 0.5
+    with pytest.raises(UserError, match=r"optim.b3 was None, now 0.5"):
+        run.claim(workdir, meta)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_files_that_no_run_explains_are_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{tmp_path} holds {name} but no run.json; name another --workdir"):
+        run.claim(tmp_path, describe())
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_other_files_are_no_obstacle(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    run.claim(tmp_path, describe())
+    assert (tmp_path / "run.json").is_file()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"cannot write to --workdir={tmp_path}/file"):
+        run.claim(tmp_path / "file", describe())

@@ -1,0 +1,119 @@
+"""Sampling: image number i of a seed is one image, whatever the batch and the devices."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from speedit_jax.errors import UserError
+from speedit_jax.training import sharding
+from speedit_jax.training.sampling import Settings, image_noise, make_sampler
+
+from . import tiny
+from .tiny import CLASSES, IMAGE, ONE
+
+KEY = jax.random.key(5)
+EIGHT = (8, 1, 1)
+INDICES = np.arange(8)
+LABELS = INDICES % 3
+
+# Ancestral, so that noise is drawn at every step, and guided.
+SETTINGS = Settings(sampler="ddpm", num_steps=4, eta=0.0, guidance_scale=2.0, guidance_channels=0, clip=True)
+
+
+@functools.cache
+def sampler(shape):
+    """run(indices, labels) -> images, with random weights, sharded as in training."""
+    trainer = tiny.make_trainer(shape)
+    params = jax.device_put(tiny.random_like(trainer.shapes.params), trainer.shardings.params)
+    run = make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
+    return lambda indices, labels, key=KEY: run(params, key, indices, labels)
+
+
+def test_samples():
+    images = sampler(EIGHT)(INDICES, LABELS)
+    assert isinstance(images, np.ndarray)
+    assert images.shape == (8, *IMAGE) and images.dtype == np.float32
+    assert np.abs(images).max() <= 1 and np.std(images) > 0.1
+
+
+def test_a_seed_gives_the_same_bits_again():
+    first = sampler(EIGHT)(INDICES, LABELS)
+    tiny.assert_same(sampler(EIGHT)(INDICES, LABELS), first)
+    assert np.abs(sampler(EIGHT)(INDICES, LABELS, jax.random.key(6)) - first).max() > 0.1
+
+
+# Rounding, 6e-8, times 157 = 1 / sqrt(abar) of the first step, where x0 is predicted from nearly pure noise.
+@pytest.mark.parametrize("shape", [EIGHT, (2, 2, 2)], ids=str)
+def test_devices_change_only_the_rounding(shape):
+    np.testing.assert_allclose(sampler(shape)(INDICES, LABELS), sampler(ONE)(INDICES, LABELS), rtol=0, atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    images = sampler(ONE)(INDICES, LABELS)
+    later = sampler(ONE)(INDICES + 4, (INDICES + 4) % 3)
+    np.testing.assert_allclose(later[:4], images[4:], rtol=0, atol=1e-5)
+    few = sampler(ONE)(INDICES[2:5], LABELS[2:5])
+    np.testing.assert_allclose(few, images[2:5], rtol=0, atol=1e-4)  # another batch size is another program
+
+
+def test_images_go_with_their_index_and_label():
+    images = sampler(EIGHT)(INDICES, LABELS)
+    order = np.random.default_rng(0).permutation(8)
+    np.testing.assert_allclose(sampler(EIGHT)(INDICES[order], LABELS[order]), images[order], rtol=0, atol=1e-5)
+    other = sampler(EIGHT)(INDICES, (LABELS + np.arange(8) % 2) % CLASSES)
+    changed = np.abs(other - images).max(axis=(1, 2, 3)) > 1e-3
+    assert changed.tolist() == [False, True] * 4
+
+
+@functools.cache
+def noise(shape):
+    """draw(indices, stream) -> noise, sharded over a mesh and back."""
+    rows = sharding.batch_sharding(tiny.make_mesh(shape))
+    draw = jax.jit(lambda indices, stream: image_noise(KEY, indices, stream, IMAGE), out_shardings=rows)
+    return lambda indices, stream=0: np.asarray(draw(jax.device_put(indices, rows), stream))
+
+
+def test_noise_is_equal_to_the_bit_on_any_devices_and_in_any_batch():
+    whole = noise(ONE)(np.arange(16))
+    for shape in (EIGHT, (2, 2, 2)):
+        tiny.assert_same(noise(shape)(np.arange(16)), whole)
+        tiny.assert_same(noise(shape)(np.arange(4, 20))[:12], whole[4:])
+    assert len(np.unique(whole)) > 0.99 * whole.size
+    assert np.abs(noise(ONE)(np.arange(16), stream=1) - whole).max() > 1
+    np.testing.assert_allclose([whole.mean(), whole.std()], [0, 1], atol=5 / whole.size**0.5)
+
+
+def test_settings_come_from_the_config():
+    config = tiny.make_config(sampling__num_steps=7, sampling__guidance_channels=3).sampling
+    assert Settings.from_config(config) == Settings("ddim", 7, 0.0, 1.5, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale=-1.0: must be 0 or more"),
+        ({"guidance_channels": 2}, r"guidance_channels=2: must lie in 0..1"),
+        ({"guidance_channels": -1}, r"guidance_channels=-1: must lie in 0..1"),
+        ({"eta": 1.5}, r"eta=1.5: must lie in \[0, 1\]"),
+        ({"eta": -0.5}, r"eta=-0.5: must lie in \[0, 1\]"),
+        ({"sampler": "heun"}, "unknown sampler 'heun'; choose one of ddpm, ddim"),
+        ({"num_steps": 0}, "0 sampling steps asked for"),
+        ({"num_steps": 1001}, "1001 sampling steps asked for"),
+    ],
+    ids=str,
+)
+def test_errors_come_before_sampling(changes, message):
+    trainer = tiny.make_trainer()
+    with pytest.raises(UserError, match=message):
+        make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, **changes), trainer.mesh)
+
+
+def test_guidance_needs_a_null_label():
+    trainer = tiny.make_trainer(model__label_dropout=0.0)
+    assert trainer.model.null_label is None
+    with pytest.raises(UserError, match=r"guidance_scale=2.0 needs a model trained with classes and label dropout; use 1"):
+        make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
+    make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, guidance_scale=1.0), trainer.mesh)

@@ -1,0 +1,197 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, grids, curves."""
+
+import json
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from speedit_jax.training.curves import write_curves
+from speedit_jax.training.telemetry import Telemetry, image_grid, magnification, to_uint8, write_png
+
+
+def telemetry(workdir, first_step=0):
+    return Telemetry(workdir, first_step=first_step, num_steps=10, batch_size=4)
+
+
+def values(step):
+    return {"loss": jnp.float32(step / 2), "skipped_in_a_row": jnp.int32(0)}
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(workdir):
+    return [record["step"] for record in lines(workdir)]
+
+
+def events(workdir):
+    """Every event of a run's TensorBoard files: records of a length, its checksum, the message, its checksum."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return found
+
+
+def test_metrics_are_written_one_hand_over_late(tmp_path):
+    t = telemetry(tmp_path)
+    assert t.metrics(1, values(1)) is None
+    assert steps(tmp_path) == []
+    assert t.metrics(2, values(2)) == {"loss": 0.5, "skipped_in_a_row": 0.0}
+    assert steps(tmp_path) == [1]
+    assert t.flush()["loss"] == 1.0
+    assert steps(tmp_path) == [1, 2]
+    assert t.flush() is None
+    t.metrics(3, values(3))
+    t.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert [record["loss"] for record in lines(tmp_path)] == [0.5, 1.0, 1.5]
+
+
+def test_time_fields_are_marked(tmp_path):
+    t = telemetry(tmp_path)
+    for step in (2, 4):
+        t.metrics(step, values(step))
+    t.close()
+    first, second = lines(tmp_path)
+    # There is no time before the first record to divide by.
+    assert set(first) == {"step", "loss", "skipped_in_a_row"}
+    assert set(second) - set(first) == {"time_per_step", "time_images_per_second"}
+    assert second["time_images_per_second"] == pytest.approx(4 / second["time_per_step"])
+
+
+def test_not_finite_values_are_written(tmp_path):
+    t = telemetry(tmp_path)
+    t.metrics(1, values(1) | {"loss": jnp.float32(np.nan)})
+    t.close()
+    assert np.isnan(lines(tmp_path)[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        '{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n',
+        '{"step": 4, "lo',
+        '{"step": 3, "loss": 1.0}',  # whole, but for the end of the line
+        "\0" * 20,  # what a file system may leave of a line that was being written
+    ],
+    ids=["nothing", "later steps", "half a line", "no newline", "zeros"],
+)
+def test_resuming_takes_back_what_will_be_logged_again(tmp_path, tail):
+    whole = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(whole + tail)
+    t = telemetry(tmp_path, first_step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    t.metrics(4, values(4))
+    t.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_resuming_before_everything_logged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    telemetry(tmp_path).close()
+    assert steps(tmp_path) == []
+
+
+def test_the_bar_counts_from_the_first_step(tmp_path, capsys):
+    t = telemetry(tmp_path, first_step=4)
+    t.step(5)
+    t.say("a line")
+    t.step(10)
+    t.close()
+    out = capsys.readouterr()
+    assert "4/10" in out.err and "10/10" in out.err
+    assert out.out == "a line\n"
+
+
+def test_tensorboard_holds_scalars_and_the_grid(tmp_path):
+    t = telemetry(tmp_path, first_step=2)
+    for step in (3, 4):
+        t.metrics(step, values(step))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    t.images(tmp_path / "samples" / "a.png", 4, images)
+    t.close()
+    found = events(tmp_path)
+    scalars = {(v.tag, e.step): v.simple_value for e in found for v in e.summary.value if v.HasField("simple_value")}
+    assert scalars[("loss", 3)] == 1.5 and scalars[("loss", 4)] == 2.0
+    assert ("skipped_in_a_row", 4) in scalars and ("time_per_step", 4) in scalars
+    pictures = [(v.tag, e.step, v.image) for e in found for v in e.summary.value if v.HasField("image")]
+    assert [(tag, step) for tag, step, _ in pictures] == [("samples", 4)]
+    assert (pictures[0][2].height, pictures[0][2].width, pictures[0][2].colorspace) == (17, 17, 3)
+    # A board that shows steps 3 and on of a run that was killed is told to drop them.
+    assert [e.step for e in found if e.HasField("session_log")] == [3]
+
+
+def test_images_are_enlarged_in_the_png(tmp_path):
+    t = telemetry(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1)).astype(np.uint8)
+    t.images(tmp_path / "samples" / "a.png", 1, images, columns=2)
+    t.close()
+    picture = np.asarray(Image.open(tmp_path / "samples" / "a.png"))
+    assert picture.shape == (8 * 6, 17 * 6)
+    np.testing.assert_array_equal(picture[::6, : 8 * 6 : 6], images[0, ..., 0])
+    np.testing.assert_array_equal(picture[5::6, 9 * 6 + 5 :: 6], images[1, ..., 0])
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["a.png"]
+
+
+def test_to_uint8_rounds():
+    floats = np.array([-7, -1, -0.9999, 0.0, 1 / 255, 0.9999, 1, 7])
+    assert to_uint8(floats).tolist() == [0, 0, 0, 128, 128, 255, 255, 255]
+    every = np.arange(256)
+    np.testing.assert_array_equal(to_uint8((every / 127.5 - 1).astype(np.float32)), every)
+    assert to_uint8(floats).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "layout"),
+    [(1, None, (1, 1)), (4, None, (2, 2)), (5, None, (2, 3)), (7, None, (3, 3)), (6, 2, (3, 2)), (5, 10, (1, 10))],
+)
+@pytest.mark.parametrize(("height", "width", "gap"), [(8, 6, 1), (32, 96, 3)])
+def test_image_grid(count, columns, layout, height, width, gap):
+    images = np.random.default_rng(0).integers(1, 127, (count, height, width, 3)).astype(np.uint8)
+    picture = image_grid(images, columns)
+    rows, columns = layout
+    assert picture.shape == (rows * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    filled = np.zeros(picture.shape, bool)
+    for i in range(count):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        cell = np.s_[top : top + height, left : left + width]
+        np.testing.assert_array_equal(picture[cell], images[i])
+        filled[cell] = True
+    assert (picture[~filled] == 127).all()
+
+
+@pytest.mark.parametrize(("channels", "mode", "shown"), [(1, "L", 1), (2, "L", 1), (3, "RGB", 3), (4, "RGB", 3)])
+def test_write_png_of_any_channels(tmp_path, channels, mode, shown):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, channels)).astype(np.uint8)
+    write_png(tmp_path / "new" / "a.png", picture)
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        assert image.mode == mode
+        np.testing.assert_array_equal(np.asarray(image).reshape(5, 7, shown), picture[..., :shown])
+
+
+def test_magnification():
+    assert [magnification(h) for h in (8, 32, 48, 256)] == [6, 1, 1, 1]
+
+
+def test_curves(tmp_path):
+    t = telemetry(tmp_path)
+    t.close()
+    assert write_curves(tmp_path) is None
+    for first in (0, 2):
+        t = telemetry(tmp_path, first_step=first)
+        for step in (first + 1, first + 2):
+            t.metrics(step, values(step))
+        t.close()
+    assert write_curves(tmp_path) == tmp_path / "curves.png"
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 500 and len(image.convert("L").getcolors()) > 10
