@@ -88,7 +88,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         for i, workdir in enumerate(args.workdirs):
             images, labels, settings = sample(workdir, Path(scratch) / "samples", args.flag)
-            results["runs"].append({"settings": settings, **score(images, labels)})
+            name = Path(settings.pop("workdir")).name
+            results["runs"].append({"run": name, "settings": settings, **score(images, labels)})
             if i == 0:
                 picture = np.round((images[:100] + 1) * 127.5).astype(np.uint8)
                 write_png(Path(f"{args.out}.png"), image_grid(picture, 10), magnification(8))
@@ -96,7 +97,7 @@ def main():
     print(f"{'run':<24} recognised  distance  recall min  recall mean")
     for run in results["runs"]:
         print(
-            f"{Path(run['settings']['workdir']).name:<24} {run['recognised']:10.3f} {run['distance_ratio']:9.3f}"
+            f"{run['run']:<24} {run['recognised']:10.3f} {run['distance_ratio']:9.3f}"
             f" {run['recall_min']:11.3f} {run['recall_mean']:12.3f}"
         )
     real = results["real"]
