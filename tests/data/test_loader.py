@@ -58,7 +58,10 @@ def test_the_hosts_load_one_global_batch(hosts, interleaved, flip):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("first_step", [0, 1, 3, 6])
 def test_starting_at_a_step_is_skipping_to_it(first_step, flip):
-    assert_equal(load(first_step=first_step, flip=flip), {name: v[first_step:] for name, v in load(flip=flip).items()})
+    whole = load(flip=flip)
+    for rows in (np.arange(8), np.array([1, 4, 5])):
+        resumed = load(first_step=first_step, rows=rows, flip=flip)
+        assert_equal(resumed, {name: values[first_step:, rows] for name, values in whole.items()})
 
 
 def test_no_steps_left_is_no_batches():

@@ -190,6 +190,27 @@ def test_clipping_keeps_pixels_in_range(sampler):
     np.testing.assert_allclose(run(True), 1, atol=1e-12)
 
 
+def test_clipping_keeps_ddim_on_its_line():
+    """A network that overshoots the image by two is clipped back to it, and the noise it stands for is corrected along."""
+    abar, image = jnp.asarray(LINEAR.alphas_cumprod), jnp.array([-1.0, 1.0]).reshape(1, 1, 2, 1)
+    start, seen = jax.random.normal(jax.random.key(0), (1, 1, 2, 1)), []
+
+    def noise_in(x, t, image):
+        a = abar[t].reshape(-1, 1, 1, 1)
+        return (x - jnp.sqrt(a) * image) / jnp.sqrt(1 - a)
+
+    def denoise(x, t):
+        jax.debug.callback(seen.append, noise_in(x, t, image))
+        return noise_in(x, t, 2 * image)
+
+    x = jnp.sqrt(abar[-1]) * image + LINEAR.sigmas[-1] * start
+    diffusion = GaussianDiffusion(LINEAR, "fixed_small")
+    out = sample(denoise, x, diffusion, jnp.zeros_like, sampler="ddim", num_steps=10, clip=True)
+    jax.effects_barrier()
+    np.testing.assert_allclose(out, image, atol=1e-12)
+    np.testing.assert_allclose(seen, [start] * 10, atol=1e-9)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_have_the_dtype_of_the_noise(sampler):
     x = jnp.zeros((2, 2, 2, 1), jnp.float32)

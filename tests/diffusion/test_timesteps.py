@@ -387,13 +387,13 @@ def test_draws_depend_on_the_key_alone():
 
 @pytest.mark.parametrize("n, strategy, keys", [(256, *s) for s in PAIRED + INDEPENDENT] + [(7, *s) for s in PAIRED])
 def test_drawn_frequencies_are_the_marginal(n, strategy, keys):
-    """z-scores of all 1,000 counts over about 300,000 draws.
+    """z-scores of all 1,000 counts over about 1.5 million draws.
 
     Bounds: were all normal, one beyond 5.5 has a chance of 1000 x 4e-8; the mean of z^2 is 1 with a standard deviation of
     sqrt(2 / 1000), or sqrt(4 / 1000) where the counts of t and dual(t) go together; 5 of the latter are 0.32.
     """
     strategy = make_strategy(LINEAR, strategy, **keys)
-    batches = 300_000 // n
+    batches = 1_500_000 // n
     sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, n, 0, ())[0]))
     counts = np.bincount(np.asarray(sample(jax.random.split(jax.random.key(11), batches))).ravel(), minlength=1000)
     expected = batches * n * strategy.marginal(n)

@@ -202,10 +202,7 @@ def test_names(name, parsed):
 @pytest.mark.parametrize(
     "keys, message",
     [
-        *[
-            ({"name": name}, rf"model\.name '{name}'")
-            for name in ("DiT-M/2", "DiT-S/3", "DiT-S", "S/2", "DiG-S/2", "DiT-S/02", "")
-        ],
+        *[({"name": name}, rf"model\.name '{name}'") for name in ("DiT-M/2", "DiT-S/3", "DiT-S", "S/2", "DiT-S/02", "")],
         ({"name": "DiT-tiny/8", "image_shape": (8, 12, 3)}, r"model\.name='DiT-tiny/8'.*multiples of 8, not 8x12"),
         ({"width": 36, "heads": 5}, "model width 36 .* 5 heads"),
         ({"width": 30, "heads": 2}, "model width 30 must be a multiple of 4"),
