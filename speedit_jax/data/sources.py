@@ -12,7 +12,7 @@ from typing import Protocol
 
 import ml_collections
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from speedit_jax.errors import UserError
 
@@ -108,7 +108,11 @@ class FolderSource:
         height, width, channels = self.image_shape
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(centre_crop(image.convert(_MODES[channels]), height, width), np.float32)
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I"):
+                    # 16 bits a channel, which convert() would clip to white.
+                    upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+                pixels = np.asarray(centre_crop(upright.convert(_MODES[channels]), height, width), np.float32)
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage; to the user they are one.
             raise UserError(f"cannot read the image {path}: {e}; mend it or take it out of the folder") from e
@@ -118,6 +122,16 @@ class FolderSource:
         }
 
 
+def _images(directory: Path, recursive: bool) -> list[Path]:
+    """Image files below a directory, sorted; hidden ones are thumbnails and macOS's ._ files."""
+    found = []
+    for path in directory.rglob("*") if recursive else directory.iterdir():
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if not hidden and path.suffix.lower() in _SUFFIXES and path.is_file():
+            found.append(path)
+    return sorted(found)
+
+
 def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
     if not root.is_dir():
         raise UserError(f"data.source=folder:{root}: no such directory")
@@ -125,9 +139,15 @@ def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
         raise UserError(f"data.channels={image_shape[2]}: a folder gives 1 (grey) or 3 (RGB) channels")
     # Hidden directories are tools' own, not classes.
     classes = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    loose = _images(root, recursive=False) if classes else []
+    if loose:
+        raise UserError(
+            f"data.source=folder:{root}: {loose[0].name} and {len(loose) - 1} more images lie beside the class directories;"
+            " move them into one"
+        )
     files, labels = [], []
     for label, name in enumerate(classes or (".",)):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        found = _images(root / name, recursive=True)
         if not found:
             raise UserError(f"data.source=folder:{root}: no images in {root / name} ({', '.join(sorted(_SUFFIXES))})")
         files += found
@@ -174,6 +194,8 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     """
     shape = (config.height, config.width, config.channels)
     kind, _, argument = config.source.partition(":")
+    if bool(argument) != (kind == "folder"):
+        kind = None  # an argument that is missing, or that would be ignored
     if kind == "digits":
         images, labels = load_digits("train")
         names = tuple(str(digit) for digit in range(10))

@@ -107,8 +107,7 @@ class GaussianDiffusion:
             return _at(s.posterior_log_variance_clipped, t, like)
         if self.variance == "fixed_large":
             # DDPM: the first entry is btilde_1, which gives a better decoder likelihood than beta_0.
-            first = s.posterior_variance[min(1, s.num_steps - 1)]
-            return _at(np.log(np.append(first, s.betas[1:])), t, like)
+            return _at(np.append(s.posterior_log_variance_clipped[0], np.log(s.betas[1:])), t, like)
         f = (v + 1) / 2
         return f * _at(np.log(s.betas), t, like) + (1 - f) * _at(s.posterior_log_variance_clipped, t, like)
 

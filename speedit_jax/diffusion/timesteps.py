@@ -23,6 +23,7 @@ Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -180,8 +181,8 @@ def make_strategy(
     sampling = _choose("sampling", preset[0] if sampling is None else sampling, SAMPLINGS)
     weighting = _choose("weighting", preset[1] if weighting is None else weighting, WEIGHTINGS)
     dual = preset[2] if dual is None else dual
-    if k < 1:
-        raise UserError(f"timesteps.k={k}: must be at least 1")
+    if not 1 <= k < math.inf:
+        raise UserError(f"timesteps.k={k}: must be finite and at least 1")
     if not 0 < tau < 1000:
         raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000, whatever the number of steps")
     if not 0.5 <= lam <= 1:

@@ -96,6 +96,9 @@ def build(
     size, patch = parse_name(config.name)
     width, depth, heads = SIZES[size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
+    for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
+        if value <= 0:
+            raise UserError(f"model.{key}={value}: must be positive")
     h, w, c = image_shape
     if h % patch or w % patch:
         raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")

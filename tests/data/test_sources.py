@@ -193,6 +193,7 @@ def test_the_fingerprint_follows_the_files_and_not_the_directory(tmp_path):
         (["a.png"], "a.png", "a.png: no such directory"),
         (["readme.txt"], "", "no images in "),
         (["cat/a.png", "dog/readme.txt"], "", "no images in .*dog"),
+        (["cat/a.png", "stray.png"], "", "stray.png and 0 more images lie beside the class directories"),
     ],
 )
 def test_errors_of_folders_name_the_path(tmp_path, files, place, message):
