@@ -1,10 +1,14 @@
 """What the commands share: running main with readable errors, and joining the other hosts."""
 
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
+from tqdm import tqdm
 
 from speedit_jax.errors import UserError
 
@@ -18,16 +22,28 @@ _MULTIHOST = flags.DEFINE_bool(
 
 def _parse(argv):
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as e:
-        # config_flags lets through what the config file or an override raised, wrapped in text of several lines.
-        first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        fail(f"{first.strip()} (while reading the flags; --help lists them, configs/base.py every config key)")
+        return flags.FLAGS(argv)
+    except Exception as e:
+        # absl's own errors, and whatever the config file or an override raised.
+        fail(f"{_one_line(e)} (while reading the flags; --help lists them, configs/base.py every config key)")
+
+
+def _one_line(error: Exception) -> str:
+    """What config_flags says in many lines, of which the first tells where and the last what."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    key = isinstance(error, KeyError)
+    lines = [line.strip() for line in str(error.args[0] if key else error).splitlines() if line.strip()]
+    if key:
+        return f"unknown config key {'. '.join(lines)}"
+    if isinstance(error, OSError):
+        return f"--config: {lines[-1]}"
+    return " ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else type(error).__name__
 
 
 def fail(message: str) -> None:
     """Prints one line and exits with 1."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     sys.exit(1)
 
 
@@ -36,23 +52,28 @@ def run(main: Callable[[], int | None]) -> None:
 
     def guarded(argv):
         if logging.get_verbosity() == logging.INFO:
-            logging.set_verbosity(logging.WARNING)  # orbax reports twenty lines a save; --verbosity=1 shows them
+            # Orbax reports every save, warns of every read, and logs as a traceback what it also raises; --verbosity=1 shows it.
+            logging.set_verbosity(logging.FATAL)
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        # Ctrl-C ends the process, without a traceback; train.py takes it over when there is something to save.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             if _MULTIHOST.value:
                 join()
             return main()
         except UserError as e:
             fail(str(e))
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fail(f"{e.strerror}; make room and run the same command again")
 
     app.run(guarded, flags_parser=_parse)
 
 
 def join() -> None:
     """Makes this process one of several; their devices become one mesh."""
-    import os
-
     if "JAX_NUM_PROCESSES" in os.environ:
         jax.distributed.initialize(
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])

@@ -8,6 +8,7 @@ Writes a PNG grid, an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 label
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -47,6 +48,8 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
         return np.arange(max(1, len(class_names)))
     if not class_names:
         raise UserError("--class_labels: this model was trained without classes")
+    if not names:
+        raise UserError(f"--class_labels is empty; there are 0..{len(class_names) - 1}")
     labels = []
     for name in names:
         number = int(name) if name.isdecimal() else class_names.index(name) if name in class_names else -1
@@ -63,7 +66,7 @@ def columns_for(labels: int, images: int) -> int | None:
 
 
 def sample() -> None:
-    if _WORKDIR.value is None:
+    if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the directory of a training run")
     workdir = Path(_WORKDIR.value).expanduser()
     checkpoints = Checkpoints(workdir)
@@ -88,6 +91,8 @@ def sample() -> None:
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
+    if jax.process_index() == 0:
+        check_writable(out)
     run = make_sampler(model, builders.make_diffusion(config), settings, mesh)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
@@ -133,8 +138,16 @@ def draw(run, params, labels: np.ndarray, mesh) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def check_writable(out: Path) -> None:
+    """Raises a UserError now rather than after an hour of drawing."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
+
+
 def write(out: Path, images: np.ndarray, labels: np.ndarray, columns: int | None, record: dict) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial.npz")
     np.savez(partial, images, labels)
     os.replace(partial, out.with_name(out.name + ".npz"))

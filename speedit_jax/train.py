@@ -47,9 +47,10 @@ class Stop:
 
     def _handle(self, number, frame):
         del frame
-        if self._asked:
-            raise KeyboardInterrupt
         self._asked = True
+        # Once more ends the process at once, even in the middle of a compilation.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
 
     def __call__(self, step: int) -> bool:
@@ -145,9 +146,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         flip=config.data.flip,
         threads=config.data.threads,
     )
+    say(f"Compiling; then training from step {step} to {num_steps}.")
     stop = Stop()
     telemetry = Telemetry(workdir, first_step=step, num_steps=num_steps, batch_size=batch_size)
-    say(f"Compiling; then training from step {step} to {num_steps}.")
 
     for batch in batches:
         batch = {name: sharding.global_array(rows_sharding, batch_size, rows, values) for name, values in batch.items()}
@@ -203,9 +204,12 @@ def say_next(workdir: Path, model: Model) -> None:
 
 
 def main() -> int | None:
-    for name, value in (("config", _CONFIG.value), ("workdir", _WORKDIR.value)):
-        if value is None:
+    file = None if _CONFIG.value is None else config_flags.get_config_filename(flags.FLAGS["config"])
+    for name, value in (("config", file), ("workdir", _WORKDIR.value)):
+        if not value:
             raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
+    if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
+        raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
     return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
 
 
