@@ -69,7 +69,7 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
     say(f"data       {config.data.source}: {len(source)} images {source.image_shape}, {classes or 'no'} classes")
     say(
         f"model      {config.model.name}: {parameter_overview.count_parameters(params):,} parameters, {model.dtype} activations,"
-        f" {model.attention} attention, remat {config.model.remat}"
+        f" {model.mixer} mixer, remat {config.model.remat}"
     )
     say(f"timesteps  {strategy.describe(config.training.batch_size)}")
     devices = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)

@@ -1,6 +1,7 @@
 """From config to network: the only door to this package."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +11,17 @@ import jax.numpy as jnp
 import ml_collections
 
 from speedit_jax.errors import UserError
-from speedit_jax.models.attention import attention, choose_attention, softmax_attention
-from speedit_jax.models.dit import REMAT_POLICIES, DiT
+from speedit_jax.kernels.gla import IMPLEMENTATIONS as GLA
+from speedit_jax.kernels.gla import gla
+from speedit_jax.models import dig
+from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat
+from speedit_jax.models.dit import DiTBlock
 
-# name -> (width, depth, heads); S to XL are the paper's, tiny is for small images and tests.
+# backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
-    "tiny": (128, 4, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
+    "DiT": {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)},
+    "DiG": {"tiny": (128, 4, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)},
 }
 PATCHES = (1, 2, 4, 8)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,7 +38,7 @@ class Model:
       image_shape: (H, W, C).
       num_classes: 0 is unconditional.
       null_label: the label that stands for "no class", or None where the model was built without one.
-      attention: the implementation chosen.
+      mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       dtype: name of the activations' dtype.
     """
@@ -47,26 +49,32 @@ class Model:
     image_shape: tuple[int, int, int]
     num_classes: int
     null_label: int | None
-    attention: str
+    mixer: str
     heads: int
     width: int
     dtype: str
 
 
-def parse_name(name: str) -> tuple[str, int]:
-    """ "DiT-S/2" -> ("S", 2).
+def parse_name(name: str) -> tuple[str, str, int]:
+    """ "DiT-S/2" -> ("DiT", "S", 2).
 
     Raises:
-      UserError: not a known size and patch.
+      UserError: not a known backbone, size and patch.
     """
     backbone, _, rest = name.partition("-")
     size, _, patch = rest.partition("/")
-    if backbone != "DiT" or size not in SIZES or patch not in map(str, PATCHES):
+    if size not in SIZES.get(backbone, ()) or patch not in map(str, PATCHES):
         raise UserError(
-            f"unknown model.name {name!r}; it is DiT-SIZE/PATCH with SIZE one of {', '.join(SIZES)} and PATCH one of"
-            f" {', '.join(map(str, PATCHES))}"
+            f"unknown model.name {name!r}; it is BACKBONE-SIZE/PATCH with BACKBONE one of {', '.join(SIZES)}, SIZE one of"
+            f" {', '.join(SIZES['DiT'])} and PATCH one of {', '.join(map(str, PATCHES))}"
         )
-    return size, int(patch)
+    return backbone, size, int(patch)
+
+
+def _choose(key: str, value: Any, choices) -> Any:
+    if value not in choices:
+        raise UserError(f"unknown model.{key} {value!r}; choose one of {', '.join(map(str, choices))}")
+    return value
 
 
 def build(
@@ -93,8 +101,8 @@ def build(
     Raises:
       UserError: the parts do not fit each other.
     """
-    size, patch = parse_name(config.name)
-    width, depth, heads = SIZES[size]
+    backbone, size, patch = parse_name(config.name)
+    width, depth, heads = SIZES[backbone][size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
     for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
         if value <= 0:
@@ -102,10 +110,10 @@ def build(
     h, w, c = image_shape
     if h % patch or w % patch:
         raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
-    if width % heads or width % 4:
-        raise UserError(f"model width {width} must be a multiple of 4 and of its {heads} heads")
-    if config.remat not in REMAT_POLICIES:
-        raise UserError(f"unknown model.remat {config.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+    multiple = 2 * heads if backbone == "DiG" else heads
+    if width % multiple or width % 4:
+        raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
+    _choose("remat", config.remat, REMAT_POLICIES)
     if not 0 <= config.label_dropout < 1:
         raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
     if not 1 <= config.scan_unroll <= depth:
@@ -117,40 +125,67 @@ def build(
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
-    kernel = choose_attention(config.attention, platform, DTYPES[dtype_name])
+    if backbone == "DiG":
+        _choose("gla", config.gla, ("auto", *GLA))
+        _choose("norm", config.norm, dig.NORMS)
+        _choose("convolution", config.convolution, dig.CONVOLUTIONS)
+        _choose("directions", config.directions, dig.ORDERS)
+        mixer = "xla" if config.gla == "auto" else config.gla
+    else:
+        mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
     has_null = num_classes > 0 and config.label_dropout > 0
 
-    network = DiT(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch=patch,
-        mlp_ratio=config.mlp_ratio,
-        label_rows=num_classes + has_null,
-        out_channels=c * (2 if learned_variance else 1),
-        attention=lambda q, k, v: attention(q, k, v, kernel, batch_axes, head_axis),
-        constrain=constrain,
-        remat=config.remat,
-        scan_unroll=config.scan_unroll,
-        dtype=dtype,
-    )
+    def network(mixer, constrain, batch_axes, head_axis):
+        return Backbone(
+            width=width,
+            depth=depth,
+            patch=patch,
+            label_rows=num_classes + has_null,
+            out_channels=c * (2 if learned_variance else 1),
+            make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
+            period=len(dig.ORDERS[config.directions]) if backbone == "DiG" else 1,
+            constrain=constrain,
+            scan_unroll=config.scan_unroll,
+            dtype=dtype,
+        )
 
     def boxed_init(key):
         # One image, which no mesh divides, and no kernel: the values do not depend on either.
-        plain = network.clone(constrain=lambda x, names: x, attention=softmax_attention)
+        plain = network("xla", lambda x, names: x, None, None)
         x = jnp.zeros((1, *image_shape))
         return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
 
+    sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
-        apply=lambda params, x, t, y: network.apply({"params": params}, x, t, y),
+        apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
         axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
         image_shape=image_shape,
         num_classes=num_classes,
         null_label=num_classes if has_null else None,
-        attention=kernel,
+        mixer=mixer,
         heads=heads,
         width=width,
         dtype=dtype_name,
     )
+
+
+def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:
+    """What layer i of a period is."""
+
+    def dit_block(i, grid):
+        del i, grid
+
+        def attend(q, k, v):
+            return attention(q, k, v, mixer, batch_axes, head_axis)
+
+        return functools.partial(remat(DiTBlock, config.remat), heads, config.mlp_ratio, attend, constrain, dtype)
+
+    def dig_block(i, grid):
+        op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
+        order = dig.ORDERS[config.directions][i]
+        block = remat(dig.DiGBlock, config.remat)
+        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, constrain, dtype)
+
+    return {"DiT": dit_block, "DiG": dig_block}[backbone]

@@ -12,19 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from speedit_jax.models import layers
+from speedit_jax.models.backbone import ACTIVATIONS
 from speedit_jax.models.layers import dense
 
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-ACTIVATIONS = ("batch", None, None)  # [B, T, D]
-
-# What the backward pass finds saved of each layer; the rest is computed again.
-REMAT_POLICIES = {
-    "none": None,  # everything saved: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of the linear layers
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input: least memory, about a third more FLOPs
-}
 
 
 class Attention(nn.Module):
@@ -80,67 +72,3 @@ class DiTBlock(nn.Module):
         y = layers.modulate(layers.layer_norm(x), shift2, scale2)
         x = x + gate2[:, None] * Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")(y)
         return self.constrain(x, ACTIVATIONS), None
-
-
-class DiT(nn.Module):
-    """The backbone.
-
-    Attributes:
-      width, depth, heads, patch, mlp_ratio: D, N, H, P and the MLP's expansion.
-      label_rows: rows of the label table, the null label's included; 0 is unconditional.
-      out_channels: C, or 2C with a learned variance.
-      attention, constrain: what differs with the hardware: the attention kernel and the activations' sharding.
-      remat: one of REMAT_POLICIES.
-      scan_unroll: layers per iteration of the scan over depth.
-      dtype: of activations and matmul inputs; parameters are float32.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    mlp_ratio: float
-    label_rows: int
-    out_channels: int
-    attention: AttentionFn
-    constrain: layers.Constrain
-    remat: str
-    scan_unroll: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        """x [B, H, W, C], t [B], y [B] int (ignored when unconditional) -> [B, H, W, out_channels] float32."""
-        grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-        c = layers.TimestepEmbedder(self.width, self.dtype, name="timestep")(t)
-        if self.label_rows:
-            c = c + layers.LabelEmbedder(self.label_rows, self.width, self.dtype, name="label")(y)
-
-        # [B, T, D]
-        tokens = layers.patchify(x, self.patch).astype(self.dtype)
-        tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
-        positions = layers.sincos_position_table(*grid, self.width)
-        tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
-
-        block = DiTBlock
-        if self.remat != "none":
-            # prevent_cse guards unrolled code; inside a scan it only blocks fusion.
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            unroll=self.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.heads, self.mlp_ratio, self.attention, self.constrain, self.dtype, name="blocks")
-        tokens, _ = blocks(tokens, c)
-
-        modulation = dense((2, self.width), layers.zeros, ("embed", None, None), (None, None), self.dtype, "final_adaLN")
-        shift, scale = jnp.moveaxis(modulation(nn.silu(c)), 1, 0)
-        tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
-        features = self.patch**2 * self.out_channels
-        tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
-        out = layers.unpatchify(tokens, grid, self.patch)
-        return out.astype(jnp.promote_types(out.dtype, jnp.float32))

@@ -1,0 +1,1 @@
+"""Kernels, each behind one public function that checks, chooses an implementation and shards."""

@@ -1,0 +1,95 @@
+"""Gated linear attention: the public entry (arXiv 2312.06635; the equations are in docs/gla.md)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from speedit_jax.kernels import chunked, reference
+
+# name -> (q, k, v, log_g, *, scale, reverse) -> o
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference.gla, "xla": chunked.gla}
+
+
+def gla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_g: jax.Array,
+    *,
+    scale: float | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+    batch_axes: Any = None,
+    head_axis: str | None = None,
+    check_gates: bool = False,
+) -> jax.Array:
+    """S_t = diag(exp(log_g_t)) S_{t-1} + k_t^T v_t,  o_t = scale q_t S_t, causal over T, differentiable in all four inputs.
+
+    Args:
+      q, k: [B, T, H, K] float32 or bfloat16.
+      v: [B, T, H, V], q's dtype.
+      log_g: [B, T, H, K] float32, the forget gate in log space, <= 0: the state is multiplied by exp(log_g). Positive
+        gates grow the state without bound and are not checked unless `check_gates`.
+      scale: of the queries; K**-0.5 by default.
+      reverse: run from the last token to the first: o_t then sees the tokens s >= t.
+      implementation: "reference" (the token recurrence: the definition, and the fastest forward pass on CPUs), "xla" (chunked:
+        the default) or None, which chooses for the platform.
+      batch_axes, head_axis: mesh axes that B and H are sharded over, or None. Under `jax.set_mesh` the op runs in a
+        shard_map of its own over them: batch elements and heads do not meet, so nothing is communicated.
+      check_gates: raise on a positive gate, at run time, on the host: for debugging, it synchronises.
+
+    Returns:
+      [B, T, H, V] in v's dtype. The state, the gates and all sums are float32.
+
+    Raises:
+      ValueError: shapes that do not fit, or heads or a batch that the mesh axes do not divide.
+      TypeError: dtypes other than these.
+    """
+    _check(q, k, v, log_g)
+    if implementation is None:
+        implementation = "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown gla implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    if check_gates:
+        jax.debug.callback(_raise_if_positive, log_g.max())
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    op = functools.partial(IMPLEMENTATIONS[implementation], scale=scale, reverse=reverse)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or (batch_axes is None and head_axis is None):
+        return op(q, k, v, log_g)
+    _check_divides(mesh, q.shape[0], "batch elements", batch_axes)
+    _check_divides(mesh, q.shape[2], "heads", head_axis)
+    spec = P(batch_axes, None, head_axis, None)
+    # The op's custom_vjp stays inside: crossing the boundary would cost an all-reduce of unmapped inputs.
+    return jax.shard_map(op, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)(q, k, v, log_g)
+
+
+def _check(q, k, v, log_g):
+    if q.ndim != 4 or k.shape != q.shape or log_g.shape != q.shape or v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            "gla wants q, k, log_g [B, T, H, K] and v [B, T, H, V], not"
+            f" q {q.shape}, k {k.shape}, v {v.shape}, log_g {log_g.shape}"
+        )
+    dtypes = (jnp.bfloat16, jnp.float32, jnp.float64)
+    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"gla wants q, k and v all float32 or all bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if log_g.dtype != jnp.promote_types(q.dtype, jnp.float32):
+        # In bfloat16 a gate of exp(-1/256) would round to 1 and its decay vanish.
+        raise TypeError(f"gla wants log_g in float32, not {log_g.dtype}")
+
+
+def _check_divides(mesh, size: int, what: str, axes) -> None:
+    ways = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        ways *= mesh.shape[axis]
+    if size % ways:
+        raise ValueError(f"mesh axis {axes!r} of size {ways} does not divide the {size} {what}")
+
+
+def _raise_if_positive(largest) -> None:
+    if not largest <= 0:
+        raise ValueError(f"gla: the largest log_g is {largest}, but gates must be <= 0")

@@ -1,0 +1,113 @@
+"""The shell that every backbone shares: embed patches, time and label; N blocks in a scan; project back to pixels."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from speedit_jax.models import layers
+from speedit_jax.models.layers import dense
+
+ACTIVATIONS = ("batch", None, None)  # [B, T, D]
+
+# What the backward pass finds saved of each layer; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,  # everything saved: fastest, most memory
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of the linear layers
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input: least memory, about a third more FLOPs
+}
+
+# (position in the period, grid (rows, columns)) -> the constructor of a block's module: name -> module
+MakeBlock = Callable[[int, tuple[int, int]], Callable[..., nn.Module]]
+
+
+class Period(nn.Module):
+    """A run of unlike blocks that repeats down the depth; a block's module maps (x, c) to (x, None)."""
+
+    make_blocks: tuple[Callable[..., nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, x, c):
+        for i, make_block in enumerate(self.make_blocks):
+            x, _ = make_block(name=f"block_{i}")(x, c)
+        return x, None
+
+
+class Backbone(nn.Module):
+    """The network.
+
+    Attributes:
+      width, depth, patch: D, N and P.
+      label_rows: rows of the label table, the null label's included; 0 is unconditional.
+      out_channels: C, or 2C with a learned variance.
+      make_block: what the blocks are; wrapped here for remat and scan.
+      period: after how many layers the blocks repeat.
+      constrain: the activations' sharding.
+      scan_unroll: periods per iteration of the scan over depth.
+      dtype: of activations and matmul inputs; parameters are float32.
+    """
+
+    width: int
+    depth: int
+    patch: int
+    label_rows: int
+    out_channels: int
+    make_block: MakeBlock
+    period: int
+    constrain: layers.Constrain
+    scan_unroll: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        """x [B, H, W, C], t [B], y [B] int (ignored when unconditional) -> [B, H, W, out_channels] float32."""
+        grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
+        c = layers.TimestepEmbedder(self.width, self.dtype, name="timestep")(t)
+        if self.label_rows:
+            c = c + layers.LabelEmbedder(self.label_rows, self.width, self.dtype, name="label")(y)
+
+        # [B, T, D]
+        tokens = layers.patchify(x, self.patch).astype(self.dtype)
+        tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
+        positions = layers.sincos_position_table(*grid, self.width)
+        tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
+
+        make_blocks = tuple(self.make_block(i, grid) for i in range(self.period))
+        repeats, rest = divmod(self.depth, self.period)
+        if repeats:
+            tokens, _ = self._scan(make_blocks, repeats)(tokens, c)
+        for i in range(rest):
+            tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, c)
+
+        modulation = dense((2, self.width), layers.zeros, ("embed", None, None), (None, None), self.dtype, "final_adaLN")
+        shift, scale = jnp.moveaxis(modulation(nn.silu(c)), 1, 0)
+        tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
+        features = self.patch**2 * self.out_channels
+        tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
+        out = layers.unpatchify(tokens, grid, self.patch)
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+
+    def _scan(self, make_blocks, repeats: int) -> nn.Module:
+        """`repeats` periods with their parameters stacked on a leading axis: compile time does not grow with depth."""
+        module, arguments = Period, (make_blocks,)
+        if self.period == 1:
+            module, arguments = make_blocks[0].func, make_blocks[0].args
+        scanned = nn.scan(
+            module,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=repeats,
+            unroll=min(self.scan_unroll, repeats),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(*arguments, name="blocks")
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`block`, of whose activations only what REMAT_POLICIES[policy] says is saved for the backward pass."""
+    if policy == "none":
+        return block
+    # prevent_cse guards unrolled code; inside a scan it only blocks fusion.
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)

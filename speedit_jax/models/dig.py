@@ -1,0 +1,162 @@
+"""DiG: diffusion with gated linear attention, linear in the number of tokens (Zhu et al., arXiv 2405.18428).
+
+Block, adaLN-Zero as in DiT, x on the token grid in raster order:
+  x <- x + gate_1 * GLA_i(modulate(norm(x), shift_1, scale_1))
+  x <- x + gate_2 * SwiGLU(modulate(norm(x), shift_2, scale_2))
+  x <- DWConv3x3(x)                                             on the residual stream itself, the identity at first
+
+GLA sees the past of one scan order only; the orders of four blocks in turn cover the plane: raster, reversed raster,
+column by column, reversed. The published code turns and flips the tokens between blocks and so leaves them misordered when
+the depth is no multiple of four or the grid no square; here tokens stay in raster order and each GLA reads them in its own
+(docs/gla.md says why the two are the same network).
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from speedit_jax.models import layers
+from speedit_jax.models.backbone import ACTIVATIONS
+from speedit_jax.models.layers import dense
+
+# (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
+GlaFn = Callable[..., jax.Array]
+
+# How many scan orders: 1 is causal, 2 both ways along rows, 4 columns too; the i-th is (columns first?, reversed?).
+ORDERS = {
+    1: ((False, False),),
+    2: ((False, False), (False, True)),
+    4: ((False, False), (False, True), (True, False), (True, True)),
+}
+NORMS = ("layer", "rms")
+CONVOLUTIONS = ("identity", "random", "none")
+
+_GATE_RANK = 16
+_GATE_TEMPERATURE = 16.0  # divides the log-gates: the state forgets slowly at first, exp(log_g) = 0.958
+_gla_init = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")  # xavier with a gain of 2^-2.5
+
+
+def _projection(features, axes, dtype, name, init=_gla_init, axis=-1):
+    """A linear layer without bias."""
+    kernel_init = nn.with_logical_partitioning(init, axes)
+    return nn.DenseGeneral(features, axis=axis, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, eps 1e-6, statistics in float32."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (None,))
+        weight = self.param("weight", init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+
+
+class GatedLinearAttention(nn.Module):
+    """[B, T, D] -> [B, T, D], causal in the order it is given; K = D / (2 H) and V = D / H."""
+
+    heads: int
+    reverse: bool
+    gla: GlaFn
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        dv = width // self.heads
+        dk = dv // 2
+        column = ("embed", "heads", None)
+        q = _projection((self.heads, dk), column, self.dtype, "q")(x)
+        k = _projection((self.heads, dk), column, self.dtype, "k")(x)
+        v = _projection((self.heads, dv), column, self.dtype, "v")(x)
+        r = _projection((self.heads, dv), column, self.dtype, "r")(x)
+        low = _projection(_GATE_RANK, ("embed", None), self.dtype, "gate_down")(x)
+        gate = dense((self.heads, dk), _gla_init, (None, "heads", None), ("heads", None), self.dtype, "gate_up")(low)
+        log_g = jax.nn.log_sigmoid(gate.astype(jnp.promote_types(gate.dtype, jnp.float32))) / _GATE_TEMPERATURE
+        out = self.gla(q, k, v, log_g, reverse=self.reverse)
+        out = RMSNorm(name="out_norm")(out) * nn.silu(r)
+        return _projection(width, ("heads", None, "embed"), self.dtype, "out", axis=(-2, -1))(out)
+
+
+class SwiGLU(nn.Module):
+    """(silu(a) * b) W with [a, b] = x W_ab, the hidden width 8D/3 rounded up to a multiple of 256."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        hidden = -(-int(8 * width / 3) // 256) * 256
+        ab = _projection((2, hidden), ("embed", None, "mlp"), self.dtype, "up", layers.xavier)(x)
+        return _projection(width, ("mlp", "embed"), self.dtype, "down", layers.xavier)(nn.silu(ab[..., 0, :]) * ab[..., 1, :])
+
+
+class DepthwiseConv(nn.Module):
+    """3x3 over the grid, zero-padded, one filter a channel: [B, T, D] -> [B, T, D].
+
+    As nine shifted products, which fuse into one pass over memory; XLA's grouped convolution is far slower on CPUs.
+    """
+
+    grid: tuple[int, int]
+    start: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        (h, w), width = self.grid, x.shape[-1]
+
+        def identity(key, shape, dtype):
+            del key
+            return jnp.zeros(shape, dtype).at[1, 1].set(1)
+
+        # torch's default for a convolution with a fan-in of 9: uniform within 1/3.
+        random = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2, batch_axis=())
+        init = {"identity": identity, "random": random}[self.start]
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, (None, None, None)), (3, 3, width), jnp.float32)
+        bias = self.param("bias", nn.with_logical_partitioning(layers.zeros, (None,)), (width,), jnp.float32)
+        padded = jnp.pad(x.reshape(-1, h, w, width), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+        out = sum(kernel[i, j] * padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)) + bias
+        return out.reshape(x.shape)
+
+
+class DiGBlock(nn.Module):
+    """One block; the pair is what nn.scan wants."""
+
+    heads: int
+    grid: tuple[int, int]
+    order: tuple[bool, bool]
+    norm: str
+    convolution: str
+    gla: GlaFn
+    constrain: layers.Constrain
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, c):
+        width = x.shape[-1]
+        modulation = dense((6, width), layers.zeros, ("embed", None, None), (None, None), self.dtype, "adaLN")(nn.silu(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, i] for i in range(6))  # each [B, D]
+        columns, reverse = self.order
+
+        y = layers.modulate(self._norm("norm1")(x), shift1, scale1)
+        y = _transpose_grid(y, self.grid) if columns else y
+        y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
+        y = _transpose_grid(y, self.grid[::-1]) if columns else y
+        x = x + gate1[:, None] * y
+        y = layers.modulate(self._norm("norm2")(x), shift2, scale2)
+        x = x + gate2[:, None] * SwiGLU(self.dtype, name="mlp")(y)
+        if self.convolution != "none":
+            x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
+        return self.constrain(x, ACTIVATIONS), None
+
+    def _norm(self, name):
+        return RMSNorm(name=name) if self.norm == "rms" else layers.layer_norm
+
+
+def _transpose_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Tokens of a grid in raster order -> column by column: [B, T, D] -> [B, T, D]."""
+    return x.reshape(-1, *grid, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
