@@ -85,8 +85,7 @@ def test_forward_float64(dit):
         params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, nhwc(arrays["x"])))
         out = jax.jit(model.apply)(params, x, jnp.zeros(len(x), int), arrays["y"])
     assert out.dtype == jnp.float64
-    # JAX's attention takes its softmax in float32 even here: logits rounded by 6e-8. A wrong constant shows above that.
-    assert_close(out, nhwc(arrays["out"]), 3e-7)
+    assert_close(out, nhwc(arrays["out"]), 1e-12)
 
 
 def test_gradients(dit, network):
