@@ -83,9 +83,7 @@ def sample() -> None:
         "eta": _ETA.value,
         "guidance_scale": _GUIDANCE_SCALE.value,
     }
-    settings = Settings.from_config(config.sampling)
-    if model.null_label is None:
-        settings = dataclasses.replace(settings, guidance_scale=1.0)
+    settings = Settings.from_config(config.sampling, model)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"

@@ -80,11 +80,7 @@ class Grids:
     """The image grids of training: the same noise and labels each time, from the EMA weights."""
 
     def __init__(self, config, model: Model, diffusion, mesh):
-        settings = Settings.from_config(config.sampling)
-        if model.null_label is None:
-            # A model without a null label has nothing to be guided away from.
-            settings = settings.__class__(**{**vars(settings), "guidance_scale": 1.0})
-        self._sampler = make_sampler(model, diffusion, settings, mesh)
+        self._sampler = make_sampler(model, diffusion, Settings.from_config(config.sampling, model), mesh)
         self._count = config.sampling.grid_images
         # The batch must divide over the devices; the images too many are drawn and dropped.
         batch = self._count + -self._count % sharding.batch_devices(mesh)

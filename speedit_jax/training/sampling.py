@@ -37,9 +37,10 @@ class Settings:
     clip: bool
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict) -> "Settings":
-        """From a config's `sampling` section."""
-        return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+    def from_config(cls, config: ml_collections.ConfigDict, model: Model) -> "Settings":
+        """From a config's `sampling` section; without guidance where the model has nothing to be guided away from."""
+        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+        return settings if model.null_label is not None else dataclasses.replace(settings, guidance_scale=1.0)
 
 
 def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:

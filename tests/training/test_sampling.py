@@ -88,7 +88,10 @@ def test_noise_is_equal_to_the_bit_on_any_devices_and_in_any_batch():
 
 def test_settings_come_from_the_config():
     config = tiny.make_config(sampling__num_steps=7, sampling__guidance_channels=3).sampling
-    assert Settings.from_config(config) == Settings("ddim", 7, 0.0, 1.5, 3, True)
+    guided = tiny.make_trainer().model
+    assert Settings.from_config(config, guided) == Settings("ddim", 7, 0.0, 1.5, 3, True)
+    unguided = dataclasses.replace(guided, null_label=None)
+    assert Settings.from_config(config, unguided) == Settings("ddim", 7, 0.0, 1.0, 3, True)
 
 
 @pytest.mark.parametrize(
