@@ -30,7 +30,9 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 
+from speedit_jax import __version__
 from speedit_jax.training import builders, sharding
 from speedit_jax.training.checkpoint import Checkpoints, arrays
 from speedit_jax.training.state import make_optimizer, state_shardings
@@ -266,6 +268,7 @@ def main():
     args = parser.parse_args()
     if args.steps < 100:
         parser.error("--steps must be at least 100, to have several saves and grids to hit")
+    logging.set_verbosity(logging.ERROR)  # orbax warns of every checkpoint that it only reads
     jax.config.update("jax_platforms", "cpu")  # of this process, which only compares: the accelerator is the runs'
     since, rows = time.time(), []
     with tempfile.TemporaryDirectory() as scratch:
@@ -289,7 +292,7 @@ def main():
             "steps": args.steps,
             "seed": args.seed,
             "minutes": round((time.time() - since) / 60, 1),
-            "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
+            "versions": {"speedit_jax": __version__, "jax": jax.__version__, "python": sys.version.split()[0]},
             "compared": len(reference),
             "identical": len(rows) - len(failed),
             "experiments": sorted(rows, key=lambda row: list(experiments).index(row["name"])),

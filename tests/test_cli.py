@@ -12,9 +12,11 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ TINY = [
     "--config.checkpoint.every=3",
     "--config.sampling.num_steps=3",
 ]
+ONE_DEVICE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
@@ -77,7 +80,7 @@ def serve() -> None:
 @pytest.fixture(scope="module")
 def run():
     """run(command, *flags, xla_flags="") -> Result."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    env = ONE_DEVICE | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
@@ -92,9 +95,8 @@ def run():
 
 def run_alone(command: str, *args: object) -> Result:
     """The same, in a process of its own."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     argv = [sys.executable, "-m", f"speedit_jax.{command}", *map(str, args)]
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(argv, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -163,6 +165,39 @@ def test_a_mistake_in_training_is_one_line_and_writes_nothing(run, tmp_path, cas
     assert not any(tmp_path.iterdir())
 
 
+BAD_NUMBERS = {
+    "seed": -1,
+    "data.threads": -1,
+    "data.height": 0,
+    "optim.learning_rate": -1.0,
+    "optim.b1": 2.0,
+    "optim.warmup_steps": -1,
+    "training.num_steps": 0,
+    "training.sample_every": -1,
+    "training.max_skipped_in_a_row": 0,
+    "checkpoint.keep_every": -1,
+    "sampling.grid_images": 0,
+}
+
+
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+def test_a_number_out_of_range_is_one_line_and_writes_nothing(run, tmp_path, name):
+    flags = ["--config.training.sample_every=3", f"--config.{name}={BAD_NUMBERS[name]}"]
+    assert_fails(run("train", *TINY, f"--workdir={tmp_path / 'run'}", *flags), f"{name}={BAD_NUMBERS[name]}")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_synthetic_set(run, tmp_path):
+    flags = ["--config=configs/base.py", f"--workdir={tmp_path / 'run'}"]
+    assert_fails(run("train", *flags, "--config.data.synthetic_size=0"), "data.synthetic_size=0")
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_of_several_processes_without_the_others(run, tmp_path):
+    flags = [*TINY, f"--workdir={tmp_path / 'run'}", "--multihost"]
+    assert_fails(run("train", *flags), "--multihost", "JAX_COORDINATOR_ADDRESS")
+
+
 BAD_MESHES = {
     "batch that does not divide": (["--config.training.batch_size=63"], ["training.batch_size=63", "8 devices"]),
     "mesh that does not fit": (["--config.mesh.data=3"], ["mesh.data=3", "8 devices"]),
@@ -191,6 +226,7 @@ def test_a_broken_config_file(run, tmp_path):
         "type": ("def get_config():\n    c = 1 + 'a'\n", ["unsupported operand"]),
         "module": ("import nosuchmodule\n", ["nosuchmodule"]),
         "function": ("x = 1\n", ["get_config"]),
+        "dict": ("def get_config():\n    return {}\n", ["get_config", "ConfigDict"]),
     }
     for name, (text, words) in broken.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -213,6 +249,27 @@ def test_in_a_process_of_its_own(tmp_path):
     assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--config.modle.name=x"), "modle", 'Did you mean "model"')
     assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--nosuch=1"), "nosuch")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["before the loop", "twice in the loop"])
+def test_ctrl_c_leaves_no_traceback(tmp_path, times):
+    # What one Ctrl-C in the loop does is test_kill_resume.py's.
+    log, workdir = tmp_path / "log", tmp_path / "run"
+    waits = [lambda: "devices " in log.read_text()]
+    if times == 2:
+        waits = [(workdir / "metrics.jsonl").exists, lambda: "SIGINT: saving after this step" in log.read_text()]
+    argv = [sys.executable, "-m", "speedit_jax.train", *TINY, f"--workdir={workdir}", "--config.training.num_steps=100000"]
+    with log.open("w") as file:
+        process = subprocess.Popen(argv, cwd=ROOT, env=ONE_DEVICE, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        for ready in waits:
+            while process.poll() is None and not ready():
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+        assert process.wait(600) in (-signal.SIGINT, 130)
+    finally:
+        process.kill()
+    assert "Traceback" not in log.read_text() and "Fatal" not in log.read_text(), log.read_text()
 
 
 @pytest.mark.parametrize("command", ["train", "sample"])
@@ -342,7 +399,8 @@ def test_samples_come_from_the_workdir_alone(ten, trained):
 def test_the_same_command_gives_the_same_bits(sample, ten):
     again = sample()
     np.testing.assert_array_equal(again[0], ten[0])
-    assert again[1:] == (pytest.approx(ten[1]), ten[2])
+    np.testing.assert_array_equal(again[1], ten[1])
+    assert again[2] == ten[2]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ def run(model, params, x, t, y):
         ("DiT-B/2", 130_315_808),
         ("DiT-L/2", 457_840_672),
         ("DiT-XL/2", 674_834_720),
+        ("DiG-S/2", 32_983_328),
+        ("DiG-B/2", 130_551_584),
+        ("DiG-L/2", 464_760_352),
+        ("DiG-XL/2", 675_659_040),
     ],
 )
 def test_parameters_of_the_papers_models(name, parameters):
@@ -194,7 +198,7 @@ def test_auto_dtype(platform, dtype):
     assert make(platform=platform).dtype == dtype
 
 
-@pytest.mark.parametrize("name, parsed", [("DiT-tiny/1", ("tiny", 1)), ("DiT-S/2", ("S", 2)), ("DiT-XL/8", ("XL", 8))])
+@pytest.mark.parametrize("name, parsed", [("DiT-tiny/1", ("DiT", "tiny", 1)), ("DiG-XL/8", ("DiG", "XL", 8))])
 def test_names(name, parsed):
     assert parse_name(name) == parsed
 
@@ -205,7 +209,7 @@ def test_names(name, parsed):
         *[({"name": name}, rf"model\.name '{name}'") for name in ("DiT-M/2", "DiT-S/3", "DiT-S", "S/2", "DiT-S/02", "")],
         ({"name": "DiT-tiny/8", "image_shape": (8, 12, 3)}, r"model\.name='DiT-tiny/8'.*multiples of 8, not 8x12"),
         ({"width": 36, "heads": 5}, "model width 36 .* 5 heads"),
-        ({"width": 30, "heads": 2}, "model width 30 must be a multiple of 4"),
+        ({"width": 30, "heads": 2}, "model width 30 with 2 heads"),
         ({"remat": "some"}, r"model\.remat 'some'.*none, dots, full"),
         ({"dtype": "float16"}, r"model\.dtype 'float16'.*auto, float32, bfloat16"),
         ({"scan_unroll": 0}, r"model\.scan_unroll=0.*1\.\.2"),
