@@ -73,10 +73,19 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def join() -> None:
-    """Makes this process one of several; their devices become one mesh."""
-    if "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
-    else:
-        jax.distributed.initialize()
+    """Makes this process one of several; their devices become one mesh.
+
+    Raises:
+      UserError: the environment does not say which processes these are, or they cannot be reached.
+    """
+    try:
+        if "JAX_NUM_PROCESSES" in os.environ:
+            jax.distributed.initialize(
+                num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+            )
+        else:
+            jax.distributed.initialize()
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise UserError(
+            f"--multihost: {str(e).splitlines()[0]}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from e

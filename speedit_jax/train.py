@@ -94,6 +94,7 @@ class Grids:
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
+    builders.check_numbers(config)
     source = open_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
     builders.check_batch(config, mesh)

@@ -43,16 +43,47 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_c
     return model
 
 
+# The least value of each number that nothing else checks before it is used.
+_LEAST = {
+    "seed": 0,
+    "data.height": 1,
+    "data.width": 1,
+    "data.channels": 1,
+    "data.threads": 0,
+    "data.synthetic_size": 1,
+    "data.synthetic_classes": 0,
+    "optim.learning_rate": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "training.num_steps": 1,
+    "training.batch_size": 1,
+    "training.accumulation": 1,
+    "training.log_every": 1,
+    "training.sample_every": 0,
+    "training.max_skipped_in_a_row": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
+    "sampling.grid_images": 1,
+}
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for a number that is out of range."""
+    for name, least in _LEAST.items():
+        section, _, key = name.rpartition(".")
+        value = (config[section] if section else config)[key]
+        if not value >= least:
+            raise UserError(f"{name}={value}: must be at least {least}")
+    for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
+        if not 0 <= config[section][key] < 1:
+            raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")
+
+
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     """Raises a UserError unless the batch divides over microbatches and devices."""
     training, devices = config.training, sharding.batch_devices(mesh)
-    for name in ("num_steps", "batch_size", "accumulation", "log_every"):
-        if training[name] < 1:
-            raise UserError(f"training.{name}={training[name]}: must be at least 1")
-    if not 0 <= training.ema_decay < 1:
-        raise UserError(f"training.ema_decay={training.ema_decay}: must lie in [0, 1)")
-    if config.checkpoint.every < 1 or config.checkpoint.keep_last < 1:
-        raise UserError("checkpoint.every and checkpoint.keep_last must be at least 1")
     if training.batch_size % (training.accumulation * devices):
         raise UserError(
             f"training.batch_size={training.batch_size} is not a multiple of training.accumulation="
