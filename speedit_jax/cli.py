@@ -38,6 +38,8 @@ def _one_line(error: Exception) -> str:
         return f"unknown config key {'. '.join(lines)}"
     if isinstance(error, OSError):
         return f"--config: {lines[-1]}"
+    if isinstance(error, TypeError):
+        return f"a --config.KEY names something below a value, or a value of the wrong type ({lines[-1]})"
     return " ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else type(error).__name__
 
 

@@ -27,7 +27,7 @@ from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write: PATH.png, PATH.npz and PATH.json. Default: WORKDIR/sampled.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
-_CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Classes, by number or name, taken in turn. Default: all.")
+_CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Classes, by name or number, taken in turn. Default: all.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
@@ -39,7 +39,7 @@ _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free gu
 
 
 def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
-    """Numbers or names of classes -> their numbers.
+    """Names or numbers of classes -> their numbers; a folder named "10" is a name first.
 
     Raises:
       UserError: no such class, or the model knows none.
@@ -52,7 +52,7 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
         raise UserError(f"--class_labels is empty; there are 0..{len(class_names) - 1}")
     labels = []
     for name in names:
-        number = int(name) if name.isdecimal() else class_names.index(name) if name in class_names else -1
+        number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
         if not 0 <= number < len(class_names):
             raise UserError(f"--class_labels: no class {name!r}; there are 0..{len(class_names) - 1}")
         labels.append(number)

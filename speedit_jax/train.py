@@ -162,6 +162,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         if drawing or saving:
             # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.
             check_finite(telemetry.flush(), config)
+            jax.block_until_ready(metrics)  # what the device still computes is not part of the pause
             since = time.perf_counter()
             if drawing:
                 telemetry.images(workdir / "samples" / f"step_{step:07d}.png", step, grids.draw(state.ema), grids.columns)

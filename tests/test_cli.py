@@ -146,6 +146,7 @@ BAD_TRAIN_FLAGS = {
     "not a boolean": (["--config.data.flip=maybe"], ["config.data.flip", "maybe"]),
     "no value": (["--config.training.batch_size"], ["config.training.batch_size"]),
     "a section for a value": (["--config.model=3"], ["config.model"]),
+    "a key below a value": (["--config.model.name.x=1"], ["--config.KEY", "below a value"]),
     "argument that is no flag": (["extra"], ["extra"]),
     "unknown strategy": (["--config.timesteps.strategy=foo"], ["timesteps.strategy", "foo", "speed_cvpr25"]),
     "unknown model": (["--config.model.name=DiT-Q/2"], ["model.name", "DiT-Q/2", "XL"]),
@@ -319,6 +320,13 @@ BAD_SAMPLE_FLAGS = {
     "unknown flag": (["--nosuch=1"], ["nosuch"]),
     "config key": (["--config.model.width=16"], ["config.model.width"]),
 }
+
+
+def test_a_class_is_a_name_before_it_is_a_number():
+    from speedit_jax.sample import parse_labels
+
+    assert parse_labels(["10", "1", "cat"], ["cat", "10", "2"]).tolist() == [1, 1, 0]
+    assert parse_labels(None, ["cat", "10", "2"]).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLE_FLAGS)

@@ -35,9 +35,13 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     """The mesh of `sizes` over all devices; one size may be -1 and takes what is left.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or there are none of the platform asked for.
     """
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except (RuntimeError, AssertionError) as e:
+        reason = (str(e).splitlines() or ["none found"])[0]
+        raise UserError(f"JAX_PLATFORMS={jax.config.jax_platforms}: {reason}; unset it to use the devices that are here") from e
     shape = [sizes[axis] for axis in AXES]
     shown = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:

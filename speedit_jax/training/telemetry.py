@@ -68,7 +68,9 @@ class Telemetry:
         self._active = jax.process_index() == 0
         self._batch_size = batch_size
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._clock: tuple[int, float] | None = None
+        self._step = first_step
+        self._clock: tuple[int, float] | None = None  # the run's step and the time at the last reading
+        self._seconds: float | None = None  # per step, at the last reading that knew
         self._paused = 0.0
         if not self._active:
             return
@@ -80,7 +82,8 @@ class Telemetry:
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def step(self, step: int) -> None:
-        """Moves the bar: call once a step."""
+        """Counts it and moves the bar: call once a step."""
+        self._step = step
         if self._active:
             self._bar.update(step - self._bar.n)
 
@@ -102,10 +105,11 @@ class Telemetry:
         self._pending = None
         values = {name: float(value) for name, value in values.items()}
         now = time.perf_counter() - self._paused
-        if self._clock is not None and step > self._clock[0]:
-            seconds = (now - self._clock[1]) / (step - self._clock[0])
-            values |= {"time_per_step": seconds, "time_images_per_second": self._batch_size / seconds}
-        self._clock = (step, now)
+        if self._clock is not None and self._step > self._clock[0]:
+            self._seconds = (now - self._clock[1]) / (self._step - self._clock[0])
+        if self._seconds is not None:
+            values |= {"time_per_step": self._seconds, "time_images_per_second": self._batch_size / self._seconds}
+        self._clock = (self._step, now)
         if self._active:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

@@ -34,6 +34,16 @@ def test_golden_table():
     assert dit_s2() == GOLDEN.read_text(), message
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda'\nand more"), AssertionError()])
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match="^JAX_PLATFORMS=.*; unset it to use the devices that are here$"):
+        sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+
+
 def test_rules_name_mesh_axes():
     targets = [target for target in sharding.RULES.values() if target is not None]
     assert {axis for t in targets for axis in ([t] if isinstance(t, str) else t)} == set(sharding.AXES)

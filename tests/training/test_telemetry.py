@@ -58,14 +58,35 @@ def test_metrics_are_written_one_hand_over_late(tmp_path):
 
 def test_time_fields_are_marked(tmp_path):
     t = telemetry(tmp_path)
-    for step in (2, 4):
+    for step in (2, 4, 6):
+        t.step(step)
         t.metrics(step, values(step))
     t.close()
-    first, second = lines(tmp_path)
+    first, *later = lines(tmp_path)
     # There is no time before the first record to divide by.
     assert set(first) == {"step", "loss", "skipped_in_a_row"}
-    assert set(second) - set(first) == {"time_per_step", "time_images_per_second"}
-    assert second["time_images_per_second"] == pytest.approx(4 / second["time_per_step"])
+    for record in later:
+        assert set(record) - set(first) == {"time_per_step", "time_images_per_second"}
+        assert record["time_images_per_second"] == pytest.approx(4 / record["time_per_step"])
+
+
+def test_throughput_does_not_depend_on_when_metrics_are_read(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    t = telemetry(tmp_path)
+    for step in range(1, 13):
+        now += 0.5  # a step
+        t.step(step)
+        if step % 4 == 0:
+            t.metrics(step, values(step))
+        if step == 5:  # saving, between two records
+            t.flush()
+            since = now
+            now += 100
+            t.paused(since)
+    t.close()
+    assert steps(tmp_path) == [4, 8, 12]
+    assert [record.get("time_per_step") for record in lines(tmp_path)] == [None, 0.5, 0.5]
 
 
 def test_not_finite_values_are_written(tmp_path):
@@ -115,7 +136,8 @@ def test_the_bar_counts_from_the_first_step(tmp_path, capsys):
 
 def test_tensorboard_holds_scalars_and_the_grid(tmp_path):
     t = telemetry(tmp_path, first_step=2)
-    for step in (3, 4):
+    for step in (3, 4, 5):
+        t.step(step)
         t.metrics(step, values(step))
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     t.images(tmp_path / "samples" / "a.png", 4, images)
