@@ -1,6 +1,6 @@
 """How good are a digits run's samples? Judged by what the trainer never saw and by what it did not write.
 
-  python benchmarks/digits_quality.py --out=docs/results/digits runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
+  python -m benchmarks.digits_quality --out=docs/results/digits runs/digits-seed0 runs/digits-seed1 runs/digits-seed2
 
 For each run, 1,000 samples of the newest checkpoint's EMA weights, 100 a class, against scikit-learn's digits:
   recognised  share of samples that a support vector machine, fitted on the 80 % the trainer saw, calls by their label

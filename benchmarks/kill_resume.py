@@ -1,6 +1,6 @@
 """Does a run that is killed and started again end in the same bits as one that was left alone?
 
-  python benchmarks/kill_resume.py --kills=20 --steps=200 --seed=0 --out=docs/results/kill_resume.json
+  python -m benchmarks.kill_resume --kills=20 --steps=200 --seed=0 --out=docs/results/kill_resume.json
 
 Trains a small digits model once without interruption. Then, for each experiment, starts the same command in a fresh
 directory, strikes it at a random moment, runs the same command again to the end, and compares with the uninterrupted

@@ -40,7 +40,7 @@ def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(UserError, match="^JAX_PLATFORMS=.*; unset it to use the devices that are here$"):
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=.*; unset it to use the devices that are here$"):
         sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
 
 
