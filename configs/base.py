@@ -1,13 +1,14 @@
 """Every knob, once, with its default, unit and reason. Other configs start from here and change what they must.
 
-Override any of them on the command line: --config.model.name=DiT-B/4 --config.optim.learning_rate=2e-4
+Override any of them on the command line: --config.optim.learning_rate=2e-4 --config.training.batch_size=64
+Every config takes the model's name after a colon: --config=configs/base.py:DiG-S/2
 """
 
 import ml_collections
 from ml_collections import config_dict
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
 
@@ -22,18 +23,18 @@ def get_config() -> ml_collections.ConfigDict:
     data.synthetic_classes = 10  # 0 is unconditional
 
     c.model = model = ml_collections.ConfigDict()
-    model.name = "DiT-S/2"  # BACKBONE-SIZE/PATCH: DiT, DiG - tiny, S, B, L, XL / 1, 2, 4, 8
+    model.name = model_name  # BACKBONE-SIZE/PATCH: DiT, DiG - tiny, S, B, L, XL / 1, 2, 4, 8
     model.width = 0  # D; 0 takes the size's own, as for the next two
     model.depth = 0
     model.heads = 0
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
     model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
-    model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla
+    model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
     model.gla = "auto"  # DiG: auto or xla (chunked), or reference (the token recurrence)
     model.directions = 4  # DiG: scan orders; 4 rows and columns both ways, 2 rows both ways, 1 causal only
     model.convolution = "identity"  # DiG: the 3x3's start: identity, random, or none for no convolution
     model.norm = "layer"  # DiG: layer (as trained) or rms (as drawn in the paper)
-    model.remat = "none"  # none, dots or full: what of a layer is computed again instead of saved
+    model.remat = "none"  # none, lean or full: how much of a layer is computed again instead of saved
     model.scan_unroll = 1  # layers per iteration of the scan over depth: more compiles longer and runs a little faster
     model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
 

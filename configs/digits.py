@@ -1,6 +1,7 @@
-"""Class-conditional DiT with SpeeDiT on scikit-learn's 8x8 handwritten digits: the whole product in minutes on a laptop.
+"""Class-conditional DiT or DiG with SpeeDiT on scikit-learn's 8x8 handwritten digits: the whole product in minutes on a laptop.
 
   python -m speedit_jax.train --config=configs/digits.py --workdir=runs/digits
+  python -m speedit_jax.train --config=configs/digits.py:DiG-tiny/2 --workdir=runs/digits-dig
 
 Hardware: 2 CPU cores, under 5 minutes with compilation. Expected: docs/results/digits.md.
 """
@@ -8,13 +9,12 @@ Hardware: 2 CPU cores, under 5 minutes with compilation. Expected: docs/results/
 from configs import base
 
 
-def get_config():
-    c = base.get_config()
+def get_config(model_name="DiT-tiny/2"):
+    c = base.get_config(model_name)
     c.data.source = "digits"
     c.data.height = c.data.width = 8
     c.data.channels = 1
 
-    c.model.name = "DiT-tiny/2"
     c.model.scan_unroll = 4
     c.optim.learning_rate = 2e-3
     c.optim.b2 = 0.99  # 0.999 remembers longer than so short a run

@@ -282,6 +282,18 @@ def test_help(run, command):
     assert not result.err
 
 
+def test_the_name_of_the_model_after_a_colon(run, tmp_path):
+    workdir = tmp_path / "run"
+    config = ["--config=configs/digits.py:DiG-tiny/2", *TINY[1:], "--config.model.remat=lean"]
+    result = run("train", *config, f"--workdir={workdir}")
+    assert_works(result)
+    assert "DiG-tiny/2" in result.out and "remat lean" in result.out
+    assert_works(run("sample", f"--workdir={workdir}", "--num_images=4", f"--out={tmp_path / 'new'}"))
+    assert np.load(tmp_path / "new.npz")["arr_0"].shape == (4, 8, 8, 1)
+    # The other backbone would be another run.
+    assert_fails(run("train", *TINY, f"--workdir={workdir}"), "model.name was 'DiG-tiny/2', now 'DiT-tiny/2'")
+
+
 def test_another_run_is_not_overwritten(run, trained, tmp_path):
     before = checksums(trained)
     for flags, words in (

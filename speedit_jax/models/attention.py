@@ -1,4 +1,4 @@
-"""Softmax attention over [B, T, H, K]: plain XLA, cuDNN on NVIDIA GPUs, a Pallas flash kernel on TPUs."""
+"""Softmax attention over [B, T, H, K]: plain XLA, in chunks of queries, cuDNN on NVIDIA GPUs, a Pallas flash kernel on TPUs."""
 
 import functools
 
@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from speedit_jax.errors import UserError
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
+IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
+_QUERY_CHUNK = 256  # logits of 256 T H numbers at a time
 _FLASH_BLOCK = 128  # the TPU kernel wants token counts in multiples of a vector register's lanes
 
 
@@ -40,7 +41,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, bat
 
     Args:
       q, k, v: [B, T, H, K].
-      implementation: "xla", "cudnn" or "pallas", as `choose_attention` returned it.
+      implementation: "xla", "chunked", "cudnn" or "pallas", as `choose_attention` returned it.
       batch_axes, head_axis: mesh axes that B and H are sharded over, for the kernel, which XLA cannot partition.
 
     Returns:
@@ -48,6 +49,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, bat
     """
     if implementation == "xla":
         return softmax_attention(q, k, v)
+    if implementation == "chunked":
+        return chunked_attention(q, k, v)
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     spec = P(batch_axes, None, head_axis, None)
@@ -62,6 +65,17 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     statistics = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=statistics) * q.shape[-1] ** -0.5
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits).astype(v.dtype), v)
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same numbers in memory linear in T: one chunk of queries after the other, each computed again in the backward pass."""
+    tokens = q.shape[1]
+    chunk = min(_QUERY_CHUNK, tokens)
+    # [B, T, H, K] -> [N, B, chunk, H, K]; the queries that fill the last chunk are dropped.
+    chunks = jnp.pad(q, ((0, 0), (0, -tokens % chunk), (0, 0), (0, 0)))
+    chunks = chunks.reshape(q.shape[0], -1, chunk, *q.shape[2:]).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda queries: softmax_attention(queries, k, v)), chunks)
+    return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 
 def _tpu_flash(q, k, v):

@@ -11,10 +11,16 @@ from speedit_jax.models.layers import dense
 
 ACTIVATIONS = ("batch", None, None)  # [B, T, D]
 
+# The name that blocks give what attention or GLA returns: dear to compute, small to keep.
+MIXED = "mixed"
+
 # What the backward pass finds saved of each layer; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,  # everything saved: fastest, most memory
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of the linear layers
+    "lean": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the linear layers' outputs
+        jax.checkpoint_policies.save_only_these_names(MIXED),
+    ),  # what matrix products made; norms, modulation, activation functions and softmax are computed again
     "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input: least memory, about a third more FLOPs
 }
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
-from speedit_jax.models.backbone import ACTIVATIONS
+from speedit_jax.models.backbone import ACTIVATIONS, MIXED
 from speedit_jax.models.layers import dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
@@ -76,7 +77,7 @@ class GatedLinearAttention(nn.Module):
         low = _projection(_GATE_RANK, ("embed", None), self.dtype, "gate_down")(x)
         gate = dense((self.heads, dk), _gla_init, (None, "heads", None), ("heads", None), self.dtype, "gate_up")(low)
         log_g = jax.nn.log_sigmoid(gate.astype(jnp.promote_types(gate.dtype, jnp.float32))) / _GATE_TEMPERATURE
-        out = self.gla(q, k, v, log_g, reverse=self.reverse)
+        out = checkpoint_name(self.gla(q, k, v, log_g, reverse=self.reverse), MIXED)
         out = RMSNorm(name="out_norm")(out) * nn.silu(r)
         return _projection(width, ("heads", None, "embed"), self.dtype, "out", axis=(-2, -1))(out)
 

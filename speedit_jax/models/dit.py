@@ -10,9 +10,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
-from speedit_jax.models.backbone import ACTIVATIONS
+from speedit_jax.models.backbone import ACTIVATIONS, MIXED
 from speedit_jax.models.layers import dense
 
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         qkv_axes = ("embed", None, "heads", None)
         qkv = dense((3, self.heads, head_dim), layers.xavier, qkv_axes, qkv_axes[1:], self.dtype, "qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))  # each [B, T, H, K]
-        out = self.attention(q, k, v)
+        out = checkpoint_name(self.attention(q, k, v), MIXED)
         return dense(width, layers.xavier, ("heads", None, "embed"), (None,), self.dtype, "out", axis=(-2, -1))(out)
 
 

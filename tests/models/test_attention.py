@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from speedit_jax.errors import UserError
-from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models.attention import attention, choose_attention, chunked_attention
 
 
 def qkv(batch=1, tokens=64, heads=2, head_dim=16):
@@ -43,6 +43,7 @@ def softmax_attention(q, k, v):
         ("xla", "cpu", "float32", "xla"),
         ("xla", "gpu", "bfloat16", "xla"),
         ("xla", "tpu", "bfloat16", "xla"),
+        ("chunked", "gpu", "float32", "chunked"),
         ("cudnn", "gpu", "bfloat16", "cudnn"),
         ("pallas", "tpu", "float32", "pallas"),
     ],
@@ -54,7 +55,7 @@ def test_choice(requested, platform, dtype, chosen):
 @pytest.mark.parametrize(
     "requested, platform, dtype, message",
     [
-        ("flash", "gpu", "bfloat16", r"unknown model\.attention 'flash'.*auto, xla, cudnn, pallas"),
+        ("flash", "gpu", "bfloat16", r"unknown model\.attention 'flash'.*auto, xla, chunked, cudnn, pallas"),
         ("cudnn", "cpu", "bfloat16", r"model\.attention=cudnn.*not cpu in bfloat16"),
         ("cudnn", "tpu", "bfloat16", r"model\.attention=cudnn.*not tpu"),
         ("cudnn", "gpu", "float32", r"model\.attention=cudnn.*not gpu in float32"),
@@ -70,6 +71,23 @@ def test_impossible_choices(requested, platform, dtype, message):
 def test_xla_attention_is_its_definition():
     inputs = qkv(batch=2, tokens=12, heads=3, head_dim=8)
     np.testing.assert_allclose(xla(*inputs), softmax_attention(*inputs), atol=2e-6)
+
+
+# Less than a chunk of queries; whole chunks; a last chunk that is filled up.
+@pytest.mark.parametrize("tokens", [64, 512, 600])
+def test_chunked_attention_is_attention(tokens):
+    inputs, cotangent = qkv(batch=2, tokens=tokens), jnp.arange(16) - 7.5
+    for f in (lambda f: f(*inputs), lambda f: jax.grad(lambda args: (f(*args) * cotangent).sum())(inputs)):
+        np.testing.assert_allclose(f(chunked_attention), f(xla), rtol=1e-4, atol=1e-5)
+
+
+def test_chunked_attention_never_holds_all_logits():
+    shape = jax.ShapeDtypeStruct((1, 4096, 1, 64), jnp.float32)
+    temporaries = []
+    for f in (chunked_attention, xla):
+        gradient = jax.jit(jax.grad(lambda *args, f=f: f(*args).sum(), argnums=(0, 1, 2)))
+        temporaries.append(gradient.lower(*[shape] * 3).compile().memory_analysis().temp_size_in_bytes)
+    assert temporaries[1] > 4096**2 * 4 > 2 * temporaries[0]
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 1000])

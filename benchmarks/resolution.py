@@ -1,0 +1,147 @@
+"""What does a training step cost as images grow? DiG against DiT on this machine.
+
+  python -m benchmarks.resolution --out=docs/results/resolution
+
+For each resolution, the train step (SpeeDiT, AdamW, EMA, batch 1, random latents of an eighth of the pixels) of
+  DiG            gated linear attention, chunked
+  DiT            softmax attention by its formula, which holds T x T logits a head
+  DiT, chunked   the same, 256 queries at a time
+all with S/2 sizes, the same scan over layers and the same full remat. The three are compiled, stepped once to warm up, and
+then timed in turn; --skip leaves out what would take too long. Bytes are XLA's own count of the compiled step. Writes
+OUT.json after every resolution, and OUT.png. On two CPU cores it takes about an hour and 16 GiB.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from configs import base
+from speedit_jax.training import builders, sharding
+from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
+from speedit_jax.training.step import make_train_step
+
+SIDES = {
+    "DiG": {"name": "DiG-S/2"},
+    "DiT": {"name": "DiT-S/2", "attention": "xla"},
+    "DiT, chunked": {"name": "DiT-S/2", "attention": "chunked"},
+}
+PIXELS_PER_TOKEN = 16  # a side: 8 by the autoencoder, 2 by the patch
+CLASSES = 1000
+
+
+class Side:
+    """One alternative at one resolution, compiled."""
+
+    def __init__(self, pixels: int, overrides: dict):
+        config = base.get_config()
+        config.model.update({"remat": "full", **overrides})
+        config.training.batch_size = 1
+        shape = (pixels // 8, pixels // 8, 4)
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        model = builders.make_model(config, mesh, shape, CLASSES)
+        diffusion = builders.make_diffusion(config)
+        strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
+        self._key = jax.random.key(0)
+        self._batch = {
+            "image": np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32),
+            "label": np.zeros(1, np.int32),
+        }
+        with jax.set_mesh(mesh):
+            shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
+            step = jax.jit(make_train_step(model, diffusion, strategy, optimizer, config), donate_argnums=0)
+            self._step = step.lower(shapes, self._batch, self._key).compile()
+            self._state = jax.jit(lambda key: initial_state(model, optimizer, strategy, key), out_shardings=shardings)(self._key)
+        memory = self._step.memory_analysis()
+        self.mib = {
+            "state": memory.argument_size_in_bytes / 2**20,
+            "temporaries": memory.temp_size_in_bytes / 2**20,
+        }
+
+    def step(self) -> float:
+        """Seconds of one training step."""
+        since = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._batch, self._key)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - since
+
+
+def measure(pixels: int, sides: dict[str, dict], steps: int) -> dict:
+    """{"pixels", "tokens", side: {"seconds": [of each step], "mib": {...}}}, the sides in turn."""
+    compiled = {name: Side(pixels, overrides) for name, overrides in tqdm(sides.items(), f"{pixels} px: compiling")}
+    for side in tqdm(compiled.values(), f"{pixels} px: warming up"):
+        side.step()
+    seconds = {name: [] for name in compiled}
+    for _ in tqdm(range(steps), f"{pixels} px: timing"):
+        for name, side in compiled.items():
+            seconds[name].append(side.step())
+    tokens = (pixels // PIXELS_PER_TOKEN) ** 2
+    return {"pixels": pixels, "tokens": tokens} | {
+        name: {"seconds": seconds[name], "mib": side.mib} for name, side in compiled.items()
+    }
+
+
+def exponent(rows: list[dict], name: str) -> float:
+    """p of the least-squares fit seconds = a tokens^p."""
+    rows = [row for row in rows if name in row]
+    seconds = [np.mean(row[name]["seconds"]) for row in rows]
+    return float(np.polyfit(np.log([row["tokens"] for row in rows]), np.log(seconds), 1)[0])
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in SIDES:
+        shown = [row for row in rows if name in row]
+        tokens = [row["tokens"] for row in shown]
+        axes[0].loglog(tokens, [np.mean(row[name]["seconds"]) for row in shown], marker="o", label=name)
+        axes[1].loglog(tokens, [row[name]["mib"]["temporaries"] for row in shown], marker="o", label=name)
+    for axis, title in zip(axes, ("seconds a training step", "MiB of temporaries"), strict=True):
+        axis.set_title(title)
+        axis.set_xticks([row["tokens"] for row in rows], [f"{row['pixels']} px\n{row['tokens']}" for row in rows], fontsize=7)
+        axis.minorticks_off()
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png are written")
+    parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 768, 1024, 1280, 1536, 1792], help="sides of images")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="SIDE:PIXELS", help="for example 'DiT:1536'")
+    args = parser.parse_args()
+
+    rows = []
+    for pixels in args.pixels:
+        sides = {name: overrides for name, overrides in SIDES.items() if f"{name}:{pixels}" not in args.skip}
+        rows.append(measure(pixels, sides, args.steps))
+        times = {name: float(np.mean(rows[-1][name]["seconds"])) for name in sides}
+        print(
+            f"{pixels} px:", ", ".join(f"{name} {s:.3g} s ({s / times['DiG']:.2f}x DiG)" for name, s in times.items()), flush=True
+        )
+        record = {
+            "jax": jax.__version__,
+            "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
+            "rows": rows,
+        }
+        if len(rows) > 1:
+            record["exponents"] = {name: exponent(rows, name) for name in SIDES}
+        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(rows, args.out.with_suffix(".png"))
+    print("exponents:", {name: round(p, 3) for name, p in record["exponents"].items()})
+
+
+if __name__ == "__main__":
+    main()
