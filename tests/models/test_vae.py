@@ -163,8 +163,8 @@ def test_small_images_are_not_tiled():
     assert len(texts) == 1
 
 
-def test_published_config():
-    """The text of sd-vae-ft-ema's config.json says no more than this; the rest are defaults."""
+def test_config_files():
+    """As older diffusers wrote it for Stable Diffusion, lists for tuples and no scaling; and the keys of later ones."""
     config = VaeConfig.from_diffusers(
         {
             "_class_name": "AutoencoderKL",
