@@ -8,10 +8,30 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from speedit_jax.kernels import chunked, reference
+from speedit_jax.errors import UserError
+from speedit_jax.kernels import chunked, pallas_tpu, reference
 
 # name -> (q, k, v, log_g, *, scale, reverse) -> o
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference.gla, "xla": chunked.gla}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference.gla,
+    "xla": chunked.gla,
+    "pallas_tpu": pallas_tpu.gla,
+}
+
+
+def choose_gla(requested: str, platform: str) -> str:
+    """Resolves "auto": pallas_tpu on TPU, else xla.
+
+    Raises:
+      UserError: unknown, or one that this platform does not have.
+    """
+    if requested == "auto":
+        return "pallas_tpu" if platform == "tpu" else "xla"
+    if requested not in IMPLEMENTATIONS:
+        raise UserError(f"unknown model.gla {requested!r}; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if requested == "pallas_tpu" and platform != "tpu":
+        raise UserError(f"model.gla=pallas_tpu needs a TPU, not {platform}; use auto or xla")
+    return requested
 
 
 def gla(
@@ -37,7 +57,7 @@ def gla(
       scale: of the queries; K**-0.5 by default.
       reverse: run from the last token to the first: o_t then sees the tokens s >= t.
       implementation: "reference" (the token recurrence: the definition, and the fastest forward pass on CPUs), "xla" (chunked:
-        the default) or None, which chooses for the platform.
+        runs everywhere), "pallas_tpu" (TPU kernels) or None, which chooses for the default backend.
       batch_axes, head_axis: mesh axes that B and H are sharded over, or None. Under `jax.set_mesh` the op runs in a
         shard_map of its own over them: batch elements and heads do not meet, so nothing is communicated.
       check_gates: raise on a positive gate, at run time, on the host: for debugging, it synchronises.
@@ -51,7 +71,7 @@ def gla(
     """
     _check(q, k, v, log_g)
     if implementation is None:
-        implementation = "xla"
+        implementation = choose_gla("auto", jax.default_backend())
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown gla implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if check_gates:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from speedit_jax.errors import UserError
-from speedit_jax.kernels.gla import IMPLEMENTATIONS as GLA
-from speedit_jax.kernels.gla import gla
+from speedit_jax.kernels.gla import choose_gla, gla
 from speedit_jax.models import dig
 from speedit_jax.models.attention import attention, choose_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat
@@ -126,11 +125,10 @@ def build(
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
     if backbone == "DiG":
-        _choose("gla", config.gla, ("auto", *GLA))
         _choose("norm", config.norm, dig.NORMS)
         _choose("convolution", config.convolution, dig.CONVOLUTIONS)
         _choose("directions", config.directions, dig.ORDERS)
-        mixer = "xla" if config.gla == "auto" else config.gla
+        mixer = choose_gla(config.gla, platform)
     else:
         mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
     has_null = num_classes > 0 and config.label_dropout > 0
