@@ -85,6 +85,7 @@ def test_every_package_has_a_floor():
         ("speedit_jax.train", "from grain import python"),
         ("speedit_jax.models.build", "import tensorflow_datasets as tfds"),
         ("speedit_jax.data.sources", "import torch.utils.data"),
+        ("speedit_jax.interop.dit", "from speedit_jax.models import layers"),
         ("speedit_jax.data.sources", "from tensorflow import io"),
     ],
 )
