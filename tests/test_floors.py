@@ -18,7 +18,8 @@ OWNERS = {
     "orbax": ("speedit_jax.training.checkpoint",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
-    "torch": (),
+    "torch": ("speedit_jax.weight_files",),
+    "safetensors": ("speedit_jax.weight_files",),
     "tensorflow": (),
 }
 
@@ -99,6 +100,7 @@ def test_what_is_forbidden_is_found(module, source):
         ("speedit_jax.train", "from speedit_jax import cli\nfrom speedit_jax.training import run"),
         ("speedit_jax.training.checkpoint", "import orbax.checkpoint\nfrom speedit_jax import __version__"),
         ("speedit_jax.models.dit", "import flax\nfrom . import layers\nfrom speedit_jax.diffusion import gaussian"),
+        ("speedit_jax.weight_files", "def f():\n    import torch\nimport safetensors.numpy"),
         ("speedit_jax.data.loader", "import grain, tensorflow_datasets\nfrom speedit_jax.errors import UserError"),
     ],
 )
