@@ -254,7 +254,7 @@ def export_weights(workdir: Path, to: str) -> None:
     height, width, _ = model.image_shape
     if directory:
         label = diffusers_label(config, mesh, model, params)
-        origin = f"{_WEIGHTS.value} weights of step {step} of {workdir}"
+        origin = f"{_WEIGHTS.value} weights of step {step} of {workdir.name}"
         write_diffusers(out, dit.to_diffusers(state), dit.diffusers_config(network), f"DiT, {origin}.\n\n{label}\n")
         print(label)
     else:

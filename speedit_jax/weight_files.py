@@ -78,7 +78,7 @@ def arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{name!r} is no tensor, but a {type(value).__name__}")
-    return {name: value.float().numpy() for name, value in tensors.items()}
+    return {name: value.detach().float().numpy() for name, value in tensors.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -102,6 +102,7 @@ def write_pt(path: Path, state: Mapping[str, np.ndarray]) -> None:
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     contiguous = {name: np.ascontiguousarray(value) for name, value in state.items()}
     safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets only its owner read it
 
 
 def write_new(out: Path, write: Callable[[Path], None]) -> None:

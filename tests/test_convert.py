@@ -142,6 +142,21 @@ def test_a_round_trip_is_exact(run, imported, tmp_path, name):
     assert checksums(out.parent) == before
 
 
+def test_a_trained_run_goes_out_and_in(run, tmp_path):
+    flags = ["--config.training.num_steps=3", f"--workdir={tmp_path / 'trained'}"]
+    assert_works(run("train", *TINY, *flags))
+    trained = {weights: restored(tmp_path / "trained", weights)[1] for weights in ("ema", "raw")}
+    for weights, params in trained.items():
+        out, workdir = tmp_path / f"{weights}.safetensors", tmp_path / weights
+        assert_works(run("convert", f"--workdir={tmp_path / 'trained'}", f"--to={out}", f"--weights={weights}"))
+        assert_works(run("convert", f"--from={out}", f"--workdir={workdir}", "--config.model.heads=2"))
+        _, back, meta = restored(workdir)
+        jax.tree.map(np.testing.assert_array_equal, back, params)
+        # Pixels, not latents.
+        assert meta["image_shape"] == [8, 8, 1] and meta["config"]["sampling"]["clip"] is True
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, trained.values()), strict=True))
+
+
 def test_diffusers_round_trip(run, imported, tmp_path):
     arrays, source, workdir = imported("diffusers_dit")
     out = tmp_path / "out"

@@ -133,7 +133,10 @@ def describe(state: Mapping[str, np.ndarray]) -> Network:
     """
     shell = describe_shell(state)
     hidden, _ = shape_of(state, "blocks.0.mlp.fc1.weight", 2)
-    return Network(backbone="DiT", mlp_ratio=hidden / shell["width"], **shell)
+    ratio = hidden / shell["width"]
+    # The model truncates width times ratio, which must not fall below the hidden width.
+    ratio = ratio if int(shell["width"] * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return Network(backbone="DiT", mlp_ratio=ratio, **shell)
 
 
 def describe_diffusers(config: Mapping[str, Any]) -> Network:

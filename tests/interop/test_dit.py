@@ -78,6 +78,9 @@ def test_many_mismatches_are_counted():
 def test_describe():
     state = random_state(shapes_of("DiT-tiny/4", (16, 16, 3), mlp_ratio=2.0), 4) | {"pos_embed": np.zeros((1, 16, 32))}
     assert dit.describe(state) == Network("DiT", 32, 3, 4, 3, 6, label_rows=11, tokens=16, mlp_ratio=2.0)
+    odd = random_state(shapes_of(width=44, mlp_ratio=30.5 / 44), 2)
+    assert odd["blocks.0.mlp.fc1.weight"].shape == (30, 44) and int(44 * (30 / 44)) == 29
+    assert int(44 * dit.describe(odd).mlp_ratio) == 30
     state = random_state(shapes_of(classes=0, learned=False), 2)
     assert dit.describe(state) == Network("DiT", 32, 3, 2, 4, 4, label_rows=0, tokens=0)
 
