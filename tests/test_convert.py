@@ -15,7 +15,7 @@ import test_cli
 from safetensors.numpy import load_file, save_file
 from test_cli import TINY, assert_fails, assert_works, checksums
 from test_diffusers_parity import diffusers_state
-from test_pytorch_parity import assert_close, load, nhwc, section
+from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
 
 from speedit_jax.models.build import build
 from speedit_jax.training import sharding
@@ -292,6 +292,16 @@ def torch_state():
     """(torch, the tensors of the published DiT's network)."""
     torch = pytest.importorskip("torch")
     return torch, {name: torch.from_numpy(value) for name, value in section(load("dit"), "state/").items()}
+
+
+def test_a_checkpoint_that_the_published_training_wrote(run, tmp_path):
+    pytest.importorskip("torch")
+    assert_works(
+        run("convert", f"--from={FIXTURES / 'dit_checkpoint.pt'}", f"--workdir={tmp_path / 'run'}", "--config.model.heads=2")
+    )
+    assert_computes(tmp_path / "run", load("dit_checkpoint"))
+    ema, raw = (restored(tmp_path / "run", weights)[1]["final"]["kernel"] for weights in ("ema", "raw"))
+    np.testing.assert_array_equal(raw, 1.5 * ema)
 
 
 def test_a_pt_round_trip_is_exact(run, torch_state, tmp_path):
