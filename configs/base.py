@@ -13,10 +13,11 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
 
     c.data = data = ml_collections.ConfigDict()
-    data.source = "synthetic"  # digits, folder:PATH or synthetic
-    data.height = 32  # pixels; images of a folder are scaled and cropped to height x width
+    data.source = "synthetic"  # digits, folder:PATH, latents:PATH (of speedit_jax.encode) or synthetic
+    data.height = 32  # pixels; images of a folder are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
+    data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents
     data.flip = False  # mirror half of the images: not for digits or text
     data.threads = 4  # that decode images
     data.synthetic_size = 4096  # images of the synthetic set

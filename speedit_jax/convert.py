@@ -24,14 +24,15 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from configs import base
-from speedit_jax import cli, weight_files
+from speedit_jax import cli
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dig, dit
+from speedit_jax.interop import dig, dit, files
 from speedit_jax.interop.dit import Network
 from speedit_jax.interop.layout import COMPUTED, Table
 from speedit_jax.models.build import SIZES, Model, parse_name
 from speedit_jax.models.layers import sincos_position_table
 from speedit_jax.training import builders, run, sharding
+from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import WEIGHTS, Checkpoints
 
 _FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or a diffusers directory.")
@@ -88,13 +89,13 @@ def read(path: Path) -> Weights:
     if not path.exists():
         raise UserError("there is no such file or directory")
     if path.suffix == ".safetensors":
-        state = weight_files.read_safetensors(path)
+        state = files.read_safetensors(path)
         return published(state, state)
-    content = weight_files.read_pt(path)
+    content = files.read_pt(path)
     if not content.keys() & {"model", "ema"}:
-        state = weight_files.arrays(content)
+        state = files.arrays(content)
         return published(state, state)
-    raw, ema = (weight_files.arrays(content[key]) if content.get(key) else None for key in ("model", "ema"))
+    raw, ema = (files.arrays(content[key]) if content.get(key) else None for key in ("model", "ema"))
     settings = getattr(content.get("args"), "saved", None)
     notes = ()
     if isinstance(settings, dict) and "path_type" in settings:
@@ -117,12 +118,12 @@ def read_diffusers(path: Path) -> Weights:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"it has no config.json of a diffusers DiT ({weight_files.first_line(e)})") from e
+        raise UserError(f"it has no config.json of a diffusers DiT ({files.first_line(e)})") from e
     network = dit.describe_diffusers(config)
     safe, pickled = path / "diffusion_pytorch_model.safetensors", path / "diffusion_pytorch_model.bin"
     if not safe.exists() and not pickled.exists():
         raise UserError(f"it holds no {safe.name}")
-    state = weight_files.read_safetensors(safe) if safe.exists() else weight_files.arrays(weight_files.read_pt(pickled))
+    state = files.read_safetensors(safe) if safe.exists() else files.arrays(files.read_pt(pickled))
     eps = config.get("norm_eps", 1e-5)
     note = f"approximate: its second norms divide by sqrt(variance + {eps:g}), ours by sqrt(variance + {dit.NORM_EPS:g})"
     return Weights(network, state, state, diffusers=True, notes=() if eps == dit.NORM_EPS else (note,))
@@ -192,6 +193,22 @@ def check_positions(given: np.ndarray, height: int, width: int) -> float:
     return error
 
 
+def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str, Any] | None:
+    """The identity of data.vae, which draws pictures of what a network of so many channels makes; None without one.
+
+    Raises:
+      UserError: it cannot be read, or has another number of channels.
+    """
+    where = config.data.vae
+    if not where:
+        return None
+    identity = Autoencoder(where, one_device()).identity
+    has = identity["config"]["latent_channels"]
+    if has != channels:
+        raise UserError(f"--config.data.vae={where} has latents of {has} channels, the network draws {channels}")
+    return identity
+
+
 def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
     try:
         weights = read(path)
@@ -211,7 +228,8 @@ def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
     except UserError as e:
         raise UserError(f"--from={path}: {e}") from e
 
-    meta = run.describe(config, source) | {"imported_from": str(path)}
+    latents = autoencoder_of(config, network.channels)
+    meta = run.describe(config, source, source.image_shape, latents) | {"imported_from": str(path)}
     run.claim(workdir, meta)
     checkpoints = Checkpoints(workdir, create=True)
     checkpoints.save_weights(0, params, ema, meta)
@@ -221,6 +239,8 @@ def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
     print(f"{len(source.class_names) or 'no'} classes, variance {config.diffusion.variance}, in {workdir}")
     for note in notes:
         print(f"note: {note}")
+    if network.channels > 3 and latents is None:
+        print("It draws latents; to draw pictures import it with --config.data.vae=DIR, a diffusers VAE")
     print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
 
 
@@ -235,7 +255,7 @@ def export_weights(workdir: Path, to: str) -> None:
     if out.exists():
         raise UserError(f"--to={to} exists; remove it, or name another")
     if out.suffix == ".pt":
-        weight_files.need_torch()
+        files.need_torch()
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose(_CHECKPOINT_STEP.value)
     meta = checkpoints.meta(step)
@@ -261,8 +281,8 @@ def export_weights(workdir: Path, to: str) -> None:
         positions = sincos_position_table(height // patch, width // patch, model.width).astype(np.float32)
         state = {COMPUTED: positions[None], **state}
         state = dig.with_aliases(state) if backbone == "DiG" else state
-        write = weight_files.write_pt if out.suffix == ".pt" else weight_files.write_safetensors
-        weight_files.write_new(out, lambda partial: write(partial, state))
+        write = files.write_pt if out.suffix == ".pt" else files.write_safetensors
+        files.write_new(out, lambda partial: write(partial, state))
         for note in dig_notes(config, network.depth, (height, width)):
             print(f"note: {note}")
     print(f"{_WEIGHTS.value} weights of step {step} in {out}")
@@ -320,9 +340,9 @@ def write_diffusers(out: Path, state: Mapping[str, np.ndarray], config: Mapping[
         partial.mkdir()
         (partial / "README.md").write_text(readme)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weight_files.write_safetensors(partial / "diffusion_pytorch_model.safetensors", state)
+        files.write_safetensors(partial / "diffusion_pytorch_model.safetensors", state)
 
-    weight_files.write_new(out, write)
+    files.write_new(out, write)
 
 
 # Both ways

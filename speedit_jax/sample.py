@@ -20,6 +20,7 @@ from tqdm import tqdm
 from speedit_jax import cli
 from speedit_jax.errors import UserError
 from speedit_jax.training import builders, sharding
+from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.sampling import Settings, make_sampler
 from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
@@ -32,6 +33,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Averaged or raw weights.")
+_VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim. Default: the run's, as for all below.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
 _ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
@@ -85,6 +87,7 @@ def sample() -> None:
     }
     settings = Settings.from_config(config.sampling, model)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    autoencoder = open_autoencoder(meta.get("latents"), mesh)
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
@@ -96,7 +99,7 @@ def sample() -> None:
     params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
     count = _NUM_IMAGES.value
     labels = classes[np.arange(count) % len(classes)].astype(np.int32)
-    images = draw(run, params, labels, mesh)
+    images = draw(run, params, labels, mesh, autoencoder)
 
     record = {
         "workdir": str(workdir),
@@ -106,6 +109,7 @@ def sample() -> None:
         "num_images": count,
         "class_labels": classes.tolist(),
         **dataclasses.asdict(settings),
+        "latents": meta.get("latents"),
         "batch_size": _BATCH_SIZE.value,
         "devices": mesh.size,
         "versions": meta["versions"] | {"sampled_with_jax": jax.__version__},
@@ -119,8 +123,26 @@ def sample() -> None:
         print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
 
 
-def draw(run, params, labels: np.ndarray, mesh) -> np.ndarray:
-    """All images as uint8 [N, H, W, C], in batches of one size so that one compilation serves."""
+def open_autoencoder(latents: dict | None, mesh) -> Autoencoder | None:
+    """What decodes a run's latents; None for a run on images.
+
+    Raises:
+      UserError: it is not there, or it is another one.
+    """
+    if latents is None:
+        if _VAE.value:
+            raise UserError("--vae: this run draws images, not latents")
+        return None
+    try:
+        autoencoder = Autoencoder(_VAE.value or latents["vae"], mesh)
+    except UserError as e:
+        raise UserError(str(e) if _VAE.value else f"{e}, with --vae") from e
+    autoencoder.check(latents)
+    return autoencoder
+
+
+def draw(run, params, labels: np.ndarray, mesh, autoencoder: Autoencoder | None) -> np.ndarray:
+    """All images as uint8 [N, H, W, C], decoded where they are latents, in batches of one size so that one compilation serves."""
     devices = sharding.batch_devices(mesh)
     batch = min(_BATCH_SIZE.value, len(labels))
     batch += -batch % devices
@@ -130,8 +152,9 @@ def draw(run, params, labels: np.ndarray, mesh) -> np.ndarray:
         for first in range(0, len(labels), batch):
             indices = np.arange(first, first + batch)
             # The last batch is filled with images that nobody asked for, and that are dropped.
-            images = run(params, key, indices, labels[indices % len(labels)])[: len(labels) - first]
-            parts.append(to_uint8(images))
+            images = run(params, key, indices, labels[indices % len(labels)])
+            images = to_uint8(autoencoder.decode(images) if autoencoder else images)[: len(labels) - first]
+            parts.append(images)
             bar.update(len(images))
     return np.concatenate(parts)
 

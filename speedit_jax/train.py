@@ -23,6 +23,7 @@ from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import builders, run, sharding
+from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.curves import write_curves
 from speedit_jax.training.sampling import Settings, make_sampler
@@ -79,7 +80,8 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
 class Grids:
     """The image grids of training: the same noise and labels each time, from the EMA weights."""
 
-    def __init__(self, config, model: Model, diffusion, mesh):
+    def __init__(self, config, model: Model, diffusion, mesh, autoencoder: Autoencoder | None):
+        self._autoencoder = autoencoder
         self._sampler = make_sampler(model, diffusion, Settings.from_config(config.sampling, model), mesh)
         self._count = config.sampling.grid_images
         # The batch must divide over the devices; the images too many are drawn and dropped.
@@ -90,7 +92,8 @@ class Grids:
         self.columns = model.num_classes if 1 < model.num_classes <= 16 else None
 
     def draw(self, params) -> np.ndarray:
-        return to_uint8(self._sampler(params, self._key, self._indices, self._labels))[: self._count]
+        images = self._sampler(params, self._key, self._indices, self._labels)
+        return to_uint8(self._autoencoder.decode(images) if self._autoencoder else images)[: self._count]
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
@@ -101,14 +104,22 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     diffusion = builders.make_diffusion(config)
     strategy = builders.make_strategy(config, diffusion)
     optimizer = make_optimizer(config)
-    model = builders.make_model(config, mesh, source.image_shape, len(source.class_names))
+    autoencoder = builders.make_autoencoder(config, source, mesh)
+    # Either the source holds latents already, or its images are encoded as they come, or it is images that are learned.
+    online = autoencoder is not None and source.latents is None
+    latents = autoencoder.identity if online else source.latents
+    image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
+    model = builders.make_model(config, mesh, image_shape, len(source.class_names))
     num_steps, batch_size = config.training.num_steps, config.training.batch_size
     with jax.set_mesh(mesh):
         shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
-        grids = Grids(config, model, diffusion, mesh) if config.training.sample_every else None
-    meta = run.describe(config, source)
+        grids = Grids(config, model, diffusion, mesh, autoencoder) if config.training.sample_every else None
+    meta = run.describe(config, source, image_shape, latents)
     run.claim(workdir, meta)
     report(config, model, shapes.params, strategy, source, mesh)
+    if latents:
+        pictures = "" if autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
+        say(f"latents    {model.image_shape} of {latents['vae']}, {'encoded at each step' if online else 'stored'}{pictures}")
 
     checkpoints = Checkpoints(
         workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, create=True
@@ -128,7 +139,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     rows_sharding = sharding.batch_sharding(mesh)
     rows = sharding.local_rows(rows_sharding, batch_size)
     train_step = jax.jit(
-        make_train_step(model, diffusion, strategy, optimizer, config),
+        make_train_step(model, diffusion, strategy, optimizer, config, latents),
         in_shardings=(shardings, rows_sharding, None),
         out_shardings=(shardings, None),
         donate_argnums=0,
@@ -149,6 +160,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
 
     for batch in batches:
         batch = {name: sharding.global_array(rows_sharding, batch_size, rows, values) for name, values in batch.items()}
+        if online:
+            batch["moments"] = autoencoder.moments(batch.pop("image"))
         with jax.set_mesh(mesh):
             state, metrics = train_step(state, batch, key)
         step += 1

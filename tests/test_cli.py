@@ -1,120 +1,19 @@
 """The commands as a user meets them: one readable line for every mistake, and the way from training to images.
 
-Starting Python and importing jax takes seconds, so this file, run as a script, is a server that has done both: it forks a
-child for each command, which then does what `python -m` does. A few commands are run by `python -m` itself.
+A few commands are run by `python -m` itself; the rest by tests/commands.py.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import json
-import multiprocessing
-import os
-import re
-import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "--config=configs/digits.py",
-    "--config.model.width=16",
-    "--config.model.depth=1",
-    "--config.model.heads=2",
-    "--config.model.scan_unroll=1",
-    "--config.optim.warmup_steps=2",
-    "--config.training.num_steps=6",
-    "--config.training.batch_size=16",
-    "--config.training.log_every=2",
-    "--config.training.sample_every=0",
-    "--config.checkpoint.every=3",
-    "--config.sampling.num_steps=3",
-]
-ONE_DEVICE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def child(module: str, args: list[str], xla_flags: str, out: str, err: str) -> None:
-    """`python -m module args`, in a fork of the server."""
-    os.environ["XLA_FLAGS"] = xla_flags
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [module, *args]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def serve() -> None:
-    """Answers each line of stdin, the JSON of a command, by the JSON of its Result."""
-    import jax  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import sklearn.datasets  # noqa: F401
-
-    # All but the commands themselves: they define their flags when they run.
-    from speedit_jax import cli  # noqa: F401
-    from speedit_jax.data import loader, sources  # noqa: F401
-    from speedit_jax.training import builders, checkpoint, curves, sampling, step, telemetry  # noqa: F401
-
-    for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as scratch:
-            out, err = Path(scratch) / "out", Path(scratch) / "err"
-            process = multiprocessing.get_context("fork").Process(target=child, args=(*json.loads(line), str(out), str(err)))
-            process.start()
-            process.join()
-            print(json.dumps([process.exitcode, out.read_text(), err.read_text()]), flush=True)
-
-
-@pytest.fixture(scope="module")
-def run():
-    """run(command, *flags, xla_flags="") -> Result."""
-    env = ONE_DEVICE | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-
-        def run(command: str, *args: object, xla_flags: str = "") -> Result:
-            server.stdin.write(json.dumps([f"speedit_jax.{command}", [str(arg) for arg in args], xla_flags]) + "\n")
-            server.stdin.flush()
-            return Result(*json.loads(server.stdout.readline()))
-
-        yield run
-        server.stdin.close()
-
-
-def run_alone(command: str, *args: object) -> Result:
-    """The same, in a process of its own."""
-    argv = [sys.executable, "-m", f"speedit_jax.{command}", *map(str, args)]
-    done = subprocess.run(argv, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def assert_fails(result: Result, *words: str) -> None:
-    """One line on stderr, for a person to read."""
-    assert result.code not in (0, None), result
-    assert "Traceback" not in result.out + result.err, result
-    lines = result.err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result
-    assert "\\n" not in lines[0] and "\\'" not in lines[0], f"a repr, not a text: {lines[0]}"
-    for word in words:
-        assert word in lines[0], result
-
-
-def assert_works(result: Result) -> None:
-    """Exit code 0 and no log lines of the libraries: only what the commands say, and the progress bar."""
-    assert result.code == 0, result
-    assert not re.search(r"^([IWEF]\d{4} |WARNING|FATAL|Traceback)", result.out + result.err, re.MULTILINE), result
+from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, run_alone
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -445,8 +344,3 @@ def test_images_do_not_depend_on_their_batch(sample, ten):
     images, labels, _ = sample("--batch_size=4")
     assert np.abs(images.astype(int) - ten[0]).max() <= 1
     np.testing.assert_array_equal(labels, ten[1])
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        serve()

@@ -11,17 +11,19 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-import test_cli
+from commands import TINY, assert_fails, assert_works
 from safetensors.numpy import load_file, save_file
-from test_cli import TINY, assert_fails, assert_works, checksums
+from test_cli import checksums
 from test_diffusers_parity import diffusers_state
 from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
+from vae_weights import write_vae
 
+from configs.base import get_config
+from speedit_jax.interop import dit
 from speedit_jax.models.build import build
 from speedit_jax.training import sharding
 from speedit_jax.training.checkpoint import Checkpoints
 
-run = test_cli.run  # the fixture
 HEADS = "--config.model.heads=4"  # DiT's tensors do not tell
 
 
@@ -277,6 +279,30 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
     ):
         assert_fails(run("convert", *flags), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "x.safetensors"]
+
+
+def test_with_its_autoencoder_it_draws_pictures(run, tmp_path):
+    vae = write_vae(tmp_path / "vae", "small")
+    config = get_config("DiT-tiny/2").model
+    model = build(config, image_shape=(8, 8, 16), num_classes=10, learned_variance=True, platform="cpu")
+    shapes = dit.TABLE.shapes(jax.eval_shape(model.init, jax.random.key(0)), 2)
+    save_file({name: np.full(shape, 0.01, np.float32) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    size = ["--config.data.height=8", "--config.data.width=8"]
+    flags = [f"--from={tmp_path / 'x.safetensors'}", f"--workdir={tmp_path / 'run'}", *size]
+    result = run("convert", *flags, f"--config.data.vae={vae}")
+    assert_works(result)
+    assert "latents" not in result.out
+    sample = ["sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'new'}", "--num_images=2", "--num_steps=2"]
+    assert_works(run(*sample))
+    assert np.load(tmp_path / "new.npz")["arr_0"].shape == (2, 16, 16, 3)
+
+
+def test_another_autoencoder_is_refused(run, imported, tmp_path):
+    vae = write_vae(tmp_path / "vae", "small")
+    flags = [f"--from={imported('dig')[1]}", f"--workdir={tmp_path / 'run'}"]
+    assert_fails(run("convert", *flags, f"--config.data.vae={vae}"), "latents of 16 channels", "draws 4")
+    assert_fails(run("convert", *flags, "--config.data.vae=/no/such"), "/no/such")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unequal_embedders_are_refused(run, tmp_path):

@@ -18,8 +18,9 @@ OWNERS = {
     "orbax": ("speedit_jax.training.checkpoint",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
-    "torch": ("speedit_jax.weight_files",),
-    "safetensors": ("speedit_jax.weight_files",),
+    "safetensors": ("speedit_jax.interop",),
+    "huggingface_hub": ("speedit_jax.interop",),
+    "torch": ("speedit_jax.interop",),
     "tensorflow": (),
 }
 
@@ -88,6 +89,9 @@ def test_every_package_has_a_floor():
         ("speedit_jax.data.sources", "import torch.utils.data"),
         ("speedit_jax.interop.dit", "from speedit_jax.models import layers"),
         ("speedit_jax.data.sources", "from tensorflow import io"),
+        ("speedit_jax.interop.vae", "from speedit_jax.models import vae"),
+        ("speedit_jax.models.vae", "from safetensors.numpy import load_file"),
+        ("speedit_jax.encode", "def f():\n    import huggingface_hub"),
     ],
 )
 def test_what_is_forbidden_is_found(module, source):
@@ -100,7 +104,9 @@ def test_what_is_forbidden_is_found(module, source):
         ("speedit_jax.train", "from speedit_jax import cli\nfrom speedit_jax.training import run"),
         ("speedit_jax.training.checkpoint", "import orbax.checkpoint\nfrom speedit_jax import __version__"),
         ("speedit_jax.models.dit", "import flax\nfrom . import layers\nfrom speedit_jax.diffusion import gaussian"),
-        ("speedit_jax.weight_files", "def f():\n    import torch\nimport safetensors.numpy"),
+        ("speedit_jax.interop.files", "def f():\n    import torch"),
+        ("speedit_jax.models.vae", "from speedit_jax.interop import vae"),
+        ("speedit_jax.interop.vae", "def f():\n    from huggingface_hub import hf_hub_download"),
         ("speedit_jax.data.loader", "import grain, tensorflow_datasets\nfrom speedit_jax.errors import UserError"),
     ],
 )

@@ -4,6 +4,7 @@ The shuffled, endless order of records is global: record i of step s is number s
 hosts. Each host then loads only the rows that its devices hold. The position in the data is the step: nothing to save.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import grain
@@ -12,13 +13,17 @@ import numpy as np
 from speedit_jax.data.sources import Source
 
 
+@dataclasses.dataclass(frozen=True)
 class _Flip(grain.transforms.RandomMap):
-    """Mirrors half of the images left to right."""
+    """Mirrors a share of the images left to right; of latents, takes those of the mirror image."""
+
+    share: float
 
     def random_map(self, record, rng: np.random.Generator):
-        if rng.random() < 0.5:
-            record = record | {"image": record["image"][:, ::-1]}
-        return record
+        mirrored = rng.random() < self.share
+        if "moments" in record:
+            return record | {"moments": record["moments"][int(mirrored)]}
+        return record | {"image": record["image"][:, ::-1]} if mirrored else record
 
 
 class _Rows(grain.transforms.Map):
@@ -54,12 +59,19 @@ def batches(
       threads: how many decode at once.
 
     Yields:
-      {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}.
+      {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}; of latents "moments" [len(rows), h, w, 2C] for "image".
     """
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if flip:
-        records = records.random_map(_Flip())
+    if flip or source.latents:
+        records = records.random_map(_Flip(0.5 if flip else 0.0))
     stream = grain.MapDataset.range(first_step * len(rows), num_steps * len(rows))
     stream = stream.map(_Rows(records, batch_size, rows)).batch(len(rows))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * len(rows), threads))
     return iter(stream.to_iter_dataset(options))
+
+
+def in_order(source: Source, first: int, last: int, batch_size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """Records first..last-1 in batches, the last one smaller, loaded ahead in threads."""
+    records = grain.MapDataset.source(source)[first:last].batch(batch_size)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2)
+    return iter(records.to_iter_dataset(options))

@@ -2,18 +2,20 @@
 
 `digits`       scikit-learn's 1,797 labelled 8x8 handwritten digits; the 80 % of a fixed stratified split
 `folder:PATH`  images below PATH: its sub-directories are the classes; without any, the set is unconditional
+`latents:PATH` what speedit_jax.encode wrote: {"moments", "label"} (data/latents.py)
 `synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
 """
 
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
+from speedit_jax.data.latents import open_latents
 from speedit_jax.errors import UserError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
@@ -27,11 +29,13 @@ class Source(Protocol):
       image_shape: (H, W, C).
       class_names: empty when the set is unconditional.
       fingerprint: equal for equal data; a checkpoint refuses to resume on other data.
+      latents: of what autoencoder, if these are not images.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str
+    latents: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -62,6 +66,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 class ArraySource:
     """Images held in memory."""
 
+    latents = None
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
@@ -93,6 +98,7 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 class FolderSource:
     """Image files, decoded, cropped and scaled when asked for."""
 
+    latents = None
     root: Path
     files: tuple[str, ...]
     labels: tuple[int, ...]
@@ -162,6 +168,7 @@ def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
 class SyntheticSource:
     """One blob an image; its class sets the angle of its place, the index the rest."""
 
+    latents = None
     size: int
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -194,7 +201,7 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     """
     shape = (config.height, config.width, config.channels)
     kind, _, argument = config.source.partition(":")
-    if bool(argument) != (kind == "folder"):
+    if bool(argument) != (kind in ("folder", "latents")):
         kind = None  # an argument that is missing, or that would be ignored
     if kind == "digits":
         images, labels = load_digits("train")
@@ -202,12 +209,14 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
         source = ArraySource(images, labels, names, _digest(images.tobytes(), labels.tobytes()))
     elif kind == "folder":
         source = _folder(Path(argument).expanduser(), shape)
+    elif kind == "latents":
+        source = open_latents(Path(argument).expanduser())
     elif kind == "synthetic":
         names = tuple(f"class {i}" for i in range(config.synthetic_classes))
         source = SyntheticSource(config.synthetic_size, shape, names)
     else:
-        raise UserError(f"unknown data.source {config.source!r}; choose digits, folder:PATH or synthetic")
-    if source.image_shape != shape:
+        raise UserError(f"unknown data.source {config.source!r}; choose digits, folder:PATH, latents:PATH or synthetic")
+    if source.image_shape != shape and not source.latents:
         raise UserError(
             f"data.source={config.source} has images of shape {source.image_shape}, but data.height, data.width and"
             f" data.channels say {shape}"

@@ -1,1 +1,1 @@
-"""Name tables between PyTorch or diffusers files and our parameter trees: pure functions of dicts of arrays."""
+"""Names and layouts of other programs' weight files; knows no model, gives nested dicts of NumPy arrays."""

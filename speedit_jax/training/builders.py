@@ -1,9 +1,12 @@
 """From a whole config to its parts: the one place where config sections meet."""
 
+from pathlib import Path
+
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.diffusion.timesteps import TableStrategy
@@ -11,6 +14,7 @@ from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
 from speedit_jax.training import sharding
+from speedit_jax.training.autoencoder import Autoencoder
 
 
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion:
@@ -20,6 +24,25 @@ def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion:
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion) -> TableStrategy:
     return _make_strategy(diffusion.schedule, **config.timesteps)
+
+
+def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:
+    """What turns the source's images into latents, or latents into pictures; None where there is none.
+
+    Raises:
+      UserError: the autoencoder cannot be read, or is not that of the latents.
+    """
+    where = config.data.vae
+    if source.latents and not where and Path(source.latents["vae"]).is_dir():
+        where = source.latents["vae"]
+    if (where or source.latents) and config.sampling.clip:
+        raise UserError("sampling.clip=True would clip latents as if they were pixels; set it to False")
+    if not where:
+        return None
+    autoencoder = Autoencoder(where, mesh)
+    if source.latents:
+        autoencoder.check(source.latents)
+    return autoencoder
 
 
 def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_classes: int) -> Model:

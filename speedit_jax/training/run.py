@@ -13,14 +13,22 @@ from speedit_jax.data.sources import Source
 from speedit_jax.errors import UserError
 
 # Sections and keys that may differ between a run and its continuation: they do not change what is computed.
-_MAY_CHANGE = ("checkpoint", "mesh", "sampling", "data.threads", "training.log_every", "training.sample_every")
+_MAY_CHANGE = ("checkpoint", "mesh", "sampling", "data.threads", "data.vae", "training.log_every", "training.sample_every")
 
 
-def describe(config: ml_collections.ConfigDict, source: Source) -> dict[str, Any]:
-    """The JSON that a run's directory and each of its checkpoints carry: enough to sample without the config file."""
+def describe(
+    config: ml_collections.ConfigDict, source: Source, image_shape: tuple[int, int, int], latents: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The JSON that a run's directory and each of its checkpoints carry: enough to sample without the config file.
+
+    Args:
+      image_shape: of what the model draws.
+      latents: the identity of the autoencoder whose latents the model draws; None where it draws images.
+    """
     return {
         "config": config.to_dict(),
-        "image_shape": list(source.image_shape),
+        "image_shape": list(image_shape),
+        "latents": latents,
         "class_names": list(source.class_names),
         "data_fingerprint": source.fingerprint,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__},
@@ -73,6 +81,8 @@ def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> N
     ]
     if saved["data_fingerprint"] != meta["data_fingerprint"]:
         different.append("the data are not the same")
+    if (saved.get("latents") or {}).get("weights") != (meta.get("latents") or {}).get("weights"):
+        different.append("the autoencoder is not the same")
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(

@@ -105,8 +105,8 @@ def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings,
         jax.eval_shape(jitted, jax.eval_shape(model.init, jax.random.key(0)), jax.random.key(0), shape, shape)
 
     def run(params, key, indices, labels):
-        put = lambda x: jax.make_array_from_callback(x.shape, rows, lambda i: np.asarray(x, np.int32)[i])  # noqa: E731
+        indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))
         with jax.set_mesh(mesh):
-            return np.asarray(jitted(params, key, put(indices), put(labels)))
+            return np.asarray(jitted(params, key, indices, labels))
 
     return run

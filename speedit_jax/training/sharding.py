@@ -128,6 +128,11 @@ def global_array(sharding: NamedSharding, batch: int, rows: np.ndarray, values: 
     return jax.make_array_from_callback((batch, *values.shape[1:]), sharding, shard)
 
 
+def from_host(sharding: NamedSharding, values: np.ndarray) -> jax.Array:
+    """The global array of `values`, which every process holds whole."""
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
 def table(axes: Any, shapes: Any) -> str:
     """Every parameter's path, shape and PartitionSpec, one a line."""
 

@@ -11,10 +11,11 @@ import optax
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.models.build import Model
+from speedit_jax.training.autoencoder import latents_of
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -86,10 +87,12 @@ def make_train_step(
     strategy: Any,
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
+    latents: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step of `config`, the whole config.
 
-    The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}; the key is the run's and never changes: each step
+    The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `latents`, the identity of an Autoencoder, its
+    {"moments": [B, h, w, 2C], "label"}. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
     gradient = make_gradient(make_loss(model, diffusion), config.training.accumulation)
@@ -97,7 +100,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        x0 = batch["image"]
+        x0 = latents_of(latents, stream(key, "posterior"), batch["moments"]) if latents else batch["image"]
         # Drawn for the whole batch before it is split: the dual draw's marginal must not depend on microbatches.
         t, weight = strategy.sample(stream(key, "timesteps"), x0.shape[0], state.step, state.timesteps)
         inputs = {

@@ -265,7 +265,7 @@ def test_digits_of_another_shape(key, shape):
 
 @pytest.mark.parametrize("source", ["imagenet", "", "tfds:mnist"])
 def test_unknown_source(source):
-    with pytest.raises(UserError, match=f"data.source '{source}'.*digits, folder:PATH or synthetic"):
+    with pytest.raises(UserError, match=f"data.source '{source}'.*digits, folder:PATH, latents:PATH or synthetic"):
         open_source(config(source))
 
 

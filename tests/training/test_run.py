@@ -11,9 +11,10 @@ from speedit_jax.training import run
 from . import tiny
 
 
-def describe(**changes):
+def describe(latents=None, **changes):
     config = tiny.make_config(**changes)
-    return run.describe(config, open_source(config.data))
+    source = open_source(config.data)
+    return run.describe(config, source, source.image_shape, latents)
 
 
 @pytest.fixture
@@ -64,6 +65,14 @@ def test_another_run_is_refused(workdir, changes, message):
     assert "\n" not in str(error.value)
     assert (workdir / "run.json").read_bytes() == before
     assert [p.name for p in workdir.iterdir()] == ["run.json"]
+
+
+def test_another_autoencoder_is_refused(tmp_path):
+    run.claim(tmp_path, describe(latents={"vae": "here", "weights": "a"}))
+    run.claim(tmp_path, describe(latents={"vae": "there", "weights": "a"}))
+    for latents in ({"vae": "here", "weights": "b"}, None):
+        with pytest.raises(UserError, match="the autoencoder is not the same"):
+            run.claim(tmp_path, describe(latents=latents))
 
 
 def test_other_data_are_refused(workdir):

@@ -1,4 +1,4 @@
-"""Files of weights: the only owner of torch, which only .pt files need, and of safetensors."""
+"""Files of tensors by name, .pt and .safetensors; torch is imported for .pt only."""
 
 import os
 import tempfile

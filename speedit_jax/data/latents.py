@@ -1,0 +1,163 @@
+"""Latents on disk: a directory of ArrayRecord shards of VAE moments, encoded once and trained on many times.
+
+00000-of-00013.array_record   per image its label, int32, and moments, float16 [2, h, w, 2C]: of the image and of its mirror
+                              image, the posterior's mean and log variance along the channels
+00000-of-00013.json           the shard's checksum and sums, written last: without it the shard is not there
+header.json                   what all of it is, written when every shard is there
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from speedit_jax.errors import UserError
+
+_LABEL = np.dtype("<i4")
+_MOMENTS = np.dtype("<f2")  # 2^-11 of a latent: far less than the noise that is added to it
+_ONE_BY_ONE = "group_size:1,uncompressed"  # random access reads what it asked for; floats do not compress
+HEADER = "header.json"
+
+
+def shard_name(index: int, total: int) -> str:
+    return f"{index:05d}-of-{total:05d}.array_record"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(path: Path, examples: Iterable[tuple[int, np.ndarray]]) -> dict[str, Any]:
+    """Writes a shard of (label, moments [2, h, w, 2C]) under a temporary name, then gives it its own.
+
+    Returns:
+      What the shard's JSON holds: records, sha256, and per channel the sums of a latent and of its square.
+    """
+    partial = path.with_suffix(".partial")
+    writer = ArrayRecordWriter(str(partial), _ONE_BY_ONE)
+    count, first, second = 0, 0.0, 0.0
+    for label, moments in examples:
+        stored = np.asarray(moments, _MOMENTS)
+        writer.write(np.asarray(label, _LABEL).tobytes() + stored.tobytes())
+        mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
+        first = first + mean.mean(axis=(0, 1, 2))
+        second = second + (mean**2 + np.exp(logvar)).mean(axis=(0, 1, 2))
+        count += 1
+    writer.close()
+    facts = {"records": count, "sha256": sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
+    os.replace(partial, path)
+    write_json(path.with_suffix(".json"), facts)
+    return facts
+
+
+def finished_shard(path: Path) -> dict[str, Any] | None:
+    """What `write_shard` returned for it; None where it was not finished."""
+    facts = path.with_suffix(".json")
+    return json.loads(facts.read_text()) if facts.exists() and path.exists() else None
+
+
+def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """header.json: `what`, the shards' facts, their count and per-channel statistics of the unscaled latents."""
+    count = sum(shard["records"] for shard in shards)
+    mean = np.sum([shard["sum"] for shard in shards], axis=0) / count
+    square = np.sum([shard["sum_of_squares"] for shard in shards], axis=0) / count
+    header = what | {
+        "count": count,
+        "mean": list(mean),
+        "std": list(np.sqrt(square - mean**2)),
+        "shards": [{"name": shard_name(i, len(shards)), **shard} for i, shard in enumerate(shards)],
+    }
+    write_json(directory / HEADER, header)
+    return header
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSource:
+    """The latents of a directory: {"moments": [2, h, w, 2C] float32 (image, mirror image), "label"}.
+
+    Attributes:
+      image_shape: (h, w, C), of a latent.
+      latents: the header's account of them: the VAE, its scale and shift.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    latents: dict[str, Any]
+    records: Any
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index]
+        h, w, c = self.image_shape
+        moments = np.frombuffer(record, _MOMENTS, offset=_LABEL.itemsize).reshape(2, h, w, 2 * c)
+        return {"moments": moments.astype(np.float32), "label": np.frombuffer(record, _LABEL, 1)[0]}
+
+
+def open_latents(directory: Path) -> LatentSource:
+    """Raises a UserError where `directory` does not hold all that its header says."""
+    header = read_header(directory)
+    paths = [directory / shard["name"] for shard in header["shards"]]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is missing; run speedit_jax.encode again, which writes what is not there")
+    try:
+        records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
+        found = len(records)
+    except Exception as e:
+        # The reader's errors have no common class.
+        raise UserError(f"cannot read the shards of {directory}: {str(e).splitlines()[0]}; check them with --verify") from e
+    if found != header["count"]:
+        raise UserError(f"{directory} holds {found} records, but its header says {header['count']}; check it with --verify")
+    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
+    return LatentSource(tuple(header["shape"]), tuple(header["class_names"]), fingerprint, header["latents"], records)
+
+
+def read_header(directory: Path) -> dict[str, Any]:
+    path = directory / HEADER
+    if not path.exists():
+        raise UserError(f"no {HEADER} in {directory}: run speedit_jax.encode, or again where it was stopped")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}); remove it and run speedit_jax.encode again") from e
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Reads every shard and compares checksums; returns the header.
+
+    Raises:
+      UserError: names the shards that differ.
+    """
+    header = read_header(directory)
+    bad = [
+        s["name"]
+        for s in header["shards"]
+        if not (directory / s["name"]).exists() or sha256(directory / s["name"]) != s["sha256"]
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(
+            f"{directory}: {', '.join(bad[:3])}{more} missing or damaged; remove them and run speedit_jax.encode again"
+        )
+    return header

@@ -1,0 +1,156 @@
+"""Encodes images to latents once, so that training does not have to at every step.
+
+  python -m speedit_jax.encode --source=folder:/path/to/images --size=256 --vae=/path/to/sd-vae-ft-ema --out=data/latents
+  python -m speedit_jax.train --config=configs/imagenet.py --config.data.source=latents:data/latents --workdir=runs/mine
+
+Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
+header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
+stay, and the result is the same to the byte. With --multihost every process writes its share of the shards; --out must
+be a directory that all see. --verify reads what is there and compares checksums.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from speedit_jax import cli
+from speedit_jax.data import latents, loader
+from speedit_jax.data.sources import Source, open_source
+from speedit_jax.errors import UserError
+from speedit_jax.training import sharding
+from speedit_jax.training.autoencoder import Autoencoder
+
+_SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH or synthetic, as config.data.source.")
+_SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH.")
+_VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its safetensors.")
+_OUT = flags.DEFINE_string("out", None, "Directory to write.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time, over this process's devices.", lower_bound=1)
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Images a file: what a kill loses at most.", lower_bound=1)
+_TILE = flags.DEFINE_bool("tile", False, "Encode in overlapping tiles: less memory for large images, not quite the same numbers.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations; auto: float32 on CPU, else bfloat16."
+)
+_THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
+_VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write nothing.")
+
+
+def open_images() -> Source:
+    try:
+        height, width = ([int(n) for n in _SIZE.value] * 2)[:2]
+    except ValueError:
+        raise UserError(f"--size={','.join(_SIZE.value)}: give one number of pixels, or HEIGHT,WIDTH") from None
+    config = ml_collections.ConfigDict(
+        {
+            "source": _SOURCE.value,
+            "height": height,
+            "width": width,
+            "channels": 3,
+            "synthetic_size": 4096,
+            "synthetic_classes": 10,
+        }
+    )
+    source = open_source(config)
+    if source.latents:
+        raise UserError(f"--source={_SOURCE.value}: these are latents already")
+    return source
+
+
+def encode() -> None:
+    if not _OUT.value:
+        raise UserError("--out is missing; name a directory")
+    out = Path(_OUT.value).expanduser()
+    if _VERIFY.value:
+        header = latents.verify(out)
+        print(f"{out}: {header['count']} latents in {len(header['shards'])} shards, all as they were written")
+        return
+    for name, value in (("source", _SOURCE.value), ("vae", _VAE.value)):
+        if not value:
+            raise UserError(f"--{name} is missing; --help has an example")
+    source = open_images()
+    # Each process encodes alone, on its own devices: nothing is shared but the directory.
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+    autoencoder = Autoencoder(_VAE.value, mesh, _DTYPE.value, tile=_TILE.value)
+    what = {
+        "shape": list(autoencoder.latent_shape(source.image_shape)),
+        "class_names": list(source.class_names),
+        "latents": autoencoder.identity,
+        "images": {
+            "source": _SOURCE.value,
+            "shape": list(source.image_shape),
+            "count": len(source),
+            "fingerprint": source.fingerprint,
+            "shard_size": _SHARD_SIZE.value,
+            "tile": _TILE.value,
+            "dtype": autoencoder.dtype,
+        },
+    }
+    claim(out, what)
+
+    total = -(-len(source) // _SHARD_SIZE.value)
+    paths = [out / latents.shard_name(i, total) for i in range(total)]
+    mine = range(jax.process_index(), total, jax.process_count())
+    size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
+    missing = [i for i in mine if latents.finished_shard(paths[i]) is None]
+    encoded, since = sum(size[i] for i in missing), time.perf_counter()
+    with tqdm(
+        total=sum(size.values()), initial=sum(size.values()) - encoded, unit="image", disable=jax.process_index() != 0
+    ) as bar:
+        for i in missing:
+            first = i * _SHARD_SIZE.value
+            latents.write_shard(paths[i], examples(source, autoencoder, first, first + size[i], bar))
+    seconds = time.perf_counter() - since
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all shards are written")
+    if jax.process_index() == 0:
+        header = latents.write_header(out, what, [latents.finished_shard(path) for path in paths])
+        rate = f", {encoded / seconds:.1f} images/s here" if encoded else ""
+        print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
+        print(f"per channel: mean {np.round(header['mean'], 3).tolist()}, std {np.round(header['std'], 3).tolist()}, unscaled")
+        print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")
+        print(f"--config.data.source=latents:{out} --workdir=runs/mine")
+
+
+def claim(out: Path, what: dict) -> None:
+    """Makes `out` this encoding's; shards of other images or of another autoencoder must not be mixed in.
+
+    Raises:
+      UserError: it holds another encoding, or cannot be written.
+    """
+    path = out / "encoding.json"
+    if path.exists():
+        saved = latents.read_json(path)
+        different = [key for key in what if saved.get(key) != what[key]]
+        different += [f"images.{key}" for key in what["images"] if saved.get("images", {}).get(key) != what["images"][key]]
+        if different:
+            raise UserError(
+                f"{out} holds another encoding ({', '.join(d for d in different if d != 'images')}); name another --out"
+            )
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            latents.write_json(path, what)
+    except OSError as e:
+        raise UserError(f"cannot write to --out={out}: {e.strerror}") from e
+
+
+def examples(source: Source, autoencoder: Autoencoder, first: int, last: int, bar: tqdm):
+    """(label, moments [2, h, w, 2C]) of images first..last-1."""
+    size = _BATCH_SIZE.value + -_BATCH_SIZE.value % jax.local_device_count()
+    for batch in loader.in_order(source, first, last, _BATCH_SIZE.value, _THREADS.value):
+        images = batch["image"]
+        # The last batch is filled up, so that one compilation serves.
+        filled = images[np.arange(size) % len(images)]
+        moments = [np.asarray(autoencoder.moments(x))[: len(images)] for x in (filled, filled[:, :, ::-1])]
+        yield from zip(batch["label"], np.stack(moments, axis=1), strict=True)
+        bar.update(len(images))
+
+
+if __name__ == "__main__":
+    cli.run(encode)

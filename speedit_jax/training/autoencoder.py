@@ -1,0 +1,86 @@
+"""The autoencoder around a latent diffusion model: one set of weights, jitted over the batch of a mesh."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from speedit_jax.errors import UserError
+from speedit_jax.interop.vae import WEIGHTS, find_vae
+from speedit_jax.models.vae import VaeConfig, load_vae, to_latents
+from speedit_jax.training import sharding
+
+
+def sample_posterior(key: jax.Array, moments: jax.Array) -> jax.Array:
+    """mean + std * noise: moments [B, h, w, 2C], means and log variances -> [B, h, w, C]."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+class Autoencoder:
+    """Images [B, H, W, 3] in [-1, 1] to moments [B, h, w, 2C], and latents [B, h, w, C] to images.
+
+    Args:
+      where: a diffusers AutoencoderKL directory, or its name on the Hugging Face hub.
+      mesh: its batch axes share the images; the weights are on every device.
+      dtype: of activations: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16".
+      tile: in overlapping tiles, for images that do not fit.
+
+    Attributes:
+      identity: JSON that says whose latents these are: {"vae": where, "weights": checksum, "config": of the architecture}.
+      dtype: of activations.
+    """
+
+    def __init__(self, where: str, mesh: Mesh, dtype: str = "auto", tile: bool = False):
+        dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(dtype, dtype)
+        vae, params = load_vae(where, dtype)
+        self._mesh, self.dtype = mesh, dtype
+        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._rows = sharding.batch_sharding(mesh)
+        with (find_vae(where) / WEIGHTS).open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        config = json.loads(json.dumps(dataclasses.asdict(vae.config)))  # as it will be read again: lists for tuples
+        self.identity: dict[str, Any] = {"vae": where, "weights": checksum, "config": config}
+
+        def encode(params, images):
+            return jnp.concatenate(vae.encode(params, images, tile=tile), axis=-1)
+
+        self._encode = jax.jit(encode, in_shardings=(None, self._rows), out_shardings=self._rows)
+        decode = functools.partial(vae.decode, tile=tile)
+        self._decode = jax.jit(decode, in_shardings=(None, self._rows), out_shardings=sharding.replicated(mesh))
+
+    def check(self, latents: dict[str, Any]) -> None:
+        """Raises a UserError unless `latents`, an identity, is this autoencoder's."""
+        if latents["weights"] != self.identity["weights"]:
+            raise UserError(f"{self.identity['vae']} is not the autoencoder of these latents, which {latents['vae']} encoded")
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, 3) -> (h, w, C).
+
+        Raises:
+          UserError: images that the autoencoder does not take.
+        """
+        shape = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        _, h, w, channels = jax.eval_shape(self._encode.__wrapped__, self._params, shape).shape
+        return h, w, channels // 2
+
+    def moments(self, images: jax.Array) -> jax.Array:
+        """The posterior of a batch that is on the mesh."""
+        with jax.set_mesh(self._mesh):
+            return self._encode(self._params, images)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Images [B, H, W, 3] float32 on the host, of latents as the diffusion model sees them; the mesh divides B."""
+        with jax.set_mesh(self._mesh):
+            return np.asarray(self._decode(self._params, sharding.from_host(self._rows, latents)))
+
+
+def latents_of(identity: dict[str, Any], key: jax.Array, moments: jax.Array) -> jax.Array:
+    """What the diffusion model trains on, [B, h, w, C]: a sample of the posterior of the autoencoder `identity`, scaled."""
+    return to_latents(VaeConfig.from_diffusers(identity["config"]), sample_posterior(key, moments))

@@ -1,0 +1,151 @@
+"""Latents on disk: what is written is read, what is missing or damaged is named, mirror images are chosen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import base
+from speedit_jax.data import latents, loader
+from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
+
+SHAPE = (3, 2, 4)  # h, w, C
+COUNT, SHARDS = 10, 3
+
+
+def moments(i):
+    rng = np.random.default_rng(i)
+    return rng.normal(size=(2, *SHAPE[:2], 2 * SHAPE[2])).astype(np.float16)
+
+
+def write(directory, count=COUNT):
+    """Shards of 4, 4 and 2 records, of which number i has label i % 3."""
+    directory.mkdir()
+    facts = []
+    for shard in range(SHARDS):
+        examples = ((i % 3, moments(i)) for i in range(4 * shard, min(4 * shard + 4, count)))
+        facts.append(latents.write_shard(directory / latents.shard_name(shard, SHARDS), examples))
+    what = {"shape": list(SHAPE), "class_names": ["a", "b", "c"], "latents": {"vae": "somewhere"}}
+    return latents.write_header(directory, what, facts)
+
+
+@pytest.fixture
+def written(tmp_path):
+    write(tmp_path / "l")
+    return tmp_path / "l"
+
+
+def open_config(directory):
+    data = base.get_config().data
+    data.source = f"latents:{directory}"
+    return open_source(data)
+
+
+def test_what_is_written_is_read(written):
+    source = open_config(written)
+    assert (len(source), source.image_shape, source.class_names) == (COUNT, SHAPE, ("a", "b", "c"))
+    assert source.latents == {"vae": "somewhere"}
+    for i in range(COUNT):
+        record = source[i]
+        assert record["label"] == i % 3 and record["label"].dtype == np.int32
+        assert record["moments"].dtype == np.float32
+        np.testing.assert_array_equal(record["moments"], moments(i))
+
+
+def test_statistics_are_those_of_samples_of_the_posterior(tmp_path):
+    header = write(tmp_path / "l")
+    stored = np.stack([moments(i) for i in range(COUNT)]).astype(np.float64)
+    mean, logvar = np.split(stored, 2, axis=-1)
+    samples = mean + np.exp(logvar / 2) * np.random.default_rng(0).normal(size=(4000, *mean.shape))
+    # 4,000 samples of 120 posteriors: the Monte-Carlo error of both is about 0.002.
+    np.testing.assert_allclose(header["mean"], samples.mean(axis=tuple(range(5))), atol=0.01)
+    np.testing.assert_allclose(header["std"], samples.std(axis=tuple(range(5))), atol=0.01)
+
+
+def test_writing_again_gives_the_same_bytes(written, tmp_path):
+    write(tmp_path / "again")
+    for path in written.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert len(list(written.iterdir())) == 2 * SHARDS + 1
+
+
+def test_the_fingerprint_is_of_the_contents(written, tmp_path):
+    write(tmp_path / "same")
+    write(tmp_path / "other", count=COUNT - 1)
+    fingerprints = [open_config(d).fingerprint for d in (written, tmp_path / "same", tmp_path / "other")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def batches(source, flip):
+    rows = np.arange(5)
+    return list(loader.batches(source, seed=0, batch_size=5, rows=rows, first_step=0, num_steps=40, flip=flip, threads=0))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_loader_takes_the_image_or_its_mirror_image(written, flip):
+    stored = np.stack([moments(i) for i in range(COUNT)]).astype(np.float32)
+    mirrored = []
+    for batch in batches(open_config(written), flip):
+        assert batch["moments"].shape == (5, *SHAPE[:2], 2 * SHAPE[2])
+        for label, chosen in zip(batch["label"], batch["moments"], strict=True):
+            matches = np.argwhere((stored == chosen).all(axis=(2, 3, 4)))
+            assert len(matches) == 1 and matches[0, 0] % 3 == label
+            mirrored.append(matches[0, 1])
+    # 200 coins: 5 standard deviations are 0.18.
+    assert np.mean(mirrored) == pytest.approx(0.5, abs=0.18) if flip else not any(mirrored)
+
+
+def test_a_part_in_order(written):
+    source = open_config(written)
+    found = list(loader.in_order(source, 2, 9, batch_size=3, threads=2))
+    assert [len(batch["label"]) for batch in found] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([b["moments"] for b in found]), [moments(i) for i in range(2, 9)])
+
+
+def damage_bytes(directory):
+    path = directory / latents.shard_name(1, SHARDS)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "no header": (lambda d: (d / "header.json").unlink(), "no header.json in"),
+    "half a header": (lambda d: (d / "header.json").write_text("{"), "header.json is not JSON"),
+    "no shard": (lambda d: (d / latents.shard_name(1, SHARDS)).unlink(), "00001-of-00003.array_record is missing"),
+    "half a shard": (lambda d: (d / latents.shard_name(1, SHARDS)).write_bytes(b"x" * 70_000), "cannot read the shards"),
+    "an old shard": (
+        lambda d: (d / latents.shard_name(2, SHARDS)).write_bytes((d / latents.shard_name(1, SHARDS)).read_bytes()),
+        "holds 12 records, but its header says 10",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_is_missing_or_damaged_is_named(written, case):
+    harm, message = DAMAGE[case]
+    harm(written)
+    with pytest.raises(UserError, match=message):
+        open_config(written)
+
+
+def test_verify(written):
+    assert latents.verify(written) == json.loads((written / "header.json").read_text())
+    damage_bytes(written)
+    with pytest.raises(UserError, match=r"00001-of-00003\.array_record missing or damaged; remove"):
+        latents.verify(written)
+
+
+def test_a_shard_is_finished_when_its_facts_are_there(tmp_path):
+    path = tmp_path / latents.shard_name(0, 1)
+
+    def killed():
+        yield 0, moments(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        latents.write_shard(path, killed())
+    assert latents.finished_shard(path) is None and not path.exists()
+    facts = latents.write_shard(path, [(0, moments(0))])
+    assert latents.finished_shard(path) == facts and facts["records"] == 1

@@ -1,0 +1,170 @@
+"""Files of a VAE: names, layouts, older files, the hub, and the line for each thing that can be wrong."""
+
+import json
+import sys
+import types
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from speedit_jax.errors import UserError
+from speedit_jax.interop.vae import CONFIG, WEIGHTS, find_vae, read_config, read_params, tensor_name
+
+# A convolution, attention and a norm, ours: path -> shape.
+LIKE = {
+    "encoder": {
+        "down_blocks_0_downsamplers_0_conv": {"kernel": (3, 3, 4, 6), "bias": (6,)},
+        "mid_block": {
+            "attentions_0": {
+                "group_norm": {"scale": (6,), "bias": (6,)},
+                **{name: {"kernel": (6, 6), "bias": (6,)} for name in ("to_q", "to_k", "to_v", "to_out_0")},
+            }
+        },
+    },
+    "quant_conv": {"kernel": (1, 1, 6, 8), "bias": (8,)},
+}
+LIKE = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, np.float32), LIKE, is_leaf=lambda x: isinstance(x, tuple))
+DOWN = "encoder.down_blocks.0.downsamplers.0.conv"
+ATTENTION = "encoder.mid_block.attentions.0"
+LAYERS = {
+    DOWN: (6, 4, 3, 3),
+    f"{ATTENTION}.group_norm": (6,),
+    **{f"{ATTENTION}.{name}": (6, 6) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+    "quant_conv": (8, 6, 1, 1),
+}
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    arrays = {f"{name}.{p}": s for name, shape in LAYERS.items() for p, s in (("weight", shape), ("bias", shape[:1]))}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in arrays.items()}
+
+
+def older(state, as_convolution):
+    """The names of the published sd-vae-ft files; the oldest have 1x1 convolutions."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    result = {}
+    for name, array in state.items():
+        for new, old in names.items():
+            if new in name:
+                name = name.replace(new, old)
+                array = array[:, :, None, None] if as_convolution and array.ndim == 2 else array
+        result[name] = array
+    return result
+
+
+def write(directory, state, config="{}"):
+    (directory / CONFIG).write_text(config)
+    save_file(state, directory / WEIGHTS)
+    return directory
+
+
+def assert_one_line(call, *words):
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_names_and_layouts(tmp_path):
+    state = tensors()
+    params = read_params(write(tmp_path, state), LIKE)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), LIKE)
+    conv = params["encoder"]["down_blocks_0_downsamplers_0_conv"]
+    assert conv["kernel"][2, 1, 3, 5] == state[f"{DOWN}.weight"][5, 3, 2, 1]
+    np.testing.assert_array_equal(conv["bias"], state[f"{DOWN}.bias"])
+    attention = params["encoder"]["mid_block"]["attentions_0"]
+    np.testing.assert_array_equal(attention["to_out_0"]["kernel"], state[f"{ATTENTION}.to_out.0.weight"].T)
+    np.testing.assert_array_equal(attention["group_norm"]["scale"], state[f"{ATTENTION}.group_norm.weight"])
+    assert all(leaf.flags.c_contiguous for leaf in jax.tree.leaves(params))
+
+
+def test_tensor_name():
+    path = ("decoder", "up_blocks_2_resnets_10", "conv_shortcut", "kernel")
+    assert tensor_name(path) == "decoder.up_blocks.2.resnets.10.conv_shortcut.weight"
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+def test_older_files(tmp_path, as_convolution):
+    state = older(tensors(), as_convolution)
+    assert f"{ATTENTION}.proj_attn.weight" in state
+    (tmp_path / "new").mkdir()
+    expected = read_params(write(tmp_path / "new", tensors()), LIKE)
+    jax.tree.map(np.testing.assert_array_equal, read_params(write(tmp_path, state), LIKE), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_files(tmp_path, dtype):
+    state = {name: array.astype(dtype) for name, array in tensors().items()}
+    bias = read_params(write(tmp_path, state), LIKE)["quant_conv"]["bias"]
+    assert bias.dtype == np.float32
+    np.testing.assert_array_equal(bias, state["quant_conv.bias"].astype(np.float32))
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    def read(change):
+        state = tensors()
+        change(state)
+        return lambda: read_params(write(tmp_path, state), LIKE)
+
+    path = str(tmp_path / WEIGHTS)
+    assert_one_line(read(lambda s: s.pop("quant_conv.bias")), path, "lacks quant_conv.bias", CONFIG)
+    assert_one_line(read(lambda s: s.update(spare=np.zeros(1))), path, "unknown spare")
+    assert_one_line(read(lambda s: s.update({"quant_conv.bias": np.zeros(7)})), "quant_conv.bias (7,) instead of (8,)")
+    wrong = np.zeros((6, 4, 5, 5))
+    assert_one_line(read(lambda s: s.update({f"{DOWN}.weight": wrong})), f"{DOWN}.weight (6, 4, 5, 5) instead of (6, 4, 3, 3)")
+    many = {f"spare.{i}": np.zeros(1) for i in range(9)}
+    assert_one_line(read(lambda s: s.update(many)), "spare.0, spare.1, spare.2 and 6 more")
+    # All kinds of fault are in one line.
+    assert_one_line(read(lambda s: s.update(many) or s.pop("quant_conv.bias")), "lacks quant_conv.bias", "unknown spare.0")
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / CONFIG).write_text("{'a': 1}")
+    (tmp_path / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert_one_line(lambda: read_config(tmp_path), str(tmp_path / CONFIG), "not JSON")
+    assert_one_line(lambda: read_params(tmp_path, LIKE), str(tmp_path / WEIGHTS), "safetensors")
+    (tmp_path / CONFIG).write_text("[1]")
+    assert_one_line(lambda: read_config(tmp_path), str(tmp_path / CONFIG))
+
+
+def test_directories(tmp_path):
+    assert_one_line(lambda: find_vae(str(tmp_path)), repr(str(tmp_path)), f"no {CONFIG} and no {WEIGHTS}")
+    (tmp_path / CONFIG).write_text(json.dumps({"latent_channels": 4}))
+    assert_one_line(lambda: find_vae(str(tmp_path)), f"no {WEIGHTS}")
+    (tmp_path / WEIGHTS).touch()
+    assert find_vae(str(tmp_path)) == tmp_path
+    assert read_config(tmp_path) == {"latent_channels": 4}
+    for where in (f"{tmp_path}/nowhere", "nowhere", "./no/where", "../nowhere", ""):
+        assert_one_line(lambda where=where: find_vae(where), repr(where), CONFIG, WEIGHTS)
+
+
+@pytest.mark.parametrize("name, folder", [("stabilityai/sd-vae-ft-ema", None), ("owner/pipeline/vae", "vae")])
+def test_download(tmp_path, monkeypatch, name, folder):
+    asked = []
+
+    def hf_hub_download(repository, file, subfolder):
+        asked.append((repository, file, subfolder))
+        return str(tmp_path / file)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    monkeypatch.chdir(tmp_path)
+    assert find_vae(name) == tmp_path
+    repository = "/".join(name.split("/")[:2])
+    assert asked == [(repository, CONFIG, folder), (repository, WEIGHTS, folder)]
+
+
+def test_no_download(monkeypatch, tmp_path):
+    def hf_hub_download(*args, **kwargs):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.chdir(tmp_path)
+    name = "stabilityai/sd-vae-ft-ema"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    assert_one_line(lambda: find_vae(name), name, CONFIG, WEIGHTS, "no network")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    assert_one_line(lambda: find_vae(name), name, CONFIG, WEIGHTS, "huggingface_hub", "not installed")

@@ -1,0 +1,203 @@
+"""From images to latents to a trained model to pictures, with a small random autoencoder."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works
+from PIL import Image
+from vae_weights import write_vae
+
+IMAGES = 23  # two classes; shards of 5, of which the last has 3
+SIZE = (16, 24)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return write_vae(tmp_path_factory.mktemp("vae"), "small")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        directory = root / ("cat", "dog")[i % 2]
+        directory.mkdir(exist_ok=True)
+        blocks = rng.integers(0, 256, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(blocks).save(directory / f"{i:03d}.png")
+    return root
+
+
+def flags(folder, vae, out):
+    size = f"--size={SIZE[0]},{SIZE[1]}"
+    return [f"--source=folder:{folder}", f"--vae={vae}", f"--out={out}", size, "--batch_size=2", "--shard_size=5"]
+
+
+@pytest.fixture(scope="module")
+def encoded(run, folder, vae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "latents"
+    result = run("encode", *flags(folder, vae, out))
+    assert_works(result)
+    assert "23 latents (8, 12, 16) in 5 shards" in result.out and "images/s" in result.out
+    return out
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def test_moments_are_the_autoencoders(encoded, folder, vae):
+    import jax
+
+    from speedit_jax.data.latents import open_latents
+    from speedit_jax.models.vae import load_vae
+
+    network, params = load_vae(str(vae))
+    source = open_latents(encoded)
+    assert source.class_names == ("cat", "dog")
+    files = sorted(folder.rglob("*.png"))
+    assert len(source) == len(files)
+    for i in (0, 4, IMAGES - 1):  # of both classes; from the middle and the end of shards
+        with Image.open(files[i]) as image:
+            pixels = np.asarray(image.resize(SIZE[::-1], Image.Resampling.BOX), np.float32)[None] / 127.5 - 1
+        assert source[i]["label"] == ("cat", "dog").index(files[i].parent.name)
+        for stored, x in zip(source[i]["moments"], (pixels, pixels[:, :, ::-1]), strict=True):
+            expected = np.concatenate(jax.jit(network.encode)(params, x), axis=-1)[0]
+            # float16 on disk: half a unit in the last of 11 bits, and a little float32 rounding.
+            np.testing.assert_allclose(stored, expected, rtol=2**-11, atol=1e-4)
+
+
+def test_again_does_nothing(run, encoded, folder, vae):
+    before = contents(encoded)
+    assert_works(run("encode", *flags(folder, vae, encoded)))
+    assert contents(encoded) == before
+    result = run("encode", f"--out={encoded}", "--verify")
+    assert_works(result)
+    assert "23 latents in 5 shards, all as they were written" in result.out
+
+
+def test_killed_twice_is_the_same_to_the_byte(run, encoded, folder, vae, tmp_path):
+    out = tmp_path / "latents"
+    command = [sys.executable, "-m", "speedit_jax.encode", *flags(folder, vae, out)]
+    for shards in (1, 3):
+        with subprocess.Popen(command, cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            # A .partial is a shard that is being written.
+            while process.poll() is None and not (out / f"0000{shards}-of-00005.partial").exists():
+                time.sleep(0.001)
+            os.kill(process.pid, signal.SIGKILL)
+        assert not (out / "header.json").exists()
+    assert_works(run("encode", *flags(folder, vae, out)))
+    assert contents(out) == contents(encoded)
+
+
+def test_eight_devices_encode_the_same(run, encoded, folder, vae, tmp_path):
+    from speedit_jax.data.latents import open_latents
+
+    assert_works(run("encode", *flags(folder, vae, tmp_path / "l"), xla_flags=EIGHT_DEVICES))
+    one, eight = open_latents(encoded), open_latents(tmp_path / "l")
+    for i in range(IMAGES):
+        # A rounding of float32 may cross a rounding of float16.
+        np.testing.assert_allclose(one[i]["moments"], eight[i]["moments"], rtol=2**-10, atol=1e-4)
+
+
+MISTAKES = {
+    "no out": (["--out="], ["--out is missing"]),
+    "no source": (["--source="], ["--source is missing"]),
+    "no vae": (["--vae="], ["--vae is missing"]),
+    "no such folder": (["--source=folder:/no/such"], ["/no/such"]),
+    "no such vae": (["--vae=/no/such"], ["/no/such", "config.json"]),
+    "size": (["--size=big"], ["--size=big"]),
+    "odd size": (["--size=17"], ["17x17"]),
+    "unwritable": (["--out=/dev/null/x"], ["--out=/dev/null/x"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(run, folder, vae, tmp_path, case):
+    extra, words = MISTAKES[case]
+    assert_fails(run("encode", *flags(folder, vae, tmp_path / "l"), *extra), *words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_encoding_is_not_mixed_in(run, encoded, folder, vae):
+    before = contents(encoded)
+    assert_fails(run("encode", *flags(folder, vae, encoded), "--size=16"), "holds another encoding", "images.shape")
+    assert_fails(run("encode", f"--source=latents:{encoded}", f"--vae={vae}", "--out=/tmp/x"), "latents already")
+    assert contents(encoded) == before
+
+
+LATENTS = [flag for flag in TINY if "scan_unroll" not in flag and "configs/" not in flag and "sample_every" not in flag]
+LATENTS = [
+    "--config=configs/imagenet.py:DiT-tiny/2",
+    *LATENTS,
+    "--config.training.sample_every=6",
+    "--config.sampling.grid_images=4",
+]
+
+
+def train(run, workdir, *flags):
+    result = run("train", *LATENTS, "--config.sampling.guidance_channels=0", f"--workdir={workdir}", *flags)
+    assert_works(result)
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(run, encoded, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    result = train(run, workdir, f"--config.data.source=latents:{encoded}")
+    assert "latents    (8, 12, 16)" in result.out and "stored" in result.out
+    return workdir
+
+
+def test_a_model_of_latents_draws_images(run, trained, tmp_path, vae):
+    result = run("sample", f"--workdir={trained}", "--class_labels=dog,cat", "--num_images=4", f"--out={tmp_path / 'new'}")
+    assert_works(result)
+    images = np.load(tmp_path / "new.npz")["arr_0"]
+    assert images.shape == (4, *SIZE, 3) and images.std() > 0
+    assert json.loads((tmp_path / "new.json").read_text())["latents"]["vae"] == str(vae)
+    with Image.open(trained / "samples" / "step_0000006.png") as grid:
+        assert grid.mode == "RGB"
+
+
+def test_the_autoencoder_of_the_latents_is_asked_for(run, trained, folder, vae, encoded, tmp_path):
+    other = write_vae(tmp_path / "other", "small", seed=1)
+    sample = ["sample", f"--workdir={trained}", f"--out={tmp_path / 'new'}", "--num_images=2"]
+    assert_fails(run(*sample, f"--vae={other}"), "is not the autoencoder of these latents", str(vae))
+    assert_fails(run(*sample, "--vae=/no/such"), "/no/such")
+    flags = [*LATENTS, f"--config.data.source=latents:{encoded}", f"--workdir={tmp_path / 'run'}"]
+    assert_fails(run("train", *flags, f"--config.data.vae={other}"), "is not the autoencoder of these latents")
+    assert_fails(run("train", *flags, "--config.sampling.clip=True"), "sampling.clip")
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoding_at_every_step(run, folder, vae, tmp_path):
+    size = [f"--config.data.height={SIZE[0]}", f"--config.data.width={SIZE[1]}"]
+    workdir = tmp_path / "run"
+    flags = [f"--config.data.source=folder:{folder}", f"--config.data.vae={vae}", *size]
+    result = train(run, workdir, *flags)
+    assert "latents    (8, 12, 16)" in result.out and "encoded at each step" in result.out
+    other = write_vae(tmp_path / "other", "small", seed=1)
+    refused = run(
+        "train", *LATENTS, "--config.sampling.guidance_channels=0", f"--workdir={workdir}", *flags, f"--config.data.vae={other}"
+    )
+    assert_fails(refused, "the autoencoder is not the same")
+
+
+def test_without_its_autoencoder_pictures_show_channels(run, encoded, folder, tmp_path):
+    moved = write_vae(tmp_path / "vae", "small")
+    out = tmp_path / "latents"
+    assert_works(run("encode", *flags(folder, moved, out)))
+    moved.rename(tmp_path / "elsewhere")
+    result = train(run, tmp_path / "run", f"--config.data.source=latents:{out}")
+    assert "pictures show three channels" in result.out
+    sample = ["sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'new'}", "--num_images=2"]
+    assert_fails(run(*sample), str(moved), "--vae")
+    assert_works(run(*sample, f"--vae={tmp_path / 'elsewhere'}"))
