@@ -29,6 +29,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.depth = 0
     model.heads = 0
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
+    model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
     model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
     model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
     model.gla = "auto"  # DiG: auto (pallas_tpu on TPU, else xla), xla (chunked), pallas_tpu or reference (the token recurrence)

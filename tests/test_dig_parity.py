@@ -6,69 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch_weights
 from test_pytorch_parity import assert_close, load, nhwc, section
 
 from configs.base import get_config
+from speedit_jax.interop import dig as names
 from speedit_jax.kernels.gla import gla
 from speedit_jax.models import dig, layers
 from speedit_jax.models.build import build
-
-# Our module -> the PyTorch module: in a block, and around the blocks, where it is DiT's.
-BLOCK_MODULES = {
-    "adaLN": "adaLN_modulation.1",
-    "attention/q": "attn.q_proj",
-    "attention/k": "attn.k_proj",
-    "attention/v": "attn.v_proj",
-    "attention/r": "attn.g_proj",
-    "attention/gate_down": "attn.gk_proj.0",
-    "attention/gate_up": "attn.gk_proj.1",
-    "attention/out_norm": "attn.g_norm_swish_gate",
-    "attention/out": "attn.o_proj",
-    "mlp/up": "mlp.gate_proj",
-    "mlp/down": "mlp.down_proj",
-    "conv": "dw_conv",
-}
-MODULES = {ours: theirs for ours, theirs in torch_weights.MODULES.items() if not ours.startswith("blocks/")}
-PARAMETERS = {**torch_weights.PARAMETERS, "weight": "weight"}
-PERIOD = 4
-
-
-def turn(kernel, i):
-    """A kernel [3, 3, D] between the raster frame and that of the i-th of the four orders; its own inverse."""
-    kernel = kernel[::-1, ::-1] if i % 2 else kernel
-    return kernel.swapaxes(0, 1) if i >= 2 else kernel
-
-
-def from_torch(state, like):
-    """Arranges PyTorch tensors, or their gradients, as our parameters for a depth that is a multiple of four."""
-    unused = set(state) - torch_weights.COMPUTED
-
-    def take(name, shape):
-        unused.discard(name)
-        value = state[name]
-        # Linear [out, in] -> [in, out]; convolutions [out, C or 1, P, P] -> [P, P, C or 1, out].
-        value = value.T if value.ndim == 2 and "embedding" not in name else value
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-        # Heads, the two of SwiGLU and the chunks of adaLN are row-major in both: a reshape splits them.
-        return value.reshape(shape)
-
-    def leaf(path, target):
-        *module, parameter = (key.key for key in path)
-        if module[0] != "blocks":
-            return take(f"{MODULES['/'.join(module)]}.{PARAMETERS[parameter]}", target.shape)
-        position = int(module[1].removeprefix("block_"))
-        name = f"{BLOCK_MODULES['/'.join(module[2:])]}.{PARAMETERS[parameter]}"
-        repeats, *shape = target.shape
-        values = [take(f"blocks.{period * PERIOD + position}.{name}", shape) for period in range(repeats)]
-        if module[2:] == ["conv"] and parameter == "kernel":
-            values = [turn(value, position) for value in values]
-        return np.stack(values)
-
-    params = jax.tree_util.tree_map_with_path(leaf, like)
-    if unused:
-        raise ValueError(f"no parameter takes {sorted(unused)}")
-    return params
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +31,7 @@ def build_dig(depth, image, implementation, directions=4):
 def build_network(published, implementation):
     """Our model with the PyTorch weights: (model, parameters)."""
     model = build_dig(4, (12, 12), implementation)
-    return model, from_torch(section(published, "state/"), jax.eval_shape(model.init, jax.random.key(0)))
+    return model, names.TABLE.from_torch(section(published, "state/"), jax.eval_shape(model.init, jax.random.key(0)), patch=2)
 
 
 def test_forward(published):
@@ -115,7 +59,8 @@ def test_gradients(published):
         return (out * nhwc(published["cotangent"])).sum()
 
     ours = jax.jit(jax.grad(loss))(params)
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), ours, from_torch(section(published, "gradient/"), params))
+    theirs = names.TABLE.from_torch(section(published, "gradient/"), params, patch=2)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), ours, theirs)
 
 
 def linear(params, x):
@@ -143,7 +88,8 @@ def turned_tokens(params, x, t, y, depth, directions):
             block = jax.tree.map(lambda a, repeat=repeat: a[repeat], params["blocks"][f"block_{position}"])
         else:
             block = params[f"rest_{position}"]
-        block = {**block, "conv": {**block["conv"], "kernel": turn(block["conv"]["kernel"], position)}}
+        kernel = names.turn("conv", "kernel", position, block["conv"]["kernel"])
+        block = {**block, "conv": {**block["conv"], "kernel": kernel}}
 
         def causal(q, k, v, log_g, reverse):
             assert not reverse

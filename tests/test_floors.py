@@ -20,7 +20,7 @@ OWNERS = {
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop",),
     "huggingface_hub": ("speedit_jax.interop",),
-    "torch": (),
+    "torch": ("speedit_jax.interop",),
     "tensorflow": (),
 }
 
@@ -87,6 +87,7 @@ def test_every_package_has_a_floor():
         ("speedit_jax.train", "from grain import python"),
         ("speedit_jax.models.build", "import tensorflow_datasets as tfds"),
         ("speedit_jax.data.sources", "import torch.utils.data"),
+        ("speedit_jax.interop.dit", "from speedit_jax.models import layers"),
         ("speedit_jax.data.sources", "from tensorflow import io"),
         ("speedit_jax.interop.vae", "from speedit_jax.models import vae"),
         ("speedit_jax.models.vae", "from safetensors.numpy import load_file"),
@@ -103,6 +104,7 @@ def test_what_is_forbidden_is_found(module, source):
         ("speedit_jax.train", "from speedit_jax import cli\nfrom speedit_jax.training import run"),
         ("speedit_jax.training.checkpoint", "import orbax.checkpoint\nfrom speedit_jax import __version__"),
         ("speedit_jax.models.dit", "import flax\nfrom . import layers\nfrom speedit_jax.diffusion import gaussian"),
+        ("speedit_jax.interop.files", "def f():\n    import torch"),
         ("speedit_jax.models.vae", "from speedit_jax.interop import vae"),
         ("speedit_jax.interop.vae", "def f():\n    from huggingface_hub import hf_hub_download"),
         ("speedit_jax.data.loader", "import grain, tensorflow_datasets\nfrom speedit_jax.errors import UserError"),

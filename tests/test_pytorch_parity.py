@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_weights import from_torch
 
 from configs.base import get_config
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.samplers import guided, sample
 from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace
 from speedit_jax.diffusion.timesteps import make_strategy
+from speedit_jax.interop import dit as names
 from speedit_jax.models.build import build
 from speedit_jax.models.layers import sincos_position_table
 
@@ -58,7 +58,7 @@ def build_network(dit):
     config.width, config.depth, config.heads = 32, 2, 4
     model = build(config, image_shape=(8, 8, 4), num_classes=10, learned_variance=True, platform="cpu")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return model, from_torch(section(dit, "state/"), shapes)
+    return model, names.TABLE.from_torch(section(dit, "state/"), shapes, patch=2)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ def test_gradients(dit, network):
 
     ours = jax.jit(jax.grad(loss))(params)
     # A gradient sums over batch and tokens terms that partly cancel: ten times the forward's tolerance.
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), ours, from_torch(section(dit, "gradient/"), params))
+    theirs = names.TABLE.from_torch(section(dit, "gradient/"), params, patch=2)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), ours, theirs)
 
 
 def training_losses(arrays, dtype):

@@ -47,6 +47,7 @@ class Backbone(nn.Module):
       width, depth, patch: D, N and P.
       label_rows: rows of the label table, the null label's included; 0 is unconditional.
       out_channels: C, or 2C with a learned variance.
+      time_freq_shift: of the timestep's frequencies.
       make_block: what the blocks are; wrapped here for remat and scan.
       period: after how many layers the blocks repeat.
       constrain: the activations' sharding.
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
     patch: int
     label_rows: int
     out_channels: int
+    time_freq_shift: int
     make_block: MakeBlock
     period: int
     constrain: layers.Constrain
@@ -69,7 +71,7 @@ class Backbone(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         """x [B, H, W, C], t [B], y [B] int (ignored when unconditional) -> [B, H, W, out_channels] float32."""
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
-        c = layers.TimestepEmbedder(self.width, self.dtype, name="timestep")(t)
+        c = layers.TimestepEmbedder(self.width, self.time_freq_shift, self.dtype, name="timestep")(t)
         if self.label_rows:
             c = c + layers.LabelEmbedder(self.label_rows, self.width, self.dtype, name="label")(y)
 

@@ -23,6 +23,7 @@ SIZES = {
     "DiG": {"tiny": (128, 4, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)},
 }
 PATCHES = (1, 2, 4, 8)
+TIME_FREQ_SHIFTS = (0, 1)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -113,6 +114,7 @@ def build(
     if width % multiple or width % 4:
         raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
     _choose("remat", config.remat, REMAT_POLICIES)
+    _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
     if not 0 <= config.label_dropout < 1:
         raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
     if not 1 <= config.scan_unroll <= depth:
@@ -140,6 +142,7 @@ def build(
             patch=patch,
             label_rows=num_classes + has_null,
             out_channels=c * (2 if learned_variance else 1),
+            time_freq_shift=config.time_freq_shift,
             make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
             period=len(dig.ORDERS[config.directions]) if backbone == "DiG" else 1,
             constrain=constrain,

@@ -46,11 +46,14 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0) -> jax.Array:
-    """[cos(t w), sin(t w)] with w_j = max_period^(-j / (dim/2)): [B] -> [B, dim], as in ADM and DiT."""
+def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:
+    """[cos(t w), sin(t w)] with w_j = max_period^(-j / (dim/2 - shift)): [B] -> [B, dim].
+
+    Without shift as in ADM and DiT; diffusers' DiT shifts by 1.
+    """
     # float64 only where the user switched it on: float32 rounds the angle of t = 999 by 3e-5, as the published code does.
     dtype = jnp.result_type(float)
-    frequencies = np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2))
+    frequencies = np.exp(-np.log(max_period) * np.arange(dim // 2) / (dim // 2 - shift))
     angles = t.astype(dtype)[:, None] * jnp.asarray(frequencies, dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -59,11 +62,12 @@ class TimestepEmbedder(nn.Module):
     """t [B] -> [B, D]: sinusoid, linear, SiLU, linear."""
 
     width: int
+    shift: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, t):
-        x = timestep_features(t).astype(self.dtype)
+        x = timestep_features(t, shift=self.shift).astype(self.dtype)
         x = dense(self.width, normal_002, (None, "embed"), (None,), self.dtype, "hidden")(x)
         return dense(self.width, normal_002, ("embed", None), (None,), self.dtype, "out")(nn.silu(x))
 

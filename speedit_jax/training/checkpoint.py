@@ -97,7 +97,18 @@ class Checkpoints:
         Raises:
           UserError: this or the previous, asynchronous save could not be written.
         """
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), meta=ocp.args.JsonSave(meta))
+        self._save(step, _as_dict(state), meta)
+
+    def save_weights(self, step: int, params: Any, ema: Any, meta: dict[str, Any]) -> None:
+        """As `save`, of weights that were trained elsewhere: they can be sampled, not trained on.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        self._save(step, {"step": np.int32(step), "params": params, "ema": ema}, meta)
+
+    def _save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with _named_failure(self.directory):
             self._manager.save(step, args=items)
 

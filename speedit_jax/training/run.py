@@ -50,7 +50,10 @@ def claim(workdir: Path, meta: dict[str, Any]) -> None:
     """
     path = workdir / "run.json"
     if path.exists():
-        _check_same(workdir, json.loads(path.read_text()), meta)
+        saved = json.loads(path.read_text())
+        if "imported_from" in saved:
+            raise UserError(f"{workdir} holds weights imported from {saved['imported_from']}, no run; name another --workdir")
+        _check_same(workdir, saved, meta)
         return
     for name in ("checkpoints", "metrics.jsonl"):
         if (workdir / name).exists():

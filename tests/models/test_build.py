@@ -127,6 +127,14 @@ def test_an_image_depends_on_its_own_inputs_alone(which):
     np.testing.assert_array_equal(difference[[0, 2, 3]], 0)
 
 
+def test_the_shift_of_the_frequencies_matters_but_at_time_zero():
+    model, shifted = make(), make(time_freq_shift=1)
+    params, (x, _, y) = trained(model), inputs(model)
+    for t, differs in ((0, False), (500, True)):
+        outs = [run(m, params, x, np.full(4, t), y) for m in (model, shifted)]
+        assert (np.abs(outs[1] - outs[0]).max() > 0.01) == differs
+
+
 def test_positions_matter():
     """Without them, shuffling the patches would only shuffle the output."""
     model = make()
@@ -226,6 +234,7 @@ def test_names(name, parsed):
         ({"name": "DiT-tiny/8", "image_shape": (8, 12, 3)}, r"model\.name='DiT-tiny/8'.*multiples of 8, not 8x12"),
         ({"width": 36, "heads": 5}, "model width 36 .* 5 heads"),
         ({"width": 30, "heads": 2}, "model width 30 with 2 heads"),
+        ({"time_freq_shift": 2}, r"model\.time_freq_shift 2.*0, 1"),
         ({"remat": "some"}, r"model\.remat 'some'.*none, lean, full"),
         ({"dtype": "float16"}, r"model\.dtype 'float16'.*auto, float32, bfloat16"),
         ({"scan_unroll": 0}, r"model\.scan_unroll=0.*1\.\.2"),

@@ -25,14 +25,15 @@ def test_position_table(height, width, dim):
     assert len(np.unique(table.round(6), axis=0)) == height * width
 
 
-def test_timestep_features():
+@pytest.mark.parametrize("shift", [0, 1])
+def test_timestep_features(shift):
     t = np.array([0, 1, 17, 999])
-    features = layers.timestep_features(jnp.asarray(t))
+    features = layers.timestep_features(jnp.asarray(t), shift=shift)
     assert features.shape == (4, 256)
     assert features.dtype == jnp.float32
     for i, step in enumerate(t):
         for j in (0, 1, 64, 127):
-            angle = step * 10_000 ** (-j / 128)
+            angle = step * 10_000 ** (-j / (128 - shift))
             # The angle, up to 999, is rounded to float32 twice.
             np.testing.assert_allclose(features[i, [j, 128 + j]], [math.cos(angle), math.sin(angle)], atol=2 * 999 * 2**-24)
 

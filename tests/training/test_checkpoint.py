@@ -91,6 +91,21 @@ def test_round_trip_onto_other_meshes(tmp_path):
     checkpoints.close()
 
 
+def test_weights_from_elsewhere_are_read_but_not_gone_on_with(small, tmp_path):
+    state = tiny.random_state(small)
+    params, ema = (jax.tree.map(np.asarray, tree) for tree in (state.params, state.ema))
+    checkpoints = Checkpoints(tmp_path, create=True)
+    checkpoints.save_weights(0, params, ema, META)
+    checkpoints.wait()
+    for weights, expected in (("ema", ema), ("raw", params)):
+        restored = checkpoints.restore_weights(0, weights, small.shapes.params, small.shardings.params)
+        jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert checkpoints.meta(0) == META
+    with pytest.raises(UserError, match="missing opt/") as error:
+        checkpoints.restore(0, small.shapes, small.shardings)
+    one_line(error)
+
+
 def test_arrays_name_every_leaf(small):
     state = tiny.random_state(small)
     assert len(arrays(state)) == len(jax.tree.leaves(state))

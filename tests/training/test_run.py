@@ -95,6 +95,12 @@ def test_what_does_not_change_the_result_may_change(workdir, changes):
     run.claim(workdir, describe(**changes))
 
 
+def test_imported_weights_are_no_run(tmp_path):
+    run.claim(tmp_path, describe() | {"imported_from": "a.pt"})
+    with pytest.raises(UserError, match=rf"{tmp_path} holds weights imported from a.pt, no run; name another --workdir"):
+        run.claim(tmp_path, describe())
+
+
 def test_a_cosine_may_not_be_prolonged(tmp_path):
     run.claim(tmp_path, describe(optim__schedule="cosine"))
     with pytest.raises(UserError, match=r"training.num_steps was 100, now 200"):

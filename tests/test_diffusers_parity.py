@@ -1,0 +1,47 @@
+"""Our DiT against diffusers' DiTTransformer2DModel, recorded by fixtures/make_diffusers_dit.py."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_pytorch_parity import assert_close, load, nhwc, section
+
+from configs.base import get_config
+from speedit_jax.interop import dit
+from speedit_jax.models.build import build
+
+EMBEDDERS = "norm1.emb."
+
+
+def diffusers_state(arrays):
+    """The whole state_dict: the later blocks' embedders are the first's, and recorded once."""
+    state = section(arrays, "state/")
+    shared = {name: value for name, value in state.items() if EMBEDDERS in name}
+    return state | {name.replace("blocks.0.", "blocks.1."): value for name, value in shared.items()}
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return load("diffusers_dit")
+
+
+def output(arrays, shift):
+    config = get_config("DiT-tiny/2").model
+    config.update({"width": 16, "depth": 2, "heads": 2, "time_freq_shift": shift})
+    model = build(config, image_shape=(8, 8, 4), num_classes=1000, learned_variance=True, platform="cpu")
+    params = dit.from_diffusers(diffusers_state(arrays), jax.eval_shape(model.init, jax.random.key(0)), patch=2)
+    return np.asarray(jax.jit(model.apply)(params, nhwc(arrays["x"]), arrays["t"], arrays["y"]))
+
+
+def test_forward(arrays):
+    network = dit.describe_diffusers(json.loads(str(arrays["config"])))
+    assert network == dit.Network("DiT", 16, 2, 2, 4, 8, label_rows=1001, tokens=16, heads=2)
+    assert_close(output(arrays, shift=1), nhwc(arrays["out"]), 1e-5)
+
+
+def test_without_the_shift_it_is_another_network(arrays):
+    ours, theirs = output(arrays, shift=0), nhwc(arrays["out"])
+    errors = np.linalg.norm((ours - theirs).reshape(6, -1), axis=1) / np.linalg.norm(theirs.reshape(6, -1), axis=1)
+    assert errors[arrays["t"] == 0].max() < 1e-5
+    assert errors[arrays["t"] >= 500].min() > 0.1
