@@ -10,6 +10,7 @@ from ml_collections import config_dict
 
 def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
+    c.init_from = ""  # the directory of a run, or of imported weights, whose EMA a new run starts from; "" starts at random
     c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
 
     c.data = data = ml_collections.ConfigDict()

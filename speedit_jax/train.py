@@ -24,8 +24,9 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import builders, run, sharding
 from speedit_jax.training.autoencoder import Autoencoder
-from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.checkpoint import Checkpoints, newest_step
 from speedit_jax.training.curves import write_curves
+from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.sampling import Settings, make_sampler
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
@@ -114,9 +115,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     with jax.set_mesh(mesh):
         shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
         grids = Grids(config, model, diffusion, mesh, autoencoder) if config.training.sample_every else None
+    weights, lines = {}, []
+    if config.init_from and newest_step(workdir) is None:
+        weights, lines = starting_weights(config.init_from, model, shapes.params, mesh)
     meta = run.describe(config, source, image_shape, latents)
     run.claim(workdir, meta)
     report(config, model, shapes.params, strategy, source, mesh)
+    for line in lines:
+        say(f"init from  {line}")
     if latents:
         pictures = "" if autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
         say(f"latents    {model.image_shape} of {latents['vae']}, {'encoded at each step' if online else 'stored'}{pictures}")
@@ -136,6 +142,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         init = jax.jit(lambda k: initial_state(model, optimizer, strategy, k), out_shardings=shardings)
         with jax.set_mesh(mesh):
             state = init(key)
+            state = start_from(state, weights) if weights else state
     rows_sharding = sharding.batch_sharding(mesh)
     rows = sharding.local_rows(rows_sharding, batch_size)
     train_step = jax.jit(

@@ -164,6 +164,15 @@ class Checkpoints:
         self._manager.close()
 
 
+def newest_step(workdir: Path) -> int | None:
+    """Of the checkpoints in `workdir`; None where there are none, or no such directory."""
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(workdir)
+    with contextlib.closing(checkpoints):
+        return checkpoints.latest()
+
+
 @contextlib.contextmanager
 def _named_failure(directory: Path):
     """Turns what orbax raises on a failed write into one line; what was saved before is untouched."""
