@@ -47,12 +47,15 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
-    timesteps.strategy = "speedit"  # uniform, p2, speedit or speed_cvpr25: docs/speedit.md has the formulas
-    timesteps.sampling = config_dict.placeholder(str)  # replaces the strategy's density: uniform, speedit or speed
-    timesteps.weighting = config_dict.placeholder(str)  # replaces its loss weight: none, p2 or change_aware
+    timesteps.strategy = "speedit"  # uniform, p2, min_snr, lognormal, speedit or speed_cvpr25: docs/speedit.md
+    timesteps.sampling = config_dict.placeholder(str)  # replaces the strategy's density: uniform, lognormal, speedit or speed
+    timesteps.weighting = config_dict.placeholder(str)  # replaces its loss weight: none, p2, min_snr or change_aware
     timesteps.dual = config_dict.placeholder(bool)  # replaces its choice of drawing half of the batch as duals
     timesteps.k = 5.0  # speed: how many times more often the first tau steps are drawn
     timesteps.tau = 700.0  # speed: boundary in thousandths of the schedule
+    timesteps.gamma = 5.0  # min_snr: where the weight starts to fall
+    timesteps.log_sigma_mean = -1.2  # lognormal: of the logarithm of noise over signal
+    timesteps.log_sigma_std = 1.2
     timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
 
     c.optim = optim = ml_collections.ConfigDict()

@@ -11,15 +11,18 @@ Sampling densities
   (2)  speedit:  p_t ~ tanh(1e6 (g_t - 1e-4)) + 1.5,  g = numpy.gradient(sigma): SpeeDiT's first release
        M = 1 + min{t : g_t < 1e-4}: the "meaningful" steps 0..M-1 are drawn five times as often as the others
   (3)  speed:    p_t ~ k for t < tau T / 1000, else 1: SpeeD, CVPR 2025, arXiv 2405.17403
+  (8)  lognormal: ln s_t ~ N(m, d^2), s = 1 / sqrt(SNR) mapped to the nearest ln s_t: EDM, arXiv 2206.00364
 Weights
   (4)  none:     w_t = 1
   (5)  p2:       w_t = 1 / (1 + SNR_t) = 1 - abar_t: P2 with k = gamma = 1, arXiv 2204.00227
   (6)  change_aware:  w_t = (1 - lambda) + (2 lambda - 1) (v_t - min v) / (max v - min v),  v = numpy.gradient(1 - abar): SpeeD
+  (9)  min_snr:  w_t = min(SNR_t, gamma) / SNR_t: arXiv 2303.09556, for noise prediction
 Dual draw
   (7)  Of n timesteps n//2 + 1 are drawn from p; the rest are duals of the first of these, dual(t) = P - t for t < P and
        t - P otherwise, an antithetic pairing about the pivot P (M for SpeeDiT).
 
-Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6).
+Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6),
+`min_snr` = (1)(9), `lognormal` = (8)(4).
 """
 
 import dataclasses
@@ -137,15 +140,32 @@ def _change_aware_weights(schedule: Schedule, lam: float) -> np.ndarray:
     return (1 - lam) + (2 * lam - 1) * (v - v.min()) / (v.max() - v.min())
 
 
+def _lognormal_density(schedule: Schedule, mean: float, std: float) -> np.ndarray:
+    log_sigma = -0.5 * np.log(_snr(schedule))
+    borders = (log_sigma[1:] + log_sigma[:-1]) / 2
+    below = np.array([0.5 * (1 + math.erf((x - mean) / (std * math.sqrt(2)))) for x in borders])
+    return np.diff(below, prepend=0.0, append=1.0)
+
+
+def _min_snr_weights(schedule: Schedule, gamma: float) -> np.ndarray:
+    return np.minimum(1.0, gamma / _snr(schedule))
+
+
+def _snr(schedule: Schedule) -> np.ndarray:
+    return schedule.alphas_cumprod / (1.0 - schedule.alphas_cumprod)
+
+
 # strategy -> its (sampling, weighting, dual)
 PRESETS = {
     "uniform": ("uniform", "none", False),
     "p2": ("uniform", "p2", False),
     "speedit": ("speedit", "p2", True),
     "speed_cvpr25": ("speed", "change_aware", False),
+    "min_snr": ("uniform", "min_snr", False),
+    "lognormal": ("lognormal", "none", False),
 }
-SAMPLINGS = ("uniform", "speedit", "speed")
-WEIGHTINGS = ("none", "p2", "change_aware")
+SAMPLINGS = ("uniform", "speedit", "speed", "lognormal")
+WEIGHTINGS = ("none", "p2", "change_aware", "min_snr")
 
 
 def _choose(kind: str, name: str, choices) -> str:
@@ -164,6 +184,9 @@ def make_strategy(
     k: float = 5.0,
     tau: float = 700.0,
     lam: float = 0.6,
+    gamma: float = 5.0,
+    log_sigma_mean: float = -1.2,
+    log_sigma_std: float = 1.2,
 ) -> TableStrategy:
     """The strategy called `strategy`, with any of its three parts replaced.
 
@@ -173,6 +196,8 @@ def make_strategy(
       sampling, weighting, dual: None keeps the preset's part.
       k, tau: of density (3): how many times more often the first tau steps (of 1000; scaled with T) are drawn; k >= 1.
       lam: lambda of weight (6), in [0.5, 1]; 0.5 weights all steps alike.
+      gamma: of weight (9), positive.
+      log_sigma_mean, log_sigma_std: m and d of density (8).
 
     Raises:
       UserError: an unknown name or a number out of range.
@@ -187,17 +212,24 @@ def make_strategy(
         raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000, whatever the number of steps")
     if not 0.5 <= lam <= 1:
         raise UserError(f"timesteps.lam={lam}: must lie in [0.5, 1]")
+    for name, value in (("gamma", gamma), ("log_sigma_std", log_sigma_std)):
+        if not 0 < value < math.inf:
+            raise UserError(f"timesteps.{name}={value}: must be finite and positive")
+    if not math.isfinite(log_sigma_mean):
+        raise UserError(f"timesteps.log_sigma_mean={log_sigma_mean}: must be finite")
 
     num_steps = schedule.num_steps
     density = {
         "uniform": lambda: np.full(num_steps, 1 / num_steps),
         "speedit": lambda: _speedit_density(schedule),
         "speed": lambda: _speed_density(schedule, k, tau),
+        "lognormal": lambda: _lognormal_density(schedule, log_sigma_mean, log_sigma_std),
     }[sampling]()
     weights = {
         "none": lambda: np.ones(num_steps),
         "p2": lambda: 1.0 - schedule.alphas_cumprod,
         "change_aware": lambda: _change_aware_weights(schedule, lam),
+        "min_snr": lambda: _min_snr_weights(schedule, gamma),
     }[weighting]()
     pivot = None
     if dual:

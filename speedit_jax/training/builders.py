@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import ml_collections
 from jax.sharding import Mesh
 
@@ -56,7 +55,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_c
         image_shape=tuple(image_shape),
         num_classes=num_classes,
         learned_variance=config.diffusion.variance == "learned_range",
-        platform=jax.default_backend(),
+        platform=mesh.devices.flat[0].platform,
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,

@@ -55,17 +55,8 @@ def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, sha
     return jax.vmap(one)(indices)
 
 
-def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh) -> Callable[..., np.ndarray]:
-    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
-
-    Args:
-      model, diffusion: of training.
-      settings: how to sample.
-      mesh: B must be a multiple of its batch devices.
-
-    Raises:
-      UserError: settings that the model cannot serve.
-    """
+def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh):
+    """As `make_sampler`, on arrays that are on the mesh."""
     channels = model.image_shape[-1]
     guided_channels = settings.guidance_channels or channels
     if settings.guidance_scale != 1 and model.null_label is None:
@@ -97,8 +88,36 @@ def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings,
             clip=settings.clip,
         )
 
+    return jax.jit(sample, out_shardings=sharding.replicated(mesh))
+
+
+def lower_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, batch: int) -> jax.stages.Lowered:
+    """The sampler of `batch` images, lowered on shapes alone; parameters are sharded as the mesh says.
+
+    Raises:
+      UserError: settings that the model cannot serve.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(mesh, model.axes, shapes)
+    params = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        return _jitted_sampler(model, diffusion, settings, mesh).lower(params, jax.eval_shape(jax.random.key, 0), rows, rows)
+
+
+def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh) -> Callable[..., np.ndarray]:
+    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
+
+    Args:
+      model, diffusion: of training.
+      settings: how to sample.
+      mesh: B must be a multiple of its batch devices.
+
+    Raises:
+      UserError: settings that the model cannot serve.
+    """
     rows = sharding.batch_sharding(mesh)
-    jitted = jax.jit(sample, out_shardings=sharding.replicated(mesh))
+    jitted = _jitted_sampler(model, diffusion, settings, mesh)
     # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
     shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
     with jax.set_mesh(mesh):

@@ -297,6 +297,32 @@ def test_change_aware_weights_of_the_default_lambda():
     np.testing.assert_allclose(effort[700:].sum() / effort.sum(), 0.064, atol=5e-4)
 
 
+def test_min_snr_weights():
+    w = make_strategy(LINEAR, "min_snr").weights
+    np.testing.assert_allclose(w[[0, 100]], [5.0005e-4, 0.585709], rtol=2e-6)
+    assert (w[130:] == 1).all() and (np.diff(w[:131]) > 0).all()
+    # min(SNR, gamma) on the error of x0, which is SNR^-1/2 times that of the noise.
+    snr = LINEAR.alphas_cumprod / (1 - LINEAR.alphas_cumprod)
+    np.testing.assert_allclose(make_strategy(LINEAR, "min_snr", gamma=1).weights, np.minimum(snr, 1) / snr, rtol=1e-12)
+
+
+def test_lognormal_is_the_nearest_step_of_a_normal_log_sigma():
+    strategy = make_strategy(LINEAR, "lognormal")
+    log_sigma = 0.5 * np.log(1 / LINEAR.alphas_cumprod - 1)
+    drawn = np.random.default_rng(0).normal(-1.2, 1.2, 1_000_000)
+    assert strategy.density.sum() == pytest.approx(1, abs=1e-12) and (strategy.density > 0).all()
+    # The cumulative density against the normal's, at the borders between steps: a Kolmogorov-Smirnov distance of a million draws.
+    borders = (log_sigma[1:] + log_sigma[:-1]) / 2
+    empirical = np.searchsorted(np.sort(drawn), borders) / len(drawn)
+    np.testing.assert_allclose(np.cumsum(strategy.density)[:-1], empirical, atol=2e-3)
+
+
+@pytest.mark.parametrize("key, value", [("gamma", 0), ("gamma", np.inf), ("log_sigma_std", 0), ("log_sigma_mean", np.nan)])
+def test_numbers_of_min_snr_and_lognormal_out_of_range(key, value):
+    with pytest.raises(UserError, match=f"timesteps.{key}={value}"):
+        make_strategy(LINEAR, "uniform", **{key: value})
+
+
 def parts(strategy):
     return {"sampling": strategy.density.tobytes(), "weighting": strategy.weights.tobytes(), "dual": strategy.pivot}
 
