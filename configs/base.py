@@ -20,6 +20,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     data.channels = 3
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents
     data.flip = False  # mirror half of the images: not for digits or text
+    data.max_broken = 0  # files of a folder that may be undecodable: each is named and its successor stands in for it
     data.threads = 4  # that decode images
     data.synthetic_size = 4096  # images of the synthetic set
     data.synthetic_classes = 10  # 0 is unconditional

@@ -37,6 +37,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations; auto: float32 on CPU, else bfloat16."
 )
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
+_MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "Undecodable files to pass over; the next image stands in.", lower_bound=0)
 _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write nothing.")
 
 
@@ -45,16 +46,9 @@ def open_images() -> Source:
         height, width = ([int(n) for n in _SIZE.value] * 2)[:2]
     except ValueError:
         raise UserError(f"--size={','.join(_SIZE.value)}: give one number of pixels, or HEIGHT,WIDTH") from None
-    config = ml_collections.ConfigDict(
-        {
-            "source": _SOURCE.value,
-            "height": height,
-            "width": width,
-            "channels": 3,
-            "synthetic_size": 4096,
-            "synthetic_classes": 10,
-        }
-    )
+    synthetic = {"synthetic_size": 4096, "synthetic_classes": 10}
+    images = {"height": height, "width": width, "channels": 3, "max_broken": _MAX_BROKEN.value}
+    config = ml_collections.ConfigDict({"source": _SOURCE.value} | images | synthetic)
     source = open_source(config)
     if source.latents:
         raise UserError(f"--source={_SOURCE.value}: these are latents already")

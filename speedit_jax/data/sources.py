@@ -8,12 +8,14 @@
 
 import dataclasses
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
 import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from speedit_jax.data.latents import open_latents
 from speedit_jax.errors import UserError
@@ -96,7 +98,11 @@ def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Image files, decoded, cropped and scaled when asked for."""
+    """Image files, decoded, cropped and scaled when asked for.
+
+    A file that cannot be decoded is named, once, and the next one that can stands in for it, the same at every run; more than
+    `max_broken` of them are an error.
+    """
 
     latents = None
     root: Path
@@ -105,11 +111,30 @@ class FolderSource:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     fingerprint: str
+    max_broken: int = 0
+    broken: set[int] = dataclasses.field(default_factory=set, compare=False)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        for i in range(index, index + len(self)):
+            try:
+                return self._decode(i % len(self))
+            except UserError as e:
+                self._count(i % len(self), e)
+        raise UserError(f"no image in {self.root} can be read")
+
+    def _count(self, index: int, error: UserError) -> None:
+        seen = index in self.broken
+        self.broken.add(index)
+        if len(self.broken) > self.max_broken:
+            limit = f" ({len(self.broken)} such files, data.max_broken={self.max_broken})" if self.max_broken else ""
+            raise UserError(f"{error}{limit}") from error
+        if not seen:
+            tqdm.write(f"warning: {error}; the next image stands in for it", file=sys.stderr)
+
+    def _decode(self, index: int) -> dict[str, np.ndarray]:
         path = self.root / self.files[index]
         height, width, channels = self.image_shape
         try:
@@ -138,7 +163,7 @@ def _images(directory: Path, recursive: bool) -> list[Path]:
     return sorted(found)
 
 
-def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
+def _folder(root: Path, image_shape: tuple[int, int, int], max_broken: int) -> FolderSource:
     if not root.is_dir():
         raise UserError(f"data.source=folder:{root}: no such directory")
     if image_shape[2] not in _MODES:
@@ -161,7 +186,7 @@ def _folder(root: Path, image_shape: tuple[int, int, int]) -> FolderSource:
     names = tuple(str(p.relative_to(root)) for p in files)
     sizes = [str(p.stat().st_size) for p in files]
     fingerprint = _digest("\n".join(names).encode(), "\n".join(sizes).encode())
-    return FolderSource(root, names, tuple(labels), classes, image_shape, fingerprint)
+    return FolderSource(root, names, tuple(labels), classes, image_shape, fingerprint, max_broken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +233,7 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
         names = tuple(str(digit) for digit in range(10))
         source = ArraySource(images, labels, names, _digest(images.tobytes(), labels.tobytes()))
     elif kind == "folder":
-        source = _folder(Path(argument).expanduser(), shape)
+        source = _folder(Path(argument).expanduser(), shape, config.max_broken)
     elif kind == "latents":
         source = open_latents(Path(argument).expanduser())
     elif kind == "synthetic":

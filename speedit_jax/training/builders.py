@@ -72,6 +72,7 @@ _LEAST = {
     "data.width": 1,
     "data.channels": 1,
     "data.threads": 0,
+    "data.max_broken": 0,
     "data.synthetic_size": 1,
     "data.synthetic_classes": 0,
     "optim.learning_rate": 0,
