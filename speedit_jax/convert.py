@@ -202,11 +202,10 @@ def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str
     where = config.data.vae
     if not where:
         return None
-    identity = Autoencoder(where, one_device()).identity
-    has = identity["config"]["latent_channels"]
-    if has != channels:
-        raise UserError(f"--config.data.vae={where} has latents of {has} channels, the network draws {channels}")
-    return identity
+    autoencoder = Autoencoder(where, one_device())
+    if autoencoder.channels != channels:
+        raise UserError(f"--config.data.vae={where} has latents of {autoencoder.channels} channels, the network draws {channels}")
+    return autoencoder.identity
 
 
 def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
@@ -240,7 +239,7 @@ def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
     for note in notes:
         print(f"note: {note}")
     if network.channels > 3 and latents is None:
-        print("It draws latents; to draw pictures import it with --config.data.vae=DIR, a diffusers VAE")
+        print("It draws latents; for pictures give sample --vae=DIR, a diffusers VAE, or import with --config.data.vae=DIR")
     print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
 
 

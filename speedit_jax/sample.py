@@ -87,7 +87,7 @@ def sample() -> None:
     }
     settings = Settings.from_config(config.sampling, model)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
-    autoencoder = open_autoencoder(meta.get("latents"), mesh)
+    autoencoder = open_autoencoder(meta.get("latents"), meta["image_shape"][2], mesh)
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
@@ -123,21 +123,26 @@ def sample() -> None:
         print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
 
 
-def open_autoencoder(latents: dict | None, mesh) -> Autoencoder | None:
+def open_autoencoder(latents: dict | None, channels: int, mesh) -> Autoencoder | None:
     """What decodes a run's latents; None for a run on images.
+
+    Args:
+      latents: of what autoencoder the run's data were, as far as it knows.
+      channels: of what the run draws.
 
     Raises:
       UserError: it is not there, or it is another one.
     """
-    if latents is None:
-        if _VAE.value:
-            raise UserError("--vae: this run draws images, not latents")
+    if latents is None and not _VAE.value:
         return None
     try:
         autoencoder = Autoencoder(_VAE.value or latents["vae"], mesh)
     except UserError as e:
         raise UserError(str(e) if _VAE.value else f"{e}, with --vae") from e
-    autoencoder.check(latents)
+    if latents:
+        autoencoder.check(latents)
+    elif autoencoder.channels != channels:
+        raise UserError(f"--vae={_VAE.value} has latents of {autoencoder.channels} channels, but this run draws {channels}")
     return autoencoder
 
 

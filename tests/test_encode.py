@@ -178,6 +178,19 @@ def test_the_autoencoder_of_the_latents_is_asked_for(run, trained, folder, vae, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_does_not_know_its_autoencoder(run, vae, tmp_path):
+    """As imported weights may not: the channels are all there is to check."""
+    workdir = tmp_path / "run"
+    synthetic = ["--config.data.source=synthetic", "--config.data.synthetic_classes=2"]
+    assert_works(run("train", *TINY, *synthetic, "--config.data.channels=16", f"--workdir={workdir}"))
+    sample = ["sample", f"--workdir={workdir}", f"--out={tmp_path / 'new'}", "--num_images=2"]
+    assert_works(run(*sample, f"--vae={vae}"))
+    assert np.load(tmp_path / "new.npz")["arr_0"].shape == (2, 16, 16, 3)
+    assert_works(run("train", *TINY, f"--workdir={tmp_path / 'digits'}"))
+    refused = run("sample", f"--workdir={tmp_path / 'digits'}", f"--vae={vae}", f"--out={tmp_path / 'new'}")
+    assert_fails(refused, "latents of 16 channels", "draws 1")
+
+
 def test_encoding_at_every_step(run, folder, vae, tmp_path):
     size = [f"--config.data.height={SIZE[0]}", f"--config.data.width={SIZE[1]}"]
     workdir = tmp_path / "run"

@@ -35,12 +35,13 @@ class Autoencoder:
     Attributes:
       identity: JSON that says whose latents these are: {"vae": where, "weights": checksum, "config": of the architecture}.
       dtype: of activations.
+      channels: of latents.
     """
 
     def __init__(self, where: str, mesh: Mesh, dtype: str = "auto", tile: bool = False):
         dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(dtype, dtype)
         vae, params = load_vae(where, dtype)
-        self._mesh, self.dtype = mesh, dtype
+        self._mesh, self.dtype, self.channels = mesh, dtype, vae.config.latent_channels
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._rows = sharding.batch_sharding(mesh)
         with (find_vae(where) / WEIGHTS).open("rb") as file:
