@@ -8,7 +8,8 @@ For each resolution, the train step (SpeeDiT, AdamW, EMA, batch 1, random latent
   DiT, chunked   the same, 256 queries at a time
 all with S/2 sizes, the same scan over layers and the same full remat. The three are compiled, stepped once to warm up, and
 then timed in turn; --skip leaves out what would take too long. Bytes are XLA's own count of the compiled step. Writes
-OUT.json after every resolution, and OUT.png. On two CPU cores it takes about an hour and 16 GiB.
+OUT.json after every resolution, adding to what it holds, and OUT.png. On two CPU cores it takes about an hour and, for DiT at
+1792 pixels, 24 GiB.
 """
 
 import argparse
@@ -86,9 +87,11 @@ def measure(pixels: int, sides: dict[str, dict], steps: int) -> dict:
     }
 
 
-def exponent(rows: list[dict], name: str) -> float:
-    """p of the least-squares fit seconds = a tokens^p."""
+def exponent(rows: list[dict], name: str) -> float | None:
+    """p of the least-squares fit seconds = a tokens^p; None of less than two points."""
     rows = [row for row in rows if name in row]
+    if len(rows) < 2:
+        return None
     seconds = [np.mean(row[name]["seconds"]) for row in rows]
     return float(np.polyfit(np.log([row["tokens"] for row in rows]), np.log(seconds), 1)[0])
 
@@ -123,24 +126,25 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], metavar="SIDE:PIXELS", help="for example 'DiT:1536'")
     args = parser.parse_args()
 
-    rows = []
+    path = args.out.with_suffix(".json")
+    rows = {row["pixels"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for pixels in args.pixels:
         sides = {name: overrides for name, overrides in SIDES.items() if f"{name}:{pixels}" not in args.skip}
-        rows.append(measure(pixels, sides, args.steps))
-        times = {name: float(np.mean(rows[-1][name]["seconds"])) for name in sides}
+        row = measure(pixels, sides, args.steps)
+        rows[pixels] = rows.get(pixels, {}) | row
+        times = {name: float(np.mean(row[name]["seconds"])) for name in sides}
         print(
             f"{pixels} px:", ", ".join(f"{name} {s:.3g} s ({s / times['DiG']:.2f}x DiG)" for name, s in times.items()), flush=True
         )
         record = {
             "jax": jax.__version__,
             "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
-            "rows": rows,
+            "rows": (ordered := [rows[p] for p in sorted(rows)]),
+            "exponents": {name: exponent(ordered, name) for name in SIDES},
         }
-        if len(rows) > 1:
-            record["exponents"] = {name: exponent(rows, name) for name in SIDES}
-        args.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(rows, args.out.with_suffix(".png"))
-    print("exponents:", {name: round(p, 3) for name, p in record["exponents"].items()})
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    draw(ordered, args.out.with_suffix(".png"))
+    print("exponents:", record["exponents"])
 
 
 if __name__ == "__main__":

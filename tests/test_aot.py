@@ -10,7 +10,7 @@ from configs import base
 from speedit_jax import aot
 from speedit_jax.training import builders, sharding
 
-SMALL = {"name": "DiG-tiny/2", "width": 32, "depth": 4, "heads": 2, "dtype": "float32"}
+SMALL = {"name": "DiT-tiny/2", "width": 64, "depth": 2, "heads": 2, "dtype": "float32"}
 
 
 def lowered(what, **sizes):

@@ -9,28 +9,30 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from speedit_jax.errors import UserError
-from speedit_jax.kernels import chunked, pallas_tpu, reference
+from speedit_jax.kernels import chunked, pallas_gpu, pallas_tpu, reference
 
 # name -> (q, k, v, log_g, *, scale, reverse) -> o
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.gla,
     "xla": chunked.gla,
     "pallas_tpu": pallas_tpu.gla,
+    "pallas_gpu": pallas_gpu.gla,
 }
+_PLATFORMS = {"pallas_tpu": ("tpu",), "pallas_gpu": ("gpu", "cuda")}
 
 
 def choose_gla(requested: str, platform: str) -> str:
-    """Resolves "auto": pallas_tpu on TPU, else xla.
+    """Resolves "auto": pallas_tpu on TPU, pallas_gpu on GPU, else xla.
 
     Raises:
       UserError: unknown, or one that this platform does not have.
     """
     if requested == "auto":
-        return "pallas_tpu" if platform == "tpu" else "xla"
+        return next((name for name, platforms in _PLATFORMS.items() if platform in platforms), "xla")
     if requested not in IMPLEMENTATIONS:
         raise UserError(f"unknown model.gla {requested!r}; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if requested == "pallas_tpu" and platform != "tpu":
-        raise UserError(f"model.gla=pallas_tpu needs a TPU, not {platform}; use auto or xla")
+    if platform not in _PLATFORMS.get(requested, (platform,)):
+        raise UserError(f"model.gla={requested} needs a {_PLATFORMS[requested][0]}, not {platform}; use auto or xla")
     return requested
 
 
@@ -57,7 +59,7 @@ def gla(
       scale: of the queries; K**-0.5 by default.
       reverse: run from the last token to the first: o_t then sees the tokens s >= t.
       implementation: "reference" (the token recurrence: the definition, and the fastest forward pass on CPUs), "xla" (chunked:
-        runs everywhere), "pallas_tpu" (TPU kernels) or None, which chooses for the default backend.
+        runs everywhere), "pallas_tpu", "pallas_gpu" or None, which chooses for the default backend.
       batch_axes, head_axis: mesh axes that B and H are sharded over, or None. Under `jax.set_mesh` the op runs in a
         shard_map of its own over them: batch elements and heads do not meet, so nothing is communicated.
       check_gates: raise on a positive gate, at run time, on the host: for debugging, it synchronises.

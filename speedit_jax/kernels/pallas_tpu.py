@@ -15,36 +15,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from speedit_jax.kernels.chunked import masks
+from speedit_jax.kernels.tiles import INNER, LEFT, RIGHT, dot, terms
 
 CHUNK = 128  # tokens: a vector register's lanes
 _ROWS = 512  # of a block's features: 18 heads of 72 at once do not fit a v5e's VMEM in float32
 
-# Which axes of two matrices a product sums over.
-_INNER = (((1,), (0,)), ((), ()))  # x y
-_LEFT = (((0,), (0,)), ((), ()))  # x^T y
-_RIGHT = (((1,), (1,)), ((), ()))  # x y^T
-
-
-def _dot(x, y, axes, dtype):
-    """A product of matrices rounded to `dtype`, summed in float32."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jax.lax.dot_general(x.astype(dtype), y.astype(dtype), axes, precision=precision, preferred_element_type=jnp.float32)
-
 
 def _gate_sums(g, matrix, axes, dtype):
-    """g times a 0/1 matrix, which bfloat16 holds exactly; g it holds in three terms, or in two to its own precision."""
-    total, rest = 0.0, g
-    for _ in range(3 if dtype == jnp.float32 else 2):
-        term = rest.astype(jnp.bfloat16)
-        total += jax.lax.dot_general(term, matrix, axes, preferred_element_type=jnp.float32)
-        rest = rest - term.astype(jnp.float32)
-    return total
+    """g times a 0/1 matrix."""
+    return sum(dot(term, matrix, axes, jnp.bfloat16) for term in terms(g, dtype))
 
 
 def _decays(g, sums_ref, ends_ref, dtype):
     """exp of every level's exponent, of entry and of exit, each [H K, C], and of the whole chunk [H K, 1]."""
-    levels = [jnp.exp(_gate_sums(g, sums_ref[level], _RIGHT, dtype)) for level in range(sums_ref.shape[0])]
-    entry, leave = (jnp.exp(_gate_sums(g, ends_ref[i], _RIGHT, dtype)) for i in range(2))
+    levels = [jnp.exp(_gate_sums(g, sums_ref[level], RIGHT, dtype)) for level in range(sums_ref.shape[0])]
+    entry, leave = (jnp.exp(_gate_sums(g, ends_ref[i], RIGHT, dtype)) for i in range(2))
     return levels, entry, leave, jnp.exp(g.sum(axis=1, keepdims=True))
 
 
@@ -52,7 +37,7 @@ def _scores(pairs_ref, q_levels, k_levels, rows, dtype):
     """P of eq. (3) of one head without its diagonal, transposed: [C, C]."""
     scores = jnp.zeros(pairs_ref.shape[1:], jnp.float32)
     for level, (q, k) in enumerate(zip(q_levels, k_levels, strict=True)):
-        scores = jnp.where(pairs_ref[level] > 0, _dot(k[rows], q[rows], _LEFT, dtype), scores)
+        scores = jnp.where(pairs_ref[level] > 0, dot(k[rows], q[rows], LEFT, dtype), scores)
     return scores
 
 
@@ -74,10 +59,10 @@ def _forward_kernel(sums_ref, pairs_ref, ends_ref, q_ref, k_ref, v_ref, g_ref, o
     for rows, columns in _heads(heads, q.shape[0] // heads, v_ref.shape[1] // heads):
         state, v = state_ref[rows], v_ref[0, columns]
         scores = _scores(pairs_ref, q_levels, k_levels, rows, dtype)
-        out = _dot(state, q_entry[rows], _LEFT, dtype) + _dot(v, scores, _INNER, dtype)
+        out = dot(state, q_entry[rows], LEFT, dtype) + dot(v, scores, INNER, dtype)
         out += (q[rows] * k[rows]).sum(axis=0, keepdims=True) * v.astype(jnp.float32)
         out_ref[0, columns] = (scale * out).astype(out_ref.dtype)
-        state_ref[rows] = whole[rows] * state + _dot(k_leave[rows], v, _RIGHT, dtype)
+        state_ref[rows] = whole[rows] * state + dot(k_leave[rows], v, RIGHT, dtype)
 
 
 def _states_kernel(ends_ref, k_ref, v_ref, g_ref, states_ref, state_ref, *, heads):
@@ -89,10 +74,10 @@ def _states_kernel(ends_ref, k_ref, v_ref, g_ref, states_ref, state_ref, *, head
 
     dtype, g = k_ref.dtype, g_ref[0]
     states_ref[0, 0] = state_ref[...]
-    k_leave = k_ref[0].astype(jnp.float32) * jnp.exp(_gate_sums(g, ends_ref[1], _RIGHT, dtype))
+    k_leave = k_ref[0].astype(jnp.float32) * jnp.exp(_gate_sums(g, ends_ref[1], RIGHT, dtype))
     whole = jnp.exp(g.sum(axis=1, keepdims=True))
     for rows, columns in _heads(heads, g.shape[0] // heads, v_ref.shape[1] // heads):
-        state_ref[rows] = whole[rows] * state_ref[rows] + _dot(k_leave[rows], v_ref[0, columns], _RIGHT, dtype)
+        state_ref[rows] = whole[rows] * state_ref[rows] + dot(k_leave[rows], v_ref[0, columns], RIGHT, dtype)
 
 
 def _backward_kernel(
@@ -131,30 +116,30 @@ def _backward_kernel(
         v = v_ref[0, columns]
         d_out = scale * d_out_ref[0, columns].astype(jnp.float32)
         scores = _scores(pairs_ref, q_levels, k_levels, rows, dtype)
-        d_scores = _dot(v, d_out, _LEFT, dtype)
+        d_scores = dot(v, d_out, LEFT, dtype)
         for level in range(len(levels)):
             d_level = jnp.where(pairs_ref[level] > 0, d_scores, 0.0)
-            dq_levels[level].append(_dot(k_levels[level][rows], d_level, _INNER, dtype))
-            dk_levels[level].append(_dot(q_levels[level][rows], d_level, _RIGHT, dtype))
+            dq_levels[level].append(dot(k_levels[level][rows], d_level, INNER, dtype))
+            dk_levels[level].append(dot(q_levels[level][rows], d_level, RIGHT, dtype))
         diagonal = (d_out * v.astype(jnp.float32)).sum(axis=0, keepdims=True)
         dq_diagonal.append(diagonal * k[rows])
         dk_diagonal.append(diagonal * q[rows])
-        dq_entry.append(_dot(state, d_out, _INNER, dtype))
-        dk_leave.append(_dot(d_state, v, _INNER, dtype))
+        dq_entry.append(dot(state, d_out, INNER, dtype))
+        dk_leave.append(dot(d_state, v, INNER, dtype))
         d_whole.append((state * d_state).sum(axis=1, keepdims=True))
-        dv = _dot(d_out, scores, _RIGHT, dtype) + _dot(d_state, k_leave_all[rows], _LEFT, dtype)
+        dv = dot(d_out, scores, RIGHT, dtype) + dot(d_state, k_leave_all[rows], LEFT, dtype)
         dv += (q[rows] * k[rows]).sum(axis=0, keepdims=True) * d_out
         dv_ref[0, columns] = dv.astype(dv_ref.dtype)
-        d_state_ref[rows] = whole[rows] * d_state + _dot(q_entry_all[rows], d_out, _RIGHT, dtype)
+        d_state_ref[rows] = whole[rows] * d_state + dot(q_entry_all[rows], d_out, RIGHT, dtype)
 
     join = functools.partial(jnp.concatenate, axis=0)
     dq, dk, dg = join(dq_diagonal), join(dk_diagonal), whole * join(d_whole)
     for level, decay in enumerate(levels):
         dq_level, dk_level = join(dq_levels[level]) * decay, join(dk_levels[level]) * decay
-        dg += _gate_sums(q * dq_level + k * dk_level, sums_ref[level], _INNER, dtype)
+        dg += _gate_sums(q * dq_level + k * dk_level, sums_ref[level], INNER, dtype)
         dq, dk = dq + dq_level, dk + dk_level
     dq_level, dk_level = join(dq_entry) * entry, join(dk_leave) * leave
-    dg += _gate_sums(q * dq_level, ends_ref[0], _INNER, dtype) + _gate_sums(k * dk_level, ends_ref[1], _INNER, dtype)
+    dg += _gate_sums(q * dq_level, ends_ref[0], INNER, dtype) + _gate_sums(k * dk_level, ends_ref[1], INNER, dtype)
     dq_ref[0] = (dq + dq_level).astype(dq_ref.dtype)
     dk_ref[0] = (dk + dk_level).astype(dk_ref.dtype)
     dg_ref[0] = dg

@@ -1,6 +1,6 @@
 """Gated linear attention: every implementation against the definition in float64, for every kind of gate.
 
-The TPU kernels run in Pallas' interpreter; tests/kernels/test_pallas_tpu.py lowers them.
+The kernels for TPU and GPU run in Pallas' interpreters; test_pallas_tpu.py and test_pallas_gpu.py lower them.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
+from speedit_jax.kernels import pallas_gpu
 from speedit_jax.kernels.gla import IMPLEMENTATIONS, gla
 
 B, H, K, V = 2, 2, 16, 24
@@ -68,12 +69,21 @@ def relative_error(x, reference):
     return np.linalg.norm(np.asarray(x, np.float64) - reference) / np.linalg.norm(reference)
 
 
+@contextlib.contextmanager
 def interpreted(implementation):
-    return pltpu.force_tpu_interpret_mode() if implementation == "pallas_tpu" else contextlib.nullcontext()
+    if implementation == "pallas_tpu":
+        with pltpu.force_tpu_interpret_mode():
+            yield
+    elif implementation == "pallas_gpu":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(IMPLEMENTATIONS, "pallas_gpu", functools.partial(pallas_gpu.gla, interpret=True))
+            yield
+    else:
+        yield
 
 
 # Ragged: no chunk divides it; more than one chunk of each implementation.
-TOKENS = {"reference": 77, "xla": 77, "pallas_tpu": 150}
+TOKENS = {"reference": 77, "xla": 77, "pallas_tpu": 150, "pallas_gpu": 150}
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "reverse", "batch_axes", "head_axis"))
@@ -142,7 +152,7 @@ def test_wrong_inputs_are_named():
         gla(q, k, v, g.astype(jnp.bfloat16))
     with pytest.raises(TypeError, match="q, k and v"):
         gla(q, k, v.astype(jnp.bfloat16), g)
-    with pytest.raises(ValueError, match="choose one of reference, xla, pallas_tpu"):
+    with pytest.raises(ValueError, match="choose one of reference, xla, pallas_tpu, pallas_gpu"):
         gla(q, k, v, g, implementation="fast")
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="'tensor' of size 4 does not divide the 2 heads"):

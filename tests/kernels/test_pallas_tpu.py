@@ -89,14 +89,14 @@ def test_under_a_mesh_each_device_computes_its_own():
 
 @pytest.mark.parametrize(
     ("requested", "platform", "chosen"),
-    [("auto", "tpu", "pallas_tpu"), ("auto", "cpu", "xla"), ("auto", "gpu", "xla"), ("xla", "tpu", "xla")],
+    [("auto", "tpu", "pallas_tpu"), ("auto", "cpu", "xla"), ("auto", "gpu", "pallas_gpu"), ("xla", "tpu", "xla")],
 )
 def test_choice(requested, platform, chosen):
     assert choose_gla(requested, platform) == chosen
 
 
 def test_impossible_choices():
-    with pytest.raises(UserError, match=r"model\.gla=pallas_tpu needs a TPU, not gpu"):
+    with pytest.raises(UserError, match=r"model\.gla=pallas_tpu needs a tpu, not gpu"):
         choose_gla("pallas_tpu", "gpu")
     with pytest.raises(UserError, match=r"unknown model\.gla 'fast'"):
         choose_gla("fast", "tpu")

@@ -34,7 +34,7 @@ def test_ablations_change_the_parameters():
         ({"directions": 3}, r"model\.directions 3; choose one of 1, 2, 4"),
         ({"convolution": "big"}, r"model\.convolution 'big'"),
         ({"norm": "batch"}, r"model\.norm 'batch'"),
-        ({"gla": "fast"}, r"model\.gla 'fast'; choose one of auto, reference, xla, pallas_tpu"),
+        ({"gla": "fast"}, r"model\.gla 'fast'; choose one of auto, reference, xla, pallas_tpu, pallas_gpu"),
         ({"heads": 3}, r"DiG wants a multiple of 4 and of 6"),
     ],
 )

@@ -1,0 +1,231 @@
+"""The chunked form of docs/gla.md as Pallas kernels for NVIDIA GPUs, through Triton.
+
+A GPU wants many independent programs, so no kernel carries anything from chunk to chunk: the programs are (B H, chunks), and the
+state passes over the chunks outside, in an associative scan (eq. 4 and 9):
+  1. each chunk's own contribution to the state
+  2. the scan                                          backward: 1 and 2 again, then the same two against the order of chunks
+  3. each chunk's outputs, from the state before it    backward: each chunk's gradients, from the state and its gradient
+Operands are [B H, T, K] and [B H, T, V], padded to powers of two, as Triton wants. The 0/1 matrices are those of chunked.py,
+given as operands; levels are a loop, which keeps the registers from spilling.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from speedit_jax.kernels.chunked import masks
+from speedit_jax.kernels.tiles import INNER, LEFT, RIGHT, dot, terms
+
+CHUNK = 64
+_LEAST = 16  # a side of a matrix that Triton multiplies
+
+
+def _gate_sums(matrix, g, axes, dtype):
+    """A 0/1 matrix times g."""
+    return sum(dot(matrix, term, axes, jnp.bfloat16) for term in terms(g, dtype))
+
+
+def _state_kernel(sums_ref, x_ref, y_ref, g_ref, out_ref):
+    """(x e^{sums g})^T y: [K, V], what a chunk adds to the state, or to its gradient."""
+    dtype = x_ref.dtype
+    decay = jnp.exp(_gate_sums(sums_ref[...], g_ref[...], INNER, dtype))
+    out_ref[...] = dot(x_ref[...].astype(jnp.float32) * decay, y_ref[...], LEFT, dtype)
+
+
+def _scores(pairs_ref, sums_ref, q, k, g, dtype):
+    """P of eq. (3): [C, C]."""
+    chunk = q.shape[0]
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in range(2))
+    diagonal = jnp.where(rows == columns, (q * k).sum(axis=1)[:, None], 0.0)
+
+    def level(i, scores):
+        decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
+        return jnp.where(pairs_ref[i] > 0, dot(q * decay, k * decay, RIGHT, dtype), scores)
+
+    return jax.lax.fori_loop(0, chunk.bit_length() - 1, level, diagonal)
+
+
+def _output_kernel(pairs_ref, sums_ref, entry_ref, q_ref, k_ref, v_ref, g_ref, state_ref, out_ref, *, scale):
+    dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
+    q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
+    scores = _scores(pairs_ref, sums_ref, q, k, g, dtype)
+    entry = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype))
+    out = dot(q * entry, state_ref[...], INNER, dtype) + dot(scores, v, INNER, dtype)
+    out_ref[...] = (scale * out).astype(out_ref.dtype)
+
+
+def _gradient_kernel(
+    pairs_ref,
+    sums_ref,
+    entry_ref,
+    exit_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    g_ref,
+    state_ref,
+    d_state_ref,
+    d_out_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    dg_ref,
+    *,
+    scale,
+):
+    """Eq. (6) to (8); d_out comes with the scale left out, d_state with it."""
+    dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
+    q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
+    state, d_state = state_ref[...], d_state_ref[...]
+    d_out = scale * d_out_ref[...].astype(jnp.float32)
+    entry = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype))
+    leave = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype))
+
+    scores = _scores(pairs_ref, sums_ref, q, k, g, dtype)
+    dv_ref[...] = (dot(scores, d_out, LEFT, dtype) + dot(k * leave, d_state, INNER, dtype)).astype(dv_ref.dtype)
+
+    diagonal = (d_out * v.astype(jnp.float32)).sum(axis=1)[:, None]
+    dq_entry = dot(d_out, state, RIGHT, dtype) * entry
+    dk_leave = dot(v, d_state, RIGHT, dtype) * leave
+    dg = _gate_sums(entry_ref[...], q * dq_entry, LEFT, dtype) + _gate_sums(exit_ref[...], k * dk_leave, LEFT, dtype)
+    dg += (jnp.exp(g.sum(axis=0)) * (state * d_state).sum(axis=1))[None, :]
+    d_scores = dot(d_out, v, RIGHT, dtype)
+
+    def level(i, grads):
+        dq, dk, dg = grads
+        decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
+        d_level = jnp.where(pairs_ref[i] > 0, d_scores, 0.0)
+        dq_level = dot(d_level, k * decay, INNER, dtype) * decay
+        dk_level = dot(d_level, q * decay, LEFT, dtype) * decay
+        return dq + dq_level, dk + dk_level, dg + _gate_sums(sums_ref[i], q * dq_level + k * dk_level, LEFT, dtype)
+
+    start = (dq_entry + diagonal * k, dk_leave + diagonal * q, dg)
+    dq, dk, dg = jax.lax.fori_loop(0, q.shape[0].bit_length() - 1, level, start)
+    dq_ref[...] = dq.astype(dq_ref.dtype)
+    dk_ref[...] = dk.astype(dk_ref.dtype)
+    dg_ref[...] = dg
+
+
+def _call(kernel, constants, inputs, outputs, *, warps, interpret):
+    """Runs `kernel` over (B H, chunks).
+
+    Args:
+      constants: arrays that every program sees whole.
+      inputs: [B H, T, D], of which a program sees a chunk [C, D], or [B H, N, K, V], of which it sees its chunk's [K, V].
+      outputs: shapes likewise.
+    """
+
+    def block(array):
+        if len(array.shape) == 4:
+            return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, n: (b, n, 0, 0))
+        return pl.BlockSpec((None, CHUNK, array.shape[2]), lambda b, n: (b, n, 0))
+
+    tokens = next(x.shape[1] for x in inputs if len(x.shape) == 3)
+    return pl.pallas_call(
+        kernel,
+        grid=(inputs[0].shape[0], tokens // CHUNK),
+        in_specs=[pl.BlockSpec(c.shape, lambda b, n, rank=c.ndim: (0,) * rank) for c in constants] + [block(x) for x in inputs],
+        out_specs=[block(x) for x in outputs],
+        out_shape=outputs,
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+    )(*constants, *inputs)
+
+
+def _scan(whole: jax.Array, own: jax.Array, reverse: bool) -> jax.Array:
+    """S before each chunk, S' = whole S + own: whole [B H, N, K], own [B H, N, K, V] -> [B H, N, K, V]."""
+
+    def join(first, second):
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    _, after = jax.lax.associative_scan(join, (whole[..., None], own), axis=1, reverse=reverse)
+    pad = ((0, 0), (0, 1) if reverse else (1, 0), (0, 0), (0, 0))
+    return jnp.pad(after, pad)[:, 1:] if reverse else jnp.pad(after, pad)[:, :-1]
+
+
+def _constants(reverse: bool):
+    """pairs, sums, entry and exit."""
+    m = masks(CHUNK, reverse)
+    return jnp.asarray(m.pairs, jnp.float32), *(jnp.asarray(x, jnp.bfloat16) for x in (m.sums, m.entry, m.exit))
+
+
+def _size(d: int) -> int:
+    return max(_LEAST, 1 << (d - 1).bit_length())
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[B, T, H, D] -> [B H, T, D], T padded to whole chunks and D to a power of two with zeros, which change nothing."""
+    b, t, h, d = x.shape
+    x = x.swapaxes(1, 2).reshape(b * h, t, d)
+    return jnp.pad(x, ((0, 0), (0, -t % CHUNK), (0, _size(d) - d)))
+
+
+def _tokens_first(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse."""
+    b, t, h, d = shape
+    return x[:, :t, :d].reshape(b, h, t, d).swapaxes(1, 2)
+
+
+def _whole(g: jax.Array) -> jax.Array:
+    """The decay over each chunk: [B H, T, K] -> [B H, N, K]."""
+    return jnp.exp(g.reshape(g.shape[0], -1, CHUNK, g.shape[2]).sum(axis=2))
+
+
+def _own(sums, x, y, g, interpret):
+    shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // CHUNK, x.shape[2], y.shape[2]), jnp.float32)
+    return _call(_state_kernel, [sums], [x, y, g], [shape], warps=4, interpret=interpret)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _gla(q, k, v, log_g, scale, reverse, interpret):
+    pairs, sums, entry, leave = _constants(reverse)
+    shape = v.shape
+    q, k, v, g = (_heads_first(x) for x in (q, k, v, log_g))
+    states = _scan(_whole(g), _own(leave, k, v, g, interpret), reverse)
+    outputs = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    kernel = functools.partial(_output_kernel, scale=scale)
+    (out,) = _call(kernel, [pairs, sums, entry], [q, k, v, g, states], outputs, warps=4, interpret=interpret)
+    return _tokens_first(out, shape)
+
+
+def _gla_forward(q, k, v, log_g, scale, reverse, interpret):
+    return _gla(q, k, v, log_g, scale, reverse, interpret), (q, k, v, log_g)
+
+
+def _gla_backward(scale, reverse, interpret, saved, d_out):
+    pairs, sums, entry, leave = _constants(reverse)
+    q, k, v, g, d_out = (_heads_first(x) for x in (*saved, d_out))
+    whole = _whole(g)
+    states = _scan(whole, _own(leave, k, v, g, interpret), reverse)
+    d_states = scale * _scan(whole, _own(entry, q, d_out, g, interpret), not reverse)
+    grads = _call(
+        functools.partial(_gradient_kernel, scale=scale),
+        [pairs, sums, entry, leave],
+        [q, k, v, g, states, d_states, d_out],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, g)],
+        warps=8,
+        interpret=interpret,
+    )
+    return tuple(_tokens_first(x, original.shape) for x, original in zip(grads, saved, strict=True))
+
+
+_gla.defvjp(_gla_forward, _gla_backward)
+
+
+def gla(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_g: jax.Array, *, scale: float, reverse: bool, interpret: bool = False
+) -> jax.Array:
+    """Shapes and meaning as kernels.reference.gla; `interpret` runs the kernels on any device, for their values.
+
+    Only the inputs are saved for the backward pass.
+
+    Raises:
+      TypeError: float64.
+    """
+    if q.dtype == np.float64:
+        raise TypeError("gla implementation pallas_gpu wants float32 or bfloat16, not float64; use xla")
+    return _gla(q, k, v, log_g, scale, reverse, interpret)

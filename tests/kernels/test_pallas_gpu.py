@@ -1,0 +1,36 @@
+"""The GPU kernels, lowered through Triton; their values are in test_gla.py."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from speedit_jax.errors import UserError
+from speedit_jax.kernels.gla import choose_gla, gla
+
+
+# jax 0.11 and later compile Triton while lowering, for a GPU's compiler that is not here.
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowering needs a GPU's compiler since jax 0.11")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("heads", "dk", "dv"), [(6, 32, 64), (18, 32, 64), (6, 64, 64), (6, 36, 72)])
+def test_lowers_for_cuda(heads, dk, dv, dtype):
+    shapes = [jax.ShapeDtypeStruct((2, 100, heads, d), dtype) for d in (dk, dk, dv)]
+    shapes.append(jax.ShapeDtypeStruct((2, 100, heads, dk), jnp.float32))
+
+    def forward(*x):
+        return gla(*x, implementation="pallas_gpu")
+
+    gradient = jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=range(4))
+    for f, kernels in ((forward, 2), (gradient, 3)):
+        text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+
+
+def test_choice():
+    assert choose_gla("auto", "gpu") == choose_gla("auto", "cuda") == choose_gla("pallas_gpu", "gpu") == "pallas_gpu"
+    with pytest.raises(UserError, match=r"model\.gla=pallas_gpu needs a gpu, not cpu"):
+        choose_gla("pallas_gpu", "cpu")
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True), pytest.raises(TypeError, match="not float64"):
+        gla(*[jnp.zeros((1, 4, 1, 4))] * 4, implementation="pallas_gpu")
