@@ -88,8 +88,7 @@ class Backbone(nn.Module):
         for i in range(rest):
             tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, c)
 
-        modulation = dense((2, self.width), layers.zeros, ("embed", None, None), (None, None), self.dtype, "final_adaLN")
-        shift, scale = jnp.moveaxis(modulation(nn.silu(c)), 1, 0)
+        shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
         tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
         features = self.patch**2 * self.out_channels
         tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)

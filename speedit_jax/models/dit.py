@@ -65,8 +65,7 @@ class DiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         width = x.shape[-1]
-        modulation = dense((6, width), layers.zeros, ("embed", None, None), (None, None), self.dtype, "adaLN")(nn.silu(c))
-        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, i] for i in range(6))  # each [B, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
 
         y = layers.modulate(layers.layer_norm(x), shift1, scale1)
         x = x + gate1[:, None] * Attention(self.heads, self.attention, self.dtype, name="attention")(y)

@@ -41,6 +41,13 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
+    """`count` shifts, scales and gates, W SiLU(c) + b with W and b zero at first (adaLN-Zero): c [B, D] -> each [B, D]."""
+    width = c.shape[-1]
+    out = dense((count, width), zeros, ("embed", None, None), (None, None), dtype, name)(nn.silu(c))
+    return [out[:, i] for i in range(count)]
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """adaLN: x [B, T, D], shift and scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
