@@ -25,10 +25,10 @@ def compile_kernels(topology: str) -> None:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from speedit_jax.aot import topology_devices
     from speedit_jax.kernels import pallas_tpu
+    from speedit_jax.training import deviceless
 
-    mesh = Mesh(np.array(topology_devices(topology)[:1]), ("data",))
+    mesh = Mesh(np.array(deviceless.devices(topology)[0][:1]), ("data",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def shape(features, dtype=jnp.bfloat16):

@@ -22,7 +22,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.training import builders, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
-from speedit_jax.training.sampling import Settings, make_sampler
+from speedit_jax.training.sampling import Settings, make_sampler, parse_labels
 from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -38,27 +38,6 @@ _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim. Default: the run'
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
 _ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
 _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 is none.")
-
-
-def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
-    """Names or numbers of classes -> their numbers; a folder named "10" is a name first.
-
-    Raises:
-      UserError: no such class, or the model knows none.
-    """
-    if names is None:
-        return np.arange(max(1, len(class_names)))
-    if not class_names:
-        raise UserError("--class_labels: this model was trained without classes")
-    if not names:
-        raise UserError(f"--class_labels is empty; there are 0..{len(class_names) - 1}")
-    labels = []
-    for name in names:
-        number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
-        if not 0 <= number < len(class_names):
-            raise UserError(f"--class_labels: no class {name!r}; there are 0..{len(class_names) - 1}")
-        labels.append(number)
-    return np.array(labels)
 
 
 def columns_for(labels: int, images: int) -> int | None:

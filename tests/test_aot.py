@@ -1,56 +1,10 @@
-"""aot: the step of train.py, compiled from shapes alone, and what is read off it."""
+"""aot as a user meets it."""
 
 import json
 
 import jax
 import pytest
 from commands import TINY, assert_fails, assert_works
-
-from configs import base
-from speedit_jax import aot
-from speedit_jax.training import builders, sharding
-
-SMALL = {"name": "DiT-tiny/2", "width": 64, "depth": 2, "heads": 2, "dtype": "float32"}
-
-
-def lowered(what, **sizes):
-    config = base.get_config()
-    config.model.update(SMALL)
-    config.training.batch_size = 8
-    config.mesh.update(sizes)
-    mesh = sharding.make_mesh(config.mesh)
-    return aot.lower(config, mesh, builders.make_model(config, mesh, (8, 8, 4), 10), what)
-
-
-@pytest.mark.parametrize("what", ["train", "sample"])
-def test_measures_what_is_compiled(what):
-    facts = aot.measure(lowered(what, data=2, fsdp=2, tensor=2).compile(), 1.0)
-    size = facts["bytes_per_device"]
-    assert size["arguments"] > 0 and size["temporaries"] > 0 and facts["flops_per_device"] > 0
-    if what == "train":
-        # The state is given away and comes back in place.
-        assert size["reused"] > 0.9 * size["arguments"]
-        assert facts["collectives"]["all-reduce"]["bytes"] > 0
-    assert set(facts["collectives"]) <= set(aot.COLLECTIVES)
-
-
-def test_sharded_parameters_take_less_of_each_device():
-    arguments = [
-        aot.measure(lowered("train", data=-1, fsdp=fsdp).compile(), 1.0)["bytes_per_device"]["arguments"] for fsdp in (1, 8)
-    ]
-    assert arguments[1] < 0.5 * arguments[0]
-
-
-def test_collectives_are_read_off_the_program():
-    text = """
-      %a = bf16[8,128]{1,0} all-gather(%p), dimensions={0}
-      %b = (f32[4]{0}, f32[2,2]{1,0}) all-reduce-start(%x, %y), to_apply=%add
-      %c = f32[4]{0} all-reduce-done(%b)
-      %d = f32[] all-reduce(%z), to_apply=%add
-      %e = f32[16]{0} add(%all-reduce.1, %q)
-    """
-    assert aot.collectives(text) == {"all-gather": {"count": 1, "bytes": 2048}, "all-reduce": {"count": 2, "bytes": 36}}
-
 
 MISTAKES = {
     "no config": (["--topology=v5e:2x2"], ["--config is missing"]),
@@ -63,12 +17,6 @@ MISTAKES = {
 def test_a_mistake_is_one_line(run, case):
     flags, words = MISTAKES[case]
     assert_fails(run("aot", *flags), *words)
-
-
-def test_without_the_compiler(monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(aot.UserError, match=r"the TPU compiler is missing: pip install"):
-        aot.topology_devices("v5e:2x2")
 
 
 @pytest.mark.slow

@@ -233,13 +233,6 @@ BAD_SAMPLE_FLAGS = {
 }
 
 
-def test_a_class_is_a_name_before_it_is_a_number():
-    from speedit_jax.sample import parse_labels
-
-    assert parse_labels(["10", "1", "cat"], ["cat", "10", "2"]).tolist() == [1, 1, 0]
-    assert parse_labels(None, ["cat", "10", "2"]).tolist() == [0, 1, 2]
-
-
 @pytest.mark.parametrize("case", BAD_SAMPLE_FLAGS)
 def test_a_mistake_in_sampling_is_one_line_and_writes_nothing(run, trained, case):
     flags, words = BAD_SAMPLE_FLAGS[case]

@@ -59,6 +59,12 @@ def violations(module, source):
     return found
 
 
+def imported_commands(module, source):
+    """A command defines its flags when it is imported, and two commands in one process would define the same ones."""
+    return [name for name in imports(module, source) for command in IMPORTABLE_BY_NONE if within(name, command)]
+
+
+IMPORTABLE_BY_NONE = [f"speedit_jax.{path.stem}" for path in ROOT.glob("*.py") if path.stem not in ("__init__", "cli", "errors")]
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
@@ -66,6 +72,15 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 def test_floors(path):
     module = ".".join(("speedit_jax", *path.relative_to(ROOT).with_suffix("").parts))
     assert violations(module, path.read_text()) == []
+
+
+@pytest.mark.parametrize("folder", ["speedit_jax", "configs", "benchmarks", "tests"])
+def test_nobody_imports_a_command(folder):
+    files = list((ROOT.parent / folder).rglob("*.py"))
+    assert files
+    assert [path for path in files if imported_commands(folder, path.read_text())] == []
+    assert imported_commands("tests", "def f():\n    from speedit_jax.sample import columns_for")
+    assert imported_commands("tests", "from speedit_jax import train, cli") == ["speedit_jax.train"]
 
 
 def test_every_package_has_a_floor():

@@ -138,7 +138,6 @@ class DiGBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        width = x.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
         columns, reverse = self.order
 

@@ -43,6 +43,27 @@ class Settings:
         return settings if model.null_label is not None else dataclasses.replace(settings, guidance_scale=1.0)
 
 
+def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
+    """Names or numbers of classes -> their numbers; a folder named "10" is a name first.
+
+    Raises:
+      UserError: no such class, or the model knows none.
+    """
+    if names is None:
+        return np.arange(max(1, len(class_names)))
+    if not class_names:
+        raise UserError("--class_labels: this model was trained without classes")
+    if not names:
+        raise UserError(f"--class_labels is empty; there are 0..{len(class_names) - 1}")
+    labels = []
+    for name in names:
+        number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
+        if not 0 <= number < len(class_names):
+            raise UserError(f"--class_labels: no class {name!r}; there are 0..{len(class_names) - 1}")
+        labels.append(number)
+    return np.array(labels)
+
+
 def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise [B, *shape] of which row i depends only on (key, indices[i], stream).
 

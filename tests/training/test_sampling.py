@@ -9,7 +9,7 @@ import pytest
 
 from speedit_jax.errors import UserError
 from speedit_jax.training import sharding
-from speedit_jax.training.sampling import Settings, image_noise, make_sampler
+from speedit_jax.training.sampling import Settings, image_noise, make_sampler, parse_labels
 
 from . import tiny
 from .tiny import CLASSES, IMAGE, ONE
@@ -120,3 +120,8 @@ def test_guidance_needs_a_null_label():
     with pytest.raises(UserError, match=r"guidance_scale=2.0 needs a model trained with classes and label dropout; use 1"):
         make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
     make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, guidance_scale=1.0), trainer.mesh)
+
+
+def test_a_class_is_a_name_before_it_is_a_number():
+    assert parse_labels(["10", "1", "cat"], ["cat", "10", "2"]).tolist() == [1, 1, 0]
+    assert parse_labels(None, ["cat", "10", "2"]).tolist() == [0, 1, 2]

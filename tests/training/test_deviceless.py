@@ -1,0 +1,101 @@
+"""The step of train.py, compiled from shapes alone, what is read off it, and accelerators that are not there."""
+
+import pytest
+
+from configs import base
+from speedit_jax.errors import UserError
+from speedit_jax.training import builders, deviceless, sharding
+
+SMALL = {"width": 64, "depth": 2, "heads": 2}
+
+
+def lowered(what, devices=None, name="DiT-tiny/2", image=(8, 8, 4), model=SMALL, **mesh):
+    config = base.get_config(name)
+    config.model.update(model)
+    config.training.batch_size = 256 if devices is not None and len(devices) > 16 else 16
+    config.mesh.update(mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    return deviceless.lower(config, mesh, builders.make_model(config, mesh, image, 10), what)
+
+
+@pytest.mark.parametrize("what", ["train", "sample"])
+def test_measures_what_is_compiled(what):
+    facts = deviceless.measure(lowered(what, data=2, fsdp=2, tensor=2).compile())
+    size = facts["bytes_per_device"]
+    assert size["arguments"] > 0 and size["temporaries"] > 0 and facts["flops_per_device"] > 0
+    if what == "train":
+        # The state is given away and comes back in place.
+        assert size["reused"] > 0.9 * size["arguments"]
+        assert facts["collectives"]["all-reduce"]["bytes"] > 0
+    assert set(facts["collectives"]) <= set(deviceless.COLLECTIVES)
+
+
+def test_sharded_parameters_take_less_of_each_device():
+    arguments = [
+        deviceless.measure(lowered("train", data=-1, fsdp=fsdp).compile())["bytes_per_device"]["arguments"] for fsdp in (1, 8)
+    ]
+    assert arguments[1] < 0.5 * arguments[0]
+
+
+def test_collectives_are_read_off_the_program():
+    text = """
+      %a = bf16[8,128]{1,0} all-gather(%p), dimensions={0}
+      %b = (f32[4]{0}, f32[2,2]{1,0}) all-reduce-start(%x, %y), to_apply=%add
+      %c = f32[4]{0} all-reduce-done(%b)
+      %d = f32[] all-reduce(%z), to_apply=%add
+      %e = f32[16]{0} add(%all-reduce.1, %q)
+      %f = (f32[2]{0}, f32[8]{0}) all-gather-start(%r), dimensions={0}
+      %g = ((bf16[1,3]{1,0}, f32[2]{0}), (bf16[4,3]{1,0}, f32[8]{0})) all-gather-start(%r, %s), dimensions={0}
+      %h = (pred[5]{0}, pred[5]{0}, u32[], u32[]) collective-permute-start(%t)
+    """
+    assert list(deviceless.collectives(text)) == [
+        ("all-gather", [("bf16", (8, 128))]),
+        ("all-reduce", [("f32", (4,)), ("f32", (2, 2))]),
+        ("all-reduce", [("f32", ())]),
+        ("all-gather", [("f32", (8,))]),
+        ("all-gather", [("bf16", (4, 3)), ("f32", (8,))]),
+        ("collective-permute", [("pred", (5,))]),
+    ]
+
+
+@pytest.mark.parametrize("topology, module", [("v5e:2x2", "libtpu"), ("h100", "jax_cuda12_plugin")])
+def test_without_the_compiler(monkeypatch, topology, module):
+    found = deviceless.importlib.util.find_spec
+    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    with pytest.raises(UserError, match=r"compiler is missing: pip install -e '\.\[\w+"):
+        deviceless.devices(topology)
+
+
+@pytest.mark.parametrize("topology", ["h200", "h100x", "h100x0", "h100x8x8"])
+def test_unknown_machines(topology):
+    with pytest.raises(UserError, match=rf"--topology={topology}"):
+        deviceless.devices(topology)
+
+
+def test_gpu_targets_are_what_xla_reads():
+    """Every field is known to XLA: the text parses, and the device says what it said."""
+    pytest.importorskip("jax_cuda12_plugin")
+    for name, gpu in deviceless.GPUS.items():
+        devices, allowed = deviceless.devices(f"{name}x2")
+        assert len(devices) == 2 and allowed < gpu["memory"]
+        assert devices[0].device_kind == gpu["name"] and devices[0].core_count == gpu["cores"]
+
+
+# Compilers that are not part of the test extra: docs/training.md, "Will it fit?".
+COMPILERS = {"v5e:2x2": "libtpu", "v5e:2x4": "libtpu", "v5e:16x16": "libtpu", "h100x4": "jax_cuda12_plugin"}
+WIDE = (40, 48, 4)
+TOKENS = (480, 512)  # of that, and padded for a kernel: numbers that nothing else in the model has
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", COMPILERS)
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])
+def test_no_token_travels(topology, name):
+    """Parameters are gathered, gradients reduced; tokens stay on the device that has the image, or its heads."""
+    pytest.importorskip(COMPILERS[topology])
+    devices, _ = deviceless.devices(topology)
+    model = {"width": 192, "depth": 4, "heads": 4}
+    text = lowered("train", devices, name, WIDE, model, data=-1, fsdp=2, tensor=2).compile().as_text()
+    gathered = [dims for kind, arrays in deviceless.collectives(text) if kind == "all-gather" for _, dims in arrays]
+    assert gathered, "fsdp gathers parameters"
+    assert not any(tokens in dims for dims in gathered for tokens in TOKENS), gathered
