@@ -33,6 +33,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
     model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
     model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
+    model.qk_norm = False  # DiT: RMSNorm of queries and keys (Dehghani et al., arXiv 2302.05442), for large learning rates
     model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
     model.gla = "auto"  # DiG: auto (pallas_tpu, pallas_gpu or xla by platform), or any of them, or reference (token by token)
     model.directions = 4  # DiG: scan orders; 4 rows and columns both ways, 2 rows both ways, 1 causal only
@@ -74,9 +75,12 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     training.batch_size = 256  # images an optimizer step, over all devices and microbatches
     training.accumulation = 1  # microbatches an optimizer step: less memory, the same gradient
     training.ema_decay = 0.9999
+    training.extra_ema_decays = ()  # further averages, each as large as the model: "(0.999,0.9995)"; sample --weights=ema_0.999
     training.ema_warmup = False  # min(ema_decay, (1 + step) / (10 + step)): for short runs
     training.log_every = 100  # steps
     training.sample_every = 10_000  # steps between image grids; 0 draws none
+    training.profile_at = 0  # step from which the profiler's trace is written to WORKDIR/tensorboard; 0 writes none
+    training.profile_steps = 3  # how many steps it holds
     training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
 
     c.checkpoint = checkpoint = ml_collections.ConfigDict()

@@ -3,7 +3,7 @@
   python -m speedit_jax.aot --config=configs/imagenet.py:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
   python -m speedit_jax.aot --config=configs/imagenet.py:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
 
-The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[aot-tpu]') or
+The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
 the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints what each device has to hold, the collectives
 and the FLOPs, and writes them as JSON to --out. Exits with 1 if it does not fit. Without --image_shape and --num_classes the
 config's data are opened to learn them.
@@ -93,12 +93,7 @@ def report(record: dict[str, Any], allowed: int | None) -> None:
         print(f"does not fit in {allowed / 2**20:.1f} MiB, the {fraction:.0%} of the GPU that JAX takes by itself", end=" ")
         print("(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more);", end=" ")
     print(f"compiled in {record['compile_seconds']} s")
-    for kind, size in record["bytes_per_device"].items():
-        print(f"  {kind:<14} {size / 2**20:10.1f} MiB a device")
-    for kind, entry in record["collectives"].items():
-        print(f"  {kind:<20} {entry['count']:4d} in the program, {entry['bytes'] / 2**20:10.1f} MiB")
-    if record["flops_per_device"]:
-        print(f"  {record['flops_per_device'] / 1e9:.1f} GFLOP a device, loops over layers counted once")
+    print("\n".join(deviceless.lines(record)))
 
 
 if __name__ == "__main__":

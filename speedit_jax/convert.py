@@ -33,12 +33,12 @@ from speedit_jax.models.build import SIZES, Model, parse_name
 from speedit_jax.models.layers import sincos_position_table
 from speedit_jax.training import builders, run, sharding
 from speedit_jax.training.autoencoder import Autoencoder
-from speedit_jax.training.checkpoint import WEIGHTS, Checkpoints
+from speedit_jax.training.checkpoint import Checkpoints
 
 _FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or a diffusers directory.")
 _TO = flags.DEFINE_string("to", None, "Export: OUT.pt, OUT.safetensors, or OUT/ for a diffusers directory.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Import: a new directory. Export: the directory of a run.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", sorted(WEIGHTS), "Export: averaged or raw weights.")
+_WEIGHTS = flags.DEFINE_string("weights", "ema", "Export: ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Export: default is the newest.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Import: --config.KEY=VALUE replaces what the file says or leaves open.", lock_config=True
@@ -258,7 +258,9 @@ def export_weights(workdir: Path, to: str) -> None:
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose(_CHECKPOINT_STEP.value)
     meta = checkpoints.meta(step)
-    config = ml_collections.ConfigDict(meta["config"])
+    config = run.config_of(meta)
+    if config.model.qk_norm:
+        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format has a place for")
     mesh = one_device()
     model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.training import builders, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.run import config_of
 from speedit_jax.training.sampling import Settings, make_sampler, parse_labels
 from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
 
@@ -32,7 +32,7 @@ _CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Classes, by name or num
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "Averaged or raw weights.")
+_WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim. Default: the run's, as for all below.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
@@ -53,7 +53,7 @@ def sample() -> None:
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose(_CHECKPOINT_STEP.value)
     meta = checkpoints.meta(step)
-    config = ml_collections.ConfigDict(meta["config"])
+    config = config_of(meta)
 
     # However the run was sharded: sampling spreads the batch over the devices that are here.
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

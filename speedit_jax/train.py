@@ -21,8 +21,9 @@ from speedit_jax import cli
 from speedit_jax.data import loader
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
-from speedit_jax.models.build import Model
-from speedit_jax.training import builders, run, sharding
+from speedit_jax.kernels.gla import GLA_PAYS_FROM
+from speedit_jax.models.build import Model, parse_name
+from speedit_jax.training import builders, deviceless, run, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints, newest_step
 from speedit_jax.training.curves import write_curves
@@ -30,10 +31,11 @@ from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.sampling import Settings, make_sampler
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
-from speedit_jax.training.telemetry import Telemetry, to_uint8
+from speedit_jax.training.telemetry import PEAK_FLOPS, Profiler, Telemetry, to_uint8
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, say what it takes, and write nothing.")
 
 INTERRUPTED = 130  # exit code of a run that was asked to stop and can go on
 
@@ -73,6 +75,9 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
         f"model      {config.model.name}: {parameter_overview.count_parameters(params):,} parameters, {model.dtype} activations,"
         f" {model.mixer} mixer, remat {config.model.remat}"
     )
+    say(f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP an image and training step")
+    if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
+        say(f"           at {model.tokens} tokens DiT is as fast or faster; GLA pays from about {GLA_PAYS_FROM} on (docs/gla.md)")
     say(f"timesteps  {strategy.describe(config.training.batch_size)}")
     devices = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     say(f"devices    {mesh.size} {mesh.devices.flat[0].device_kind}, {jax.process_count()} processes: {devices}")
@@ -113,13 +118,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     model = builders.make_model(config, mesh, image_shape, len(source.class_names))
     num_steps, batch_size = config.training.num_steps, config.training.batch_size
     with jax.set_mesh(mesh):
-        shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
+        shapes, shardings = state_shardings(mesh, model, optimizer, strategy, config.training.extra_ema_decays)
         grids = Grids(config, model, diffusion, mesh, autoencoder) if config.training.sample_every else None
     weights, lines = {}, []
     if config.init_from and newest_step(workdir) is None:
         weights, lines = starting_weights(config.init_from, model, shapes.params, mesh)
     meta = run.describe(config, source, image_shape, latents)
-    run.claim(workdir, meta)
+    if not _DRY_RUN.value:
+        run.claim(workdir, meta)
     report(config, model, shapes.params, strategy, source, mesh)
     for line in lines:
         say(f"init from  {line}")
@@ -127,22 +133,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         pictures = "" if autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
         say(f"latents    {model.image_shape} of {latents['vae']}, {'encoded at each step' if online else 'stored'}{pictures}")
 
-    checkpoints = Checkpoints(
-        workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, create=True
-    )
-    step = checkpoints.latest() or 0
-    if step >= num_steps:
-        say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
-        return say_next(workdir, model)
     key = jax.random.key(config.seed)
-    if step:
-        state = checkpoints.restore(step, shapes, shardings)
-        say(f"Going on from the checkpoint of step {step}.")
-    else:
-        init = jax.jit(lambda k: initial_state(model, optimizer, strategy, k), out_shardings=shardings)
-        with jax.set_mesh(mesh):
-            state = init(key)
-            state = start_from(state, weights) if weights else state
     rows_sharding = sharding.batch_sharding(mesh)
     rows = sharding.local_rows(rows_sharding, batch_size)
     train_step = jax.jit(
@@ -151,27 +142,63 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-    batches = loader.batches(
-        source,
-        seed=config.seed,
-        batch_size=batch_size,
-        rows=rows,
-        first_step=step,
-        num_steps=num_steps,
-        flip=config.data.flip,
-        threads=config.data.threads,
+
+    def batches(first_step):
+        """What the step takes, from step `first_step` on."""
+        for batch in loader.batches(
+            source,
+            seed=config.seed,
+            batch_size=batch_size,
+            rows=rows,
+            first_step=first_step,
+            num_steps=num_steps,
+            flip=config.data.flip,
+            threads=config.data.threads,
+        ):
+            batch = {name: sharding.global_array(rows_sharding, batch_size, rows, values) for name, values in batch.items()}
+            if online:
+                batch["moments"] = autoencoder.moments(batch.pop("image"))
+            yield batch
+
+    if _DRY_RUN.value:
+        with jax.set_mesh(mesh):
+            compiled = train_step.lower(shapes, next(batches(0)), key).compile()
+        say(
+            "\n".join(
+                [sharding.table(model.axes, shapes.params), "The compiled step:", *deviceless.lines(deviceless.measure(compiled))]
+            )
+        )
+        return None
+    checkpoints = Checkpoints(
+        workdir, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every, create=True
     )
+    step = checkpoints.latest() or 0
+    if step >= num_steps:
+        say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
+        return say_next(workdir, model)
+    if step:
+        state = checkpoints.restore(step, shapes, shardings)
+        say(f"Going on from the checkpoint of step {step}.")
+    else:
+        decays = config.training.extra_ema_decays
+        init = jax.jit(lambda k: initial_state(model, optimizer, strategy, k, decays), out_shardings=shardings)
+        with jax.set_mesh(mesh):
+            state = init(key)
+            state = start_from(state, weights) if weights else state
     say(f"Compiling; then training from step {step} to {num_steps}.")
     stop = Stop()
-    telemetry = Telemetry(workdir, first_step=step, num_steps=num_steps, batch_size=batch_size)
+    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    # The share of the peak that one image a second takes.
+    mfu = peak and 3 * model.forward_flops / (mesh.size * peak)
+    telemetry = Telemetry(workdir, first_step=step, num_steps=num_steps, batch_size=batch_size, mfu_per_image=mfu)
+    profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
 
-    for batch in batches:
-        batch = {name: sharding.global_array(rows_sharding, batch_size, rows, values) for name, values in batch.items()}
-        if online:
-            batch["moments"] = autoencoder.moments(batch.pop("image"))
+    for batch in telemetry.waiting_for(batches(step)):
+        profiler.before(step)
         with jax.set_mesh(mesh):
             state, metrics = train_step(state, batch, key)
         step += 1
+        profiler.after(step, metrics)
         telemetry.step(step)
         last = step == num_steps
         if step % config.training.log_every == 0 or last:
@@ -192,6 +219,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         if stopping and not last:
             break
 
+    profiler.close()
     checkpoints.wait()
     checkpoints.close()
     telemetry.close()

@@ -98,6 +98,22 @@ def test_one_of_several_processes_without_the_others(run, tmp_path):
     assert_fails(run("train", *flags), "--multihost", "JAX_COORDINATOR_ADDRESS")
 
 
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(run, tmp_path):
+    result = run("train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run", xla_flags=EIGHT_DEVICES)
+    assert_works(result)
+    for words in ("attention/qkv/kernel", "temporaries", "MiB a device", "all-reduce", "GFLOP"):
+        assert words in result.out
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_profile_of_some_steps(run, tmp_path):
+    flags = [*TINY, f"--workdir={tmp_path}", "--config.training.profile_at=2", "--config.training.profile_steps=2"]
+    assert_works(run("train", *flags))
+    assert [path.stat().st_size > 10_000 for path in tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb")] == [True]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["time_waiting_for_data"] <= last["time_per_step"] and last["time_paused"] > 0
+
+
 BAD_MESHES = {
     "batch that does not divide": (["--config.training.batch_size=63"], ["training.batch_size=63", "8 devices"]),
     "mesh that does not fit": (["--config.mesh.data=3"], ["mesh.data=3", "8 devices"]),

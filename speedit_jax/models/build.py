@@ -16,6 +16,7 @@ from speedit_jax.models import dig
 from speedit_jax.models.attention import attention, choose_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat
 from speedit_jax.models.dit import DiTBlock
+from speedit_jax.models.flops import mixer_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
@@ -40,6 +41,8 @@ class Model:
       null_label: the label that stands for "no class", or None where the model was built without one.
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
+      tokens: how many an image is to the network.
+      forward_flops: of one image, matrix products and filters only; a training step's are three times as many.
       dtype: name of the activations' dtype.
     """
 
@@ -52,6 +55,8 @@ class Model:
     mixer: str
     heads: int
     width: int
+    tokens: int
+    forward_flops: int
     dtype: str
 
 
@@ -158,6 +163,7 @@ def build(
 
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
+    shapes, tokens = nn.meta.unbox(boxes), (h // patch) * (w // patch)
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
@@ -168,6 +174,8 @@ def build(
         mixer=mixer,
         heads=heads,
         width=width,
+        tokens=tokens,
+        forward_flops=weights_flops(shapes, tokens) + mixer_flops(backbone, tokens, width, depth, heads),
         dtype=dtype_name,
     )
 
@@ -181,7 +189,7 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
-        return functools.partial(remat(DiTBlock, config.remat), heads, config.mlp_ratio, attend, constrain, dtype)
+        return functools.partial(remat(DiTBlock, config.remat), heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype)
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)

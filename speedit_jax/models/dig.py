@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
-from speedit_jax.models.layers import dense
+from speedit_jax.models.layers import RMSNorm, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
@@ -43,17 +43,6 @@ def _projection(features, axes, dtype, name, init=_gla_init, axis=-1):
     """A linear layer without bias."""
     kernel_init = nn.with_logical_partitioning(init, axes)
     return nn.DenseGeneral(features, axis=axis, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, eps 1e-6, statistics in float32."""
-
-    @nn.compact
-    def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (None,))
-        weight = self.param("weight", init, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
 
 
 class GatedLinearAttention(nn.Module):

@@ -14,16 +14,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
-from speedit_jax.models.layers import dense
+from speedit_jax.models.layers import RMSNorm, dense
 
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: [B, T, D] -> [B, T, D]."""
+    """Multi-head self-attention: [B, T, D] -> [B, T, D]; with `qk_norm` logits cannot grow with the weights."""
 
     heads: int
+    qk_norm: bool
     attention: AttentionFn
     dtype: jnp.dtype
 
@@ -34,6 +35,8 @@ class Attention(nn.Module):
         qkv_axes = ("embed", None, "heads", None)
         qkv = dense((3, self.heads, head_dim), layers.xavier, qkv_axes, qkv_axes[1:], self.dtype, "qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))  # each [B, T, H, K]
+        if self.qk_norm:
+            q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
         out = checkpoint_name(self.attention(q, k, v), MIXED)
         return dense(width, layers.xavier, ("heads", None, "embed"), (None,), self.dtype, "out", axis=(-2, -1))(out)
 
@@ -58,6 +61,7 @@ class DiTBlock(nn.Module):
 
     heads: int
     mlp_ratio: float
+    qk_norm: bool
     attention: AttentionFn
     constrain: layers.Constrain
     dtype: jnp.dtype
@@ -68,7 +72,7 @@ class DiTBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
 
         y = layers.modulate(layers.layer_norm(x), shift1, scale1)
-        x = x + gate1[:, None] * Attention(self.heads, self.attention, self.dtype, name="attention")(y)
+        x = x + gate1[:, None] * Attention(self.heads, self.qk_norm, self.attention, self.dtype, name="attention")(y)
         y = layers.modulate(layers.layer_norm(x), shift2, scale2)
         x = x + gate2[:, None] * Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")(y)
         return self.constrain(x, ACTIVATIONS), None

@@ -41,6 +41,17 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, eps 1e-6, statistics in float32."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (None,))
+        weight = self.param("weight", init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return (x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+
+
 def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
     """`count` shifts, scales and gates, W SiLU(c) + b with W and b zero at first (adaLN-Zero): c [B, D] -> each [B, D]."""
     width = c.shape[-1]

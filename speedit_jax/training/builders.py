@@ -84,6 +84,8 @@ _LEAST = {
     "training.accumulation": 1,
     "training.log_every": 1,
     "training.sample_every": 0,
+    "training.profile_at": 0,
+    "training.profile_steps": 1,
     "training.max_skipped_in_a_row": 1,
     "checkpoint.every": 1,
     "checkpoint.keep_last": 1,
@@ -102,6 +104,9 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")
+    for decay in config.training.extra_ema_decays:
+        if not isinstance(decay, float) or not 0 <= decay < 1:
+            raise UserError(f"training.extra_ema_decays={config.training.extra_ema_decays}: must lie in [0, 1)")
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -18,11 +18,21 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from speedit_jax.errors import UserError
 from speedit_jax.training.state import TrainState
 
-WEIGHTS = {"ema": "ema", "raw": "params"}
+_RAW = "params"
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """What a checkpoint holds: the fields, each extra average beside the first as ema_DECAY."""
+    found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    extra = found.pop("extra_ema")
+    return found | {f"ema_{decay}": ema for decay, ema in extra.items()}
+
+
+def _from_dict(found: dict[str, Any]) -> TrainState:
+    """The inverse."""
+    names = {field.name for field in dataclasses.fields(TrainState)}
+    extra = {name.removeprefix("ema_"): found[name] for name in found if name not in names}
+    return TrainState(**{name: found[name] for name in found if name in names}, extra_ema=extra)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -133,17 +143,20 @@ class Checkpoints:
           UserError: an array is missing, extra or of another shape, or the files are damaged.
         """
         restored = self._restore(step, _as_dict(shapes), _as_dict(shardings), partial=False)
-        return TrainState(**restored)
+        return _from_dict(restored)
 
     def restore_weights(self, step: int, weights: str, shapes: Any, shardings: Any) -> Any:
-        """Only the parameters: "ema" or "raw". Nothing else of the checkpoint is read.
+        """Only the parameters: "ema", "raw" or "ema_DECAY". Nothing else of the checkpoint is read.
 
         Raises:
-          UserError: as `restore`.
+          UserError: as `restore`; or there are no such weights.
         """
-        if weights not in WEIGHTS:
-            raise UserError(f"unknown --weights={weights}; choose one of {', '.join(WEIGHTS)}")
-        key = WEIGHTS[weights]
+        with _named_damage(self.directory / str(step)):
+            saved = self._manager.item_metadata(step)["state"].tree
+        choices = {"raw": _RAW} | {name: name for name in saved if name.split("_")[0] == "ema"}
+        if weights not in choices:
+            raise UserError(f"unknown --weights={weights}; this checkpoint has {', '.join(sorted(choices))}")
+        key = choices[weights]
         return self._restore(step, {key: shapes}, {key: shardings}, partial=True)[key]
 
     def _restore(self, step: int, shapes: dict, shardings: dict, partial: bool) -> dict:

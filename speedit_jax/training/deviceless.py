@@ -101,7 +101,7 @@ def _tpus(topology: str) -> list[Any]:
     if ":" not in topology:
         raise UserError(f"--topology={topology}: there are {', '.join(GPUS)}, these with x8 behind, and TPUs like v5e:2x2")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("the TPU compiler is missing: pip install -e '.[aot-tpu]'")
+        raise UserError("the TPU compiler is missing: pip install -e '.[tpu]'")
     # Otherwise libtpu looks for the machine it thinks it runs on.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
     return _describe(topology, platform="tpu", topology_name=topology)
@@ -146,7 +146,7 @@ def lower(config: ml_collections.ConfigDict, mesh, model: Model, what: str) -> j
         return lower_sampler(model, diffusion, settings, mesh, batch)
     strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
     # Nothing may be computed under a mesh of devices that are not there.
-    shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
+    shapes, shardings = state_shardings(mesh, model, optimizer, strategy, config.training.extra_ema_decays)
     with jax.set_mesh(mesh):
         step = jax.jit(
             make_train_step(model, diffusion, strategy, optimizer, config),
@@ -201,3 +201,13 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, Any]:
         "collectives": dict(sent),
         "flops_per_device": (compiled.cost_analysis() or {}).get("flops"),
     }
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """What `measure` found, for a person."""
+    shown = [f"  {kind:<20} {size / 2**20:10.1f} MiB a device" for kind, size in facts["bytes_per_device"].items()]
+    for kind, entry in facts["collectives"].items():
+        shown.append(f"  {kind:<20} {entry['bytes'] / 2**20:10.1f} MiB, {entry['count']} in the program")
+    if facts["flops_per_device"]:
+        shown.append(f"  {'GFLOP':<20} {facts['flops_per_device'] / 1e9:10.1f} a device, loops over layers counted once")
+    return shown

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.training import builders, sharding
+from speedit_jax.training import builders, run, sharding
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import TrainState
 
@@ -41,7 +40,7 @@ def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple
         checkpoints = Checkpoints(Path(where).expanduser())
         step = checkpoints.choose(None)
         meta = checkpoints.meta(step)
-        config = ml_collections.ConfigDict(meta["config"])
+        config = run.config_of(meta)
         saved_model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
         saved_shapes = jax.eval_shape(saved_model.init, jax.random.key(0))
         shardings = sharding.param_shardings(mesh, saved_model.axes, saved_shapes)
@@ -72,5 +71,6 @@ def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple
 def start_from(state: TrainState, weights: dict[KeyPath, jax.Array]) -> TrainState:
     """`state` with these parameters, raw and averaged."""
     params = jax.tree_util.tree_map_with_path(lambda path, fresh: weights.get(path, fresh), state.params)
-    # The copy keeps params and ema from sharing a buffer, which donation would free twice.
-    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
+    # The copies keep params and averages from sharing a buffer, which donation would free twice.
+    ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.extra_ema)))
+    return dataclasses.replace(state, params=params, ema=ema, extra_ema=dict(zip(state.extra_ema, extra, strict=True)))

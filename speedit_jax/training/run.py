@@ -8,12 +8,23 @@ from typing import Any
 import jax
 import ml_collections
 
+from configs import base
 from speedit_jax import __version__
 from speedit_jax.data.sources import Source
 from speedit_jax.errors import UserError
 
 # Sections and keys that may differ between a run and its continuation: they do not change what is computed.
-_MAY_CHANGE = ("checkpoint", "mesh", "sampling", "data.threads", "data.vae", "training.log_every", "training.sample_every")
+_MAY_CHANGE = (
+    "checkpoint",
+    "mesh",
+    "sampling",
+    "data.threads",
+    "data.vae",
+    "training.log_every",
+    "training.profile_at",
+    "training.profile_steps",
+    "training.sample_every",
+)
 
 
 def describe(
@@ -26,7 +37,8 @@ def describe(
       latents: the identity of the autoencoder whose latents the model draws; None where it draws images.
     """
     return {
-        "config": config.to_dict(),
+        # JSON knows no tuples: a run compares with what it reads back.
+        "config": json.loads(json.dumps(config.to_dict())),
         "image_shape": list(image_shape),
         "latents": latents,
         "class_names": list(source.class_names),
@@ -35,9 +47,21 @@ def describe(
     }
 
 
+def config_of(meta: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config of a run; keys younger than the run have configs/base.py's defaults, which mean what was before them."""
+
+    def over(defaults, saved):
+        if not isinstance(defaults, dict) or not isinstance(saved, dict):
+            return saved
+        return defaults | {key: over(defaults.get(key), value) for key, value in saved.items()}
+
+    return ml_collections.ConfigDict(over(base.get_config().to_dict(), meta["config"]))
+
+
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
+        value = list(value) if isinstance(value, tuple) else value
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
@@ -69,7 +93,7 @@ def claim(workdir: Path, meta: dict[str, Any]) -> None:
 
 
 def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    old, new = _flat(saved["config"]), _flat(meta["config"])
+    old, new = _flat(config_of(saved).to_dict()), _flat(meta["config"])
     may_change = _MAY_CHANGE
     if meta["config"]["optim"]["schedule"] == "constant":
         # Only the cosine looks at where the run ends.

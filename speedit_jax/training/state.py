@@ -1,6 +1,7 @@
 """The train state and the optimizer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ class TrainState:
       step: [] int32, optimizer steps taken.
       params: the network's parameters.
       ema: their exponential moving average.
+      extra_ema: decay, as text -> an average with that decay.
       opt: the optimizer's state.
       timesteps: the timestep strategy's state.
       skipped: [] int32, steps whose gradient was not finite and that changed nothing.
@@ -34,6 +36,7 @@ class TrainState:
     step: jax.Array
     params: Any
     ema: Any
+    extra_ema: dict[str, Any]
     opt: Any
     timesteps: Any
     skipped: jax.Array
@@ -72,20 +75,27 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
 
 
-def initial_state(model: Model, optimizer: optax.GradientTransformation, strategy: Any, key: jax.Array) -> TrainState:
+def initial_state(
+    model: Model, optimizer: optax.GradientTransformation, strategy: Any, key: jax.Array, extra_ema_decays: Sequence[float] = ()
+) -> TrainState:
     """The state before the first step: a pure function of the key, the same on every mesh."""
     params = model.init(key)
     zero = jnp.zeros((), jnp.int32)
-    # The copy keeps params and ema from sharing a buffer, which donation would free twice.
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(zero, params, ema, optimizer.init(params), strategy.init(), zero, jnp.copy(zero))
+    # The copies keep params and averages from sharing a buffer, which donation would free twice.
+    ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(extra_ema_decays)))
+    extra = dict(zip(map(str, extra_ema_decays), extra, strict=True))
+    return TrainState(zero, params, ema, extra, optimizer.init(params), strategy.init(), zero, jnp.copy(zero))
 
 
 def state_shardings(
-    mesh: Mesh, model: Model, optimizer: optax.GradientTransformation, strategy: Any
+    mesh: Mesh,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    strategy: Any,
+    extra_ema_decays: Sequence[float] = (),
 ) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the state on `mesh`; the optimizer's moments are sharded as their parameters are."""
-    shapes = jax.eval_shape(lambda key: initial_state(model, optimizer, strategy, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_state(model, optimizer, strategy, key, extra_ema_decays), jax.random.key(0))
     params = sharding.param_shardings(mesh, model.axes, shapes.params)
     everywhere = sharding.replicated(mesh)
     opt = optax.tree.map_params(optimizer, lambda _, s: s, shapes.opt, params, transform_non_params=lambda _: everywhere)
@@ -93,6 +103,7 @@ def state_shardings(
         step=everywhere,
         params=params,
         ema=params,
+        extra_ema=dict.fromkeys(shapes.extra_ema, params),
         opt=opt,
         timesteps=jax.tree.map(lambda _: everywhere, shapes.timesteps),
         skipped=everywhere,

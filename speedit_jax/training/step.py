@@ -116,18 +116,29 @@ def make_train_step(
 
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(config.training.ema_decay, config.training.ema_warmup, state.step)
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-        changed = (params, ema, opt, strategy.update(state.timesteps, t, per_example))
-        kept = (state.params, state.ema, state.opt, state.timesteps)
+
+        def average(ema, decay):
+            decay = ema_decay(decay, config.training.ema_warmup, state.step)
+            return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+
+        ema = average(state.ema, config.training.ema_decay)
+        extra_ema = {decay: average(old, float(decay)) for decay, old in state.extra_ema.items()}
+        changed = (params, ema, extra_ema, opt, strategy.update(state.timesteps, t, per_example))
+        kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps)
         # A non-finite gradient must not reach the moments or the EMA, which would keep it for ever.
-        params, ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": schedule(state.step - state.skipped)}
+        params, ema, extra_ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": schedule(state.step - state.skipped),
+        }
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=params,
             ema=ema,
+            extra_ema=extra_ema,
             opt=opt,
             timesteps=timesteps,
             skipped=state.skipped + jnp.where(finite, 0, 1),

@@ -8,14 +8,31 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import tensorboardX
 from PIL import Image
 from tqdm import tqdm
+
+T = TypeVar("T")
+
+# Dense bfloat16 FLOP/s of one device, by the vendors' data sheets; the names are JAX's device_kind.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -53,6 +70,32 @@ def magnification(height: int) -> int:
     return max(1, 48 // height)
 
 
+class Profiler:
+    """A trace of `steps` steps from step `first` on (0 is never), for TensorBoard's profile plugin and for Perfetto."""
+
+    def __init__(self, workdir: Path, first: int, steps: int):
+        self._directory, self._first, self._last = workdir / "tensorboard", first, first + steps
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Call before step number `step` (from 0)."""
+        if self._first and step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Call when `step` steps are taken, with what the last returned."""
+        if self._running and step == self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
 class Telemetry:
     """The writers of one run; only process 0 writes.
 
@@ -62,16 +105,20 @@ class Telemetry:
         is taken back, because the same steps are run and logged again.
       num_steps: of the whole run.
       batch_size: images a step.
+      mfu_per_image: model FLOPs of an image's step over the devices' peak in a second; None where the peak is unknown.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, batch_size: int):
+    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, batch_size: int, mfu_per_image: float | None = None):
         self._active = jax.process_index() == 0
         self._batch_size = batch_size
+        self._mfu_per_image = mfu_per_image
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = first_step
         self._clock: tuple[int, float] | None = None  # the run's step and the time at the last reading
         self._seconds: float | None = None  # per step, at the last reading that knew
+        self._data_seconds = 0.0  # the same, of waiting for data
         self._paused = 0.0
+        self._waited = 0.0  # for data, since the last reading
         if not self._active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
@@ -80,6 +127,18 @@ class Telemetry:
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, the time until each is there taken down."""
+        batches = iter(batches)
+        while True:
+            since = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - since
+            yield batch
 
     def step(self, step: int) -> None:
         """Counts it and moves the bar: call once a step."""
@@ -106,10 +165,18 @@ class Telemetry:
         values = {name: float(value) for name, value in values.items()}
         now = time.perf_counter() - self._paused
         if self._clock is not None and self._step > self._clock[0]:
-            self._seconds = (now - self._clock[1]) / (self._step - self._clock[0])
+            steps = self._step - self._clock[0]
+            self._seconds, self._data_seconds = (now - self._clock[1]) / steps, self._waited / steps
         if self._seconds is not None:
-            values |= {"time_per_step": self._seconds, "time_images_per_second": self._batch_size / self._seconds}
-        self._clock = (self._step, now)
+            values |= {
+                "time_per_step": self._seconds,
+                "time_images_per_second": self._batch_size / self._seconds,
+                "time_waiting_for_data": self._data_seconds,
+                "time_paused": self._paused,
+            }
+            if self._mfu_per_image:
+                values["time_mfu"] = self._mfu_per_image * self._batch_size / self._seconds
+        self._clock, self._waited = (self._step, now), 0.0
         if self._active:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

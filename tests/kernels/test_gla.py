@@ -1,6 +1,7 @@
 """Gated linear attention: every implementation against the definition in float64, for every kind of gate.
 
-The kernels for TPU and GPU run in Pallas' interpreters; test_pallas_tpu.py and test_pallas_gpu.py lower them.
+The kernels for TPU and GPU run in Pallas' interpreters, or with `-m tpu` and `-m gpu` on the real thing; test_pallas_tpu.py and
+test_pallas_gpu.py lower and compile them.
 """
 
 import contextlib
@@ -69,9 +70,15 @@ def relative_error(x, reference):
     return np.linalg.norm(np.asarray(x, np.float64) - reference) / np.linalg.norm(reference)
 
 
+DEVICES = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+
 @contextlib.contextmanager
 def interpreted(implementation):
-    if implementation == "pallas_tpu":
+    """Where the kernel's device is not there."""
+    if jax.default_backend() == DEVICES.get(implementation):
+        yield
+    elif implementation == "pallas_tpu":
         with pltpu.force_tpu_interpret_mode():
             yield
     elif implementation == "pallas_gpu":
@@ -80,6 +87,11 @@ def interpreted(implementation):
             yield
     else:
         yield
+
+
+def on_devices(implementation):
+    marks = [getattr(pytest.mark, device) for device in ("tpu", "gpu") if DEVICES.get(implementation, device) == device]
+    return pytest.param(implementation, marks=marks)
 
 
 # Ragged: no chunk divides it; more than one chunk of each implementation.
@@ -97,7 +109,7 @@ def output_and_gradients(inputs, d_out, **kwargs):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(("dtype", "tolerance", "gate_tolerance"), [(jnp.float32, 1e-6, 1e-5), (jnp.bfloat16, 6e-3, 1.5e-2)])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", map(on_devices, IMPLEMENTATIONS))
 def test_against_the_definition(implementation, gate, dtype, tolerance, gate_tolerance, reverse):
     inputs, d_out = make_inputs(gate, TOKENS[implementation], dtype)
     reference, reference_grads = definition(inputs, d_out, reverse)

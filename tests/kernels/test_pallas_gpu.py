@@ -1,11 +1,13 @@
-"""The GPU kernels, lowered through Triton; their values are in test_gla.py."""
+"""The GPU kernels, lowered through Triton and compiled; their values are in test_gla.py."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
+from speedit_jax.training import deviceless
 
 
 # jax 0.11 and later compile Triton while lowering, for a GPU's compiler that is not here.
@@ -23,6 +25,26 @@ def test_lowers_for_cuda(heads, dk, dv, dtype):
     for f, kernels in ((forward, 2), (gradient, 3)):
         text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("dk", "dv"), [(32, 64), (64, 64), (36, 72)])
+@pytest.mark.parametrize("topology", ["h100", "a100"])
+def test_compiles_for_gpu(topology, dk, dv, dtype):
+    pytest.importorskip("jax_cuda12_plugin")
+    devices, _ = deviceless.devices(topology)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    shapes = [jax.ShapeDtypeStruct((2, 1024, 6, d), dtype) for d in (dk, dk, dv)]
+    shapes.append(jax.ShapeDtypeStruct((2, 1024, 6, dk), jnp.float32))
+
+    def loss(*x):
+        return gla(*x, implementation="pallas_gpu").astype(jnp.float32).sum()
+
+    # Since jax 0.11 Triton is compiled while lowering, for the mesh's kind of device.
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.value_and_grad(loss, argnums=range(4))).lower(*shapes).compile().as_text()
+    assert text.count("triton") >= 4
 
 
 def test_choice():

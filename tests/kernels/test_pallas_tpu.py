@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from speedit_jax.errors import UserError
 from speedit_jax.kernels import chunked, pallas_tpu
 from speedit_jax.kernels.gla import choose_gla, gla
+from speedit_jax.training import deviceless
 
 
 def inputs(batch=1, tokens=150, heads=2, dk=8, dv=16, dtype=jnp.float32):
@@ -43,6 +44,26 @@ def test_lowers_for_tpu(tokens, heads, dk, dv, dtype):
     assert kernels(forward, *shapes) == 1
     # The states again, and the gradients; nobody asks for the output.
     assert kernels(jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=range(4)), *shapes) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("heads", "dk", "dv"), [(6, 32, 64), (18, 32, 64), (6, 64, 64), (6, 36, 72), (6, 72, 72), (18, 72, 72)])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_compiles_for_tpu(topology, heads, dk, dv, dtype):
+    """By the TPU's own compiler, which also sees to it that the kernel fits VMEM."""
+    pytest.importorskip("libtpu")
+    (device, *_), _ = deviceless.devices(topology)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    shapes = [jax.ShapeDtypeStruct((2, 1024, heads, d), dtype, sharding=sharding) for d in (dk, dk, dv, dv)]
+    d_out = shapes.pop()
+    shapes.append(jax.ShapeDtypeStruct((2, 1024, heads, dk), jnp.float32, sharding=sharding))
+
+    def forward(*x):
+        return pallas_tpu.gla(*x, scale=1.0, reverse=False)
+
+    compiled = jax.jit(lambda d_out, *x: output_and_gradients(forward, x, d_out)).lower(d_out, *shapes).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize(

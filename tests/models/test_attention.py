@@ -1,5 +1,8 @@
 """Attention: the choice of kernel, and the TPU kernel compiled for TPU and interpreted on CPU."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,13 +103,39 @@ def test_the_kernel_and_its_gradient_lower_for_tpu(tokens, head_dim):
         assert text.count("@tpu_custom_call") == kernels
 
 
+def interpreted():
+    """Where no TPU is there."""
+    return contextlib.nullcontext() if jax.default_backend() == "tpu" else pltpu.force_tpu_interpret_mode()
+
+
 # Without padding; with it; with a head that does not fill the lanes; in several blocks.
+@pytest.mark.tpu
 @pytest.mark.parametrize("tokens, head_dim", [(128, 64), (64, 72), (300, 64)])
 def test_the_kernel_computes_attention(tokens, head_dim):
     inputs = qkv(tokens=tokens, head_dim=head_dim)
-    with pltpu.force_tpu_interpret_mode():
+    with interpreted(), jax.default_matmul_precision("highest"):
         got = pallas(*inputs)
-    np.testing.assert_allclose(got, xla(*inputs), atol=1e-5)
+    np.testing.assert_allclose(got, softmax_attention(*inputs), atol=1e-5)
+
+
+# bfloat16 keeps 8 bits of probabilities and of the output, and the gradients of a few hundred of them.
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens, head_dim", [(128, 64), (64, 72), (300, 64)])
+def test_cudnn_computes_attention(tokens, head_dim):
+    if jax.default_backend() != "gpu":
+        pytest.skip("cuDNN runs on NVIDIA GPUs only; pytest -m gpu")
+    inputs = qkv(tokens=tokens, head_dim=head_dim).astype(jnp.bfloat16)
+    cotangent = jnp.arange(head_dim) - head_dim / 2
+
+    def all_of(implementation, inputs):
+        f = functools.partial(attention, implementation=implementation, batch_axes=None, head_axis=None)
+        gradient = jax.grad(lambda args: (f(*args).astype(jnp.float32) * cotangent).sum())
+        return f(*inputs), *gradient(inputs)
+
+    with jax.default_matmul_precision("highest"):
+        expected = all_of("xla", inputs.astype(jnp.float32))
+    for x, y in zip(all_of("cudnn", inputs), expected, strict=True):
+        assert np.linalg.norm(np.float32(x) - y) < 2e-2 * np.linalg.norm(y)
 
 
 def test_the_gradient_of_the_kernel():

@@ -250,3 +250,38 @@ def test_names(name, parsed):
 def test_user_errors_name_the_key(keys, message):
     with pytest.raises(UserError, match=message):
         make(**keys)
+
+
+# GFLOPs of the DiT paper (arXiv 2212.09748, table 4), which counts a multiplication and an addition as one.
+@pytest.mark.parametrize(
+    "name, gflops", [("DiT-S/2", 6.06), ("DiT-S/8", 0.36), ("DiT-B/2", 23.01), ("DiT-L/2", 80.71), ("DiT-XL/2", 118.64)]
+)
+def test_flops_are_the_papers(name, gflops):
+    model = make((32, 32, 4), 1000, name=name, width=0, depth=0, heads=0)
+    assert model.forward_flops / 2e9 == pytest.approx(gflops, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])
+def test_flops_are_xlas(name):
+    """XLA counts norms and activations too, and a loop once: one layer, so wide that products are nearly all."""
+    model = make((16, 16, 4), name=name, width=256, depth=1, heads=2, gla="reference")
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    x, t = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    counted = jax.jit(model.apply).lower(params, x, t, t).cost_analysis()["flops"]
+    assert model.forward_flops == pytest.approx(counted, rel=0.08)
+
+
+def test_with_qk_norm_logits_do_not_grow_with_the_weights():
+    changed = {}
+    for qk_norm in (True, False):
+        model = make(qk_norm=qk_norm)
+        params = trained(model)
+        before = run(model, params, *inputs(model))
+
+        def grown(path, leaf):
+            # Kernels [L, D, 3, H, K] and biases [L, 3, H, K], queries and keys first.
+            return leaf.at[..., :2, :, :].multiply(30) if "qkv" in jax.tree_util.keystr(path) else leaf
+
+        params = jax.tree_util.tree_map_with_path(grown, params)
+        changed[qk_norm] = np.abs(run(model, params, *inputs(model)) - before).max() / np.abs(before).max()
+    assert changed[True] < 1e-4 < 1e-2 < changed[False]

@@ -114,6 +114,16 @@ def test_a_key_that_is_new_or_gone_is_named(workdir):
         run.claim(workdir, meta)
 
 
+def test_a_key_younger_than_the_run_has_its_default(tmp_path):
+    meta = describe()
+    del meta["config"]["model"]["qk_norm"], meta["config"]["checkpoint"]
+    run.claim(tmp_path, meta)
+    run.claim(tmp_path, describe())
+    assert run.config_of(meta).to_dict() == describe()["config"]
+    with pytest.raises(UserError, match="qk_norm was False, now True"):
+        run.claim(tmp_path, describe(model__qk_norm=True))
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_files_that_no_run_explains_are_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()

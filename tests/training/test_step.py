@@ -151,6 +151,7 @@ def trainer():
     changes = {
         "training__ema_decay": 0.9,
         "training__ema_warmup": True,
+        "training__extra_ema_decays": (0.05,),
         "optim__warmup_steps": 10,
         "optim__weight_decay": 0.1,
     }
@@ -202,13 +203,19 @@ def test_step(trainer, step, start):
         state, metrics = step(state, tiny.random_batch(n), KEY)
         assert int(state.step) == n + 1
         np.testing.assert_allclose(metrics["learning_rate"], schedule(n), rtol=1e-6)
-        # The closed form of the average, with float32's rounding of weights and decay.
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = jax.tree.map(lambda e, p, d=decay: d * np.asarray(e) + (1 - d) * np.asarray(p), before.ema, state.params)
-        for ema, value in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ema, value, rtol=1e-5, atol=1e-7)
+        # The closed form of the averages, with float32's rounding of weights and decay.
+        averages = (
+            (min(0.9, (1 + n) / (10 + n)), before.ema, state.ema),
+            (0.05, before.extra_ema["0.05"], state.extra_ema["0.05"]),
+        )
+        for decay, old, new in averages:
+            expected = jax.tree.map(lambda e, p, d=decay: d * np.asarray(e) + (1 - d) * np.asarray(p), old, state.params)
+            for ema, value in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(ema, value, rtol=1e-5, atol=1e-7)
         assert all(change > 0 for change in tiny.relative_errors(state.params, before.params).values())
-    assert set(metrics) == {"loss", "mse", "vb", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+    assert set(metrics) == {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+    squares = sum((np.asarray(p, np.float64) ** 2).sum() for p in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(metrics["param_norm"], squares**0.5, rtol=1e-5)
     assert metrics["skipped"] == metrics["skipped_in_a_row"] == state.skipped == 0
     assert state.timesteps["updates"] == 3
 

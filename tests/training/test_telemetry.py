@@ -57,8 +57,8 @@ def test_metrics_are_written_one_hand_over_late(tmp_path):
 
 
 def test_time_fields_are_marked(tmp_path):
-    t = telemetry(tmp_path)
-    for step in (2, 4, 6):
+    t = Telemetry(tmp_path, first_step=0, num_steps=10, batch_size=4, mfu_per_image=1e-4)
+    for step in t.waiting_for((2, 4, 6)):
         t.step(step)
         t.metrics(step, values(step))
     t.close()
@@ -66,8 +66,34 @@ def test_time_fields_are_marked(tmp_path):
     # There is no time before the first record to divide by.
     assert set(first) == {"step", "loss", "skipped_in_a_row"}
     for record in later:
-        assert set(record) - set(first) == {"time_per_step", "time_images_per_second"}
+        times = {"time_per_step", "time_images_per_second", "time_waiting_for_data", "time_paused", "time_mfu"}
+        assert set(record) - set(first) == times
         assert record["time_images_per_second"] == pytest.approx(4 / record["time_per_step"])
+        assert record["time_mfu"] == pytest.approx(1e-4 * record["time_images_per_second"])
+
+
+def test_waiting_for_data_and_pauses_are_told_apart(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    t = telemetry(tmp_path)
+
+    def batches():
+        nonlocal now
+        for step in range(1, 5):
+            now += 0.25
+            yield step
+
+    for step in t.waiting_for(batches()):
+        now += 1.0  # the step itself
+        t.step(step)
+        t.metrics(step, values(step))
+        since = now
+        now += 10.0  # a checkpoint
+        t.paused(since)
+    t.close()
+    assert lines(tmp_path)[-1]["time_waiting_for_data"] == pytest.approx(0.25)
+    assert lines(tmp_path)[-1]["time_per_step"] == pytest.approx(1.25)
+    assert lines(tmp_path)[-1]["time_paused"] == pytest.approx(40)
 
 
 def test_throughput_does_not_depend_on_when_metrics_are_read(tmp_path, monkeypatch):

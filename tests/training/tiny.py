@@ -87,7 +87,16 @@ class Trainer:
     def state(self, params: Any) -> TrainState:
         """The state before the first step, but with these parameters."""
         zero = jnp.zeros((), jnp.int32)
-        state = TrainState(zero, params, params, self.optimizer.init(params), self.strategy.init(), zero, zero)
+        state = TrainState(
+            zero,
+            params,
+            params,
+            dict.fromkeys(self.shapes.extra_ema, params),
+            self.optimizer.init(params),
+            self.strategy.init(),
+            zero,
+            zero,
+        )
         return jax.device_put(state, self.shardings)
 
 
@@ -104,7 +113,8 @@ def make_trainer(shape: tuple[int, int, int] = ONE, model: Model | None = None, 
     model = model or builders.make_model(config, mesh, IMAGE, CLASSES)
     strategy = strategy or builders.make_strategy(config, diffusion)
     optimizer = optimizer or make_optimizer(config)
-    return Trainer(config, mesh, model, diffusion, strategy, optimizer, *state_shardings(mesh, model, optimizer, strategy))
+    shapes, shardings = state_shardings(mesh, model, optimizer, strategy, config.training.extra_ema_decays)
+    return Trainer(config, mesh, model, diffusion, strategy, optimizer, shapes, shardings)
 
 
 def random_like(shapes: Any, seed: int = 0, dtype=np.float32) -> Any:

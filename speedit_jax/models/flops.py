@@ -1,0 +1,27 @@
+"""Floating-point operations of a network, by closed forms: XLA counts a loop over layers once, and no kernel at all."""
+
+from typing import Any
+
+import jax
+
+
+def weights_flops(params: Any, tokens: int) -> int:
+    """Of one image through every weight matrix and filter, forward: 2 a weight and token.
+
+    Args:
+      params: arrays or their shapes; what conditions the tokens (timestep, adaLN) sees an image once.
+    """
+    flops = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("kernel"):
+            flops += 2 * leaf.size * (1 if "timestep" in name or "adaLN" in name else tokens)
+    return flops
+
+
+def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) -> int:
+    """Of one image through attention's two products (DiT), or through GLA's state, written and read at every token (DiG)."""
+    if backbone == "DiT":
+        return depth * 4 * tokens**2 * width
+    dv = width // heads
+    return depth * 4 * tokens * heads * (dv // 2) * dv
