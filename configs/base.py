@@ -44,8 +44,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
 
     c.diffusion = diffusion = ml_collections.ConfigDict()
-    diffusion.schedule = "linear"  # linear or squaredcos_cap_v2
+    diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad or const
     diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
+    diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
@@ -90,7 +91,8 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
 
     c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
     sampling.sampler = "ddim"  # ddpm or ddim
-    sampling.num_steps = 50
+    # How many, evenly spaced; or "ddim50", every so many; or "10,15,20", for sections from the least noisy to the noisiest.
+    sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
     sampling.eta = 0.0  # ddim: 0 is deterministic
     sampling.guidance_scale = 1.5  # 1 is no guidance, and half the work
     sampling.guidance_channels = 0  # leading channels that are guided: 0 is all; 3 as in the published DiT's samples

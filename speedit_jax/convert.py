@@ -267,8 +267,9 @@ def export_weights(workdir: Path, to: str) -> None:
     backbone, _, patch = parse_name(config.model.name)
     state_shapes = table(backbone).shapes(shapes, patch)
     network = network_of(config, model, state_shapes)
+    prediction = builders.make_diffusion(config).prediction
     if directory:
-        refuse_diffusers(config, model, network)
+        refuse_diffusers(model, network, prediction)
 
     params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
     state = table(backbone).to_torch(jax.device_get(params), patch)
@@ -286,6 +287,8 @@ def export_weights(workdir: Path, to: str) -> None:
         files.write_new(out, lambda partial: write(partial, state))
         for note in dig_notes(config, network.depth, (height, width)):
             print(f"note: {note}")
+        if prediction != "epsilon":
+            print(f"note: it predicts {prediction}, which the file does not say and published samplers do not expect")
     print(f"{_WEIGHTS.value} weights of step {step} in {out}")
 
 
@@ -299,13 +302,14 @@ def network_of(config: ml_collections.ConfigDict, model: Model, state_shapes: Ma
     return dataclasses.replace(network, heads=model.heads, tokens=tokens)
 
 
-def refuse_diffusers(config: ml_collections.ConfigDict, model: Model, network: Network) -> None:
+def refuse_diffusers(model: Model, network: Network, prediction: str) -> None:
     """Raises a UserError that names all that diffusers' DiT does not have."""
     height, width, _ = model.image_shape
     reasons = {
         "its backbone is DiG": network.backbone != "DiT",
         f"it has {model.num_classes} classes, not 1000": model.num_classes != 1000,
         "it has no null label": model.null_label is None,
+        f"it predicts {prediction}, not epsilon": prediction != "epsilon",
         "its variance is not learned": network.out_channels != 2 * network.channels,
         f"its images are {height} x {width}, not square": height != width,
         f"its model.mlp_ratio is {network.mlp_ratio:g}, not 4": network.mlp_ratio != 4,

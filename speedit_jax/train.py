@@ -122,7 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         grids = Grids(config, model, diffusion, mesh, autoencoder) if config.training.sample_every else None
     weights, lines = {}, []
     if config.init_from and newest_step(workdir) is None:
-        weights, lines = starting_weights(config.init_from, model, shapes.params, mesh)
+        weights, lines = starting_weights(config.init_from, model, diffusion.prediction, shapes.params, mesh)
     meta = run.describe(config, source, image_shape, latents)
     if not _DRY_RUN.value:
         run.claim(workdir, meta)

@@ -220,6 +220,17 @@ def test_diffusers_refuses_other_shapes(run, tmp_path):
     assert_same_tensors(back, state)
 
 
+def test_what_it_predicts_is_not_lost_in_silence(run, imported, tmp_path):
+    _, source, _ = imported("diffusers_dit")
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    assert_works(run("convert", f"--from={source}", f"--workdir={workdir}", "--config.diffusion.prediction=v"))
+    assert_fails(run("convert", f"--workdir={workdir}", f"--to={out}/"), "diffusers", "it predicts v, not epsilon")
+    assert not out.exists()
+    result = run("convert", f"--workdir={workdir}", f"--to={out}.safetensors")
+    assert_works(result)
+    assert "note: it predicts v" in result.out
+
+
 def changed(name, change):
     def change_state(state):
         if change is None:

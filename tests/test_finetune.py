@@ -81,6 +81,7 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
     [
         (["--config.model.width=32"], ["holds another network", "has shape", "more"]),
         (["--config.model.name=DiG-tiny/2"], ["holds another network", "blocks/"]),
+        (["--config.diffusion.prediction=v"], ["predicts epsilon, not v"]),
         (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints"]),
     ],
 )

@@ -1,13 +1,17 @@
-r"""Gaussian diffusion with noise prediction: the forward process, the reverse step and the training loss.
+r"""Gaussian diffusion: the forward process, what the network predicts of it, the reverse step and the training loss.
 
   (1)  x_t    = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                          DDPM eq. (4)
-  (2)  x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps_hat
-  (3)  log var_t = f log beta_t + (1 - f) log btilde_t,  f = (v + 1) / 2         IDDPM eq. (15), v the network's 2nd output
-  (4)  mse = mean (eps - eps_hat)^2
+  (2)  the network predicts y: eps, or x_0, or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0          v: arXiv 2202.00512
+       from eps:  x0_hat = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps_hat
+       from x_0:  eps_hat = (x_t / sqrt(abar_t) - x0_hat) / sqrt(1 / abar_t - 1)
+       from v:    x0_hat = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_hat,  eps_hat = sqrt(1 - abar_t) x_t + sqrt(abar_t) v_hat
+  (3)  log var_t = f log beta_t + (1 - f) log btilde_t,  f = (r + 1) / 2         IDDPM eq. (15), r the network's 2nd output
+  (4)  mse = mean (y - y_hat)^2
   (5)  vb_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) / log 2              t > 0, in bits per dimension
        vb_0 = -log p(x_0 | x_1) / log 2                                         discretised to 8 bits on [-1, 1]
 
-As in IDDPM the vb term trains only the variance: the mean enters it frozen.
+As in IDDPM the vb term trains only the variance: the mean enters it frozen. One error of the network is worth, in the mse of
+each prediction, mse_eps = SNR mse_x0 and mse_v = (SNR + 1) mse_x0 with SNR = abar_t / (1 - abar_t).
 All arrays are [B, ...]; t is [B] int and indexes the schedule.
 """
 
@@ -20,6 +24,7 @@ import numpy as np
 from speedit_jax.diffusion.schedules import Schedule
 from speedit_jax.errors import UserError
 
+PREDICTIONS = ("epsilon", "x0", "v")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 
 
@@ -61,12 +66,16 @@ class GaussianDiffusion:
     Attributes:
       schedule: the noise levels, of training or, respaced, of sampling.
       variance: "learned_range" (the network has a second output for it), "fixed_small" (btilde) or "fixed_large" (beta).
+      prediction: what the network's first output is: "epsilon", "x0" or "v", eq. (2).
     """
 
     schedule: Schedule
     variance: str = "learned_range"
+    prediction: str = "epsilon"
 
     def __post_init__(self):
+        if self.prediction not in PREDICTIONS:
+            raise UserError(f"unknown diffusion.prediction {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
         if self.variance not in VARIANCES:
             raise UserError(f"unknown diffusion.variance {self.variance!r}; choose one of {', '.join(VARIANCES)}")
 
@@ -78,8 +87,16 @@ class GaussianDiffusion:
         """x_t of eq. (1)."""
         return _at(np.sqrt(self.schedule.alphas_cumprod), t, x0) * x0 + _at(self.schedule.sigmas, t, x0) * noise
 
+    def target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """y of eq. (2), what the network is to predict."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "x0":
+            return x0
+        return _at(np.sqrt(self.schedule.alphas_cumprod), t, x0) * noise - _at(self.schedule.sigmas, t, x0) * x0
+
     def predict_x0(self, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-        """x0_hat of eq. (2)."""
+        """x0_hat of eq. (2) from eps."""
         abar = self.schedule.alphas_cumprod
         return _at(np.sqrt(1 / abar), t, x_t) * x_t - _at(np.sqrt(1 / abar - 1), t, x_t) * eps
 
@@ -94,13 +111,35 @@ class GaussianDiffusion:
         return _at(s.posterior_mean_coef_x0, t, x_t) * x0 + _at(s.posterior_mean_coef_xt, t, x_t) * x_t
 
     def split_output(self, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Network output [..., C or 2C] -> (eps_hat, v or None)."""
+        """Network output [..., C or 2C] -> (y_hat, r or None)."""
         if not self.learned_variance:
             return output, None
-        eps, v = jnp.split(output, 2, axis=-1)
-        return eps, v
+        prediction, r = jnp.split(output, 2, axis=-1)
+        return prediction, r
 
-    def log_variance(self, t: jax.Array, v: jax.Array | None, like: jax.Array) -> jax.Array:
+    def predict_x0_and_eps(
+        self, output: jax.Array, x_t: jax.Array, t: jax.Array, clip: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """(x0_hat, eps_hat) of eq. (2), each like x_t, whatever the network predicts.
+
+        Args:
+          output: [B, ..., C or 2C]; the variance's half, if any, is left alone.
+          clip: clip x0_hat to [-1, 1], and let eps_hat be the noise that goes with the clipped one.
+        """
+        prediction, _ = self.split_output(output)
+        if self.prediction == "epsilon":
+            x0, eps = self.predict_x0(x_t, t, prediction), prediction
+        elif self.prediction == "x0":
+            x0, eps = prediction, self.predict_eps(x_t, t, prediction)
+        else:
+            signal, sigma = _at(np.sqrt(self.schedule.alphas_cumprod), t, x_t), _at(self.schedule.sigmas, t, x_t)
+            x0, eps = signal * x_t - sigma * prediction, sigma * x_t + signal * prediction
+        if clip:
+            x0 = x0.clip(-1, 1)
+            eps = self.predict_eps(x_t, t, x0)
+        return x0, eps
+
+    def log_variance(self, t: jax.Array, r: jax.Array | None, like: jax.Array) -> jax.Array:
         """log var of p(x_{t-1} | x_t), broadcastable to `like`: eq. (3), or the fixed ones."""
         s = self.schedule
         if self.variance == "fixed_small":
@@ -108,7 +147,7 @@ class GaussianDiffusion:
         if self.variance == "fixed_large":
             # DDPM: the first entry is btilde_1, which gives a better decoder likelihood than beta_0.
             return _at(np.append(s.posterior_log_variance_clipped[0], np.log(s.betas[1:])), t, like)
-        f = (v + 1) / 2
+        f = (r + 1) / 2
         return f * _at(np.log(s.betas), t, like) + (1 - f) * _at(s.posterior_log_variance_clipped, t, like)
 
     def p_mean_log_variance(
@@ -123,11 +162,9 @@ class GaussianDiffusion:
         Returns:
           (mean, log variance, x0_hat), the second broadcastable to x_t.
         """
-        eps, v = self.split_output(output)
-        x0 = self.predict_x0(x_t, t, eps)
-        if clip:
-            x0 = x0.clip(-1, 1)
-        return self.posterior_mean(x0, x_t, t), self.log_variance(t, v, x_t), x0
+        x0, _ = self.predict_x0_and_eps(output, x_t, t, clip)
+        _, r = self.split_output(output)
+        return self.posterior_mean(x0, x_t, t), self.log_variance(t, r, x_t), x0
 
     def variational_bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """vb_t of eq. (5), in bits per dimension. [B]"""
@@ -140,9 +177,9 @@ class GaussianDiffusion:
 
     def losses(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
         """Per-example training terms, each [B]: "mse", eq. (4), and with a learned variance "vb", eq. (5)."""
-        eps, v = self.split_output(output)
-        terms = {"mse": mean_flat((noise - eps) ** 2)}
-        if v is not None:
-            frozen = jnp.concatenate([jax.lax.stop_gradient(eps), v], axis=-1)
+        prediction, r = self.split_output(output)
+        terms = {"mse": mean_flat((self.target(x0, t, noise) - prediction) ** 2)}
+        if r is not None:
+            frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), r], axis=-1)
             terms["vb"] = self.variational_bound(frozen, x0, x_t, t)
         return terms

@@ -8,14 +8,15 @@
 No noise z is added at the last step.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
-from speedit_jax.diffusion.schedules import even_steps, respace
+from speedit_jax.diffusion.schedules import respace, sampling_steps
 from speedit_jax.errors import UserError
 
 # (x [B, H, W, C], t [B] as the network knows it) -> [B, H, W, C or 2C]
@@ -60,7 +61,7 @@ def sample(
     noise: Callable[[jax.Array], jax.Array],
     *,
     sampler: str,
-    num_steps: int,
+    num_steps: int | str | Sequence[int],
     eta: float = 0.0,
     clip: bool = False,
 ) -> jax.Array:
@@ -69,9 +70,10 @@ def sample(
     Args:
       denoise: the network, guidance included.
       x: [B, H, W, C] standard normal.
-      diffusion: over the schedule of training; the sampler takes `num_steps` evenly spaced steps of it.
+      diffusion: over the schedule of training.
       noise: step index k in 0..num_steps-1 (a traced scalar, the first step taken being num_steps-1) -> z like x.
       sampler: "ddpm" or "ddim".
+      num_steps: how many of its steps to take, evenly spaced, or which, as `sampling_steps` has it.
       eta: DDIM's noise level: 0 is deterministic, 1 close to DDPM.
       clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
 
@@ -83,8 +85,9 @@ def sample(
     """
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    schedule = respace(diffusion.schedule, even_steps(diffusion.schedule.num_steps, num_steps))
-    diffusion = GaussianDiffusion(schedule, diffusion.variance)
+    schedule = respace(diffusion.schedule, sampling_steps(diffusion.schedule.num_steps, num_steps))
+    num_steps = schedule.num_steps
+    diffusion = dataclasses.replace(diffusion, schedule=schedule)
     abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     ddim_sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar)) * np.sqrt(1 - abar / abar_prev)
     table = {

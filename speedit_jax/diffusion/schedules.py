@@ -10,6 +10,13 @@ With :math:`\beta_t` the variance added at step t in 0..T-1 (Ho et al. 2020, arX
        c1_t     = beta_t sqrt(abar_{t-1}) / (1 - abar_t)
        c2_t     = (1 - abar_{t-1}) sqrt(alpha_t) / (1 - abar_t)
 
+Noise levels of T steps, where s = 1000 / T
+  (5)  linear:  beta_t = s (1e-4 + (0.02 - 1e-4) t / (T - 1))                 Ho et al.
+  (6)  quad:    beta_t = s (0.01 + (sqrt(0.02) - 0.01) t / (T - 1))^2
+  (7)  const:   beta_t = s 0.02
+  (8)  squaredcos_cap_v2, cosine:  abar_t = f((t + 1) / T) / f(0), beta_t <= 0.999     IDDPM eq. (17)
+       f(u) = cos^2((u + 0.008) / 1.008 pi / 2)
+
 Tables are computed in float64 whatever the precision of the model; they are cast where they meet an array.
 """
 
@@ -82,10 +89,22 @@ class Schedule:
         return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
 
 
+# Ho et al.'s first and last beta, of 1000 steps; scaled by 1000 / T, so that any T ends at about the same abar.
+_FIRST_BETA, _LAST_BETA = 1e-4, 0.02
+
+
 def _linear(num_steps: int) -> np.ndarray:
-    # Ho et al.'s 1e-4..0.02, scaled so that any T ends at about the same abar.
     scale = 1000 / num_steps
-    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    return np.linspace(scale * _FIRST_BETA, scale * _LAST_BETA, num_steps, dtype=np.float64)
+
+
+def _quad(num_steps: int) -> np.ndarray:
+    scale = 1000 / num_steps
+    return scale * np.linspace(math.sqrt(_FIRST_BETA), math.sqrt(_LAST_BETA), num_steps, dtype=np.float64) ** 2
+
+
+def _const(num_steps: int) -> np.ndarray:
+    return np.full(num_steps, 1000 / num_steps * _LAST_BETA)
 
 
 def _squaredcos_cap_v2(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
@@ -96,7 +115,14 @@ def _squaredcos_cap_v2(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.array([min(1 - abar((i + 1) / num_steps) / abar(i / num_steps), max_beta) for i in range(num_steps)])
 
 
-SCHEDULES = {"linear": _linear, "squaredcos_cap_v2": _squaredcos_cap_v2}
+# `cosine` is what SpeeD calls squaredcos_cap_v2.
+SCHEDULES = {
+    "linear": _linear,
+    "squaredcos_cap_v2": _squaredcos_cap_v2,
+    "cosine": _squaredcos_cap_v2,
+    "quad": _quad,
+    "const": _const,
+}
 
 
 def make_schedule(name: str, num_steps: int) -> Schedule:
@@ -148,3 +174,39 @@ def even_steps(num_steps: int, count: int) -> np.ndarray:
     stride = (num_steps - 1) / (count - 1)
     # The running sum and the rounding half to even are IDDPM's: other ways differ by one here and there.
     return np.array([round(i) for i in np.cumsum([0.0] + [stride] * (count - 1))])
+
+
+def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarray:
+    """Which of the steps 0..num_steps-1 to sample at, as IDDPM's respacing writes it. [count] int, increasing
+
+    Args:
+      num_steps: of the schedule of training.
+      spec: 250 or "250": so many, even over the whole schedule (`even_steps`);
+        "ddim50": 50 at a fixed stride from step 0, as in DDIM: the last steps may be left out;
+        "10,15,20" or (10, 15, 20): so many of each of three equal sections, the least noisy first, with both ends of each.
+
+    Raises:
+      UserError: a spec that cannot be read, or more steps than there are.
+    """
+    text = ",".join(map(str, spec)) if isinstance(spec, list | tuple) else str(spec)
+    stride_count = text.removeprefix("ddim")
+    if text.startswith("ddim") and stride_count.isdecimal():
+        for stride in range(1, num_steps):
+            steps = np.arange(0, num_steps, stride)
+            if len(steps) == int(stride_count):
+                return steps
+        raise UserError(f"{text}: no stride takes {stride_count} of {num_steps} steps; {stride_count} spaces as many evenly")
+    counts = [count.strip() for count in text.split(",")]
+    if len(counts) == 1 and counts[0].lstrip("-").isdecimal():
+        return even_steps(num_steps, int(counts[0]))
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise UserError(f"{text!r} is no number of sampling steps; write 50, ddim50, or 10,15,20 for sections")
+    start, sections = 0, []
+    for i, count in enumerate(map(int, counts)):
+        size = num_steps // len(counts) + (i < num_steps % len(counts))
+        if count > size:
+            raise UserError(f"{text}: {count} sampling steps asked of a section of {size}")
+        # One step of a section is its first, as in IDDPM; of the whole schedule it would be the least noisy.
+        sections.append(start + (even_steps(size, count) if count > 1 else np.array([0])))
+        start += size
+    return np.concatenate(sections)

@@ -18,7 +18,8 @@ from speedit_jax.training.autoencoder import Autoencoder
 
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion:
     schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
-    return GaussianDiffusion(schedule, config.diffusion.variance)
+    # Runs older than the key predict the noise.
+    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.get("prediction", "epsilon"))
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion) -> TableStrategy:

@@ -19,7 +19,9 @@ KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 _SHOWN = 3  # names of parameters in one message
 
 
-def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple[dict[KeyPath, jax.Array], list[str]]:
+def starting_weights(
+    where: str, model: Model, prediction: str, shapes: Any, mesh: Mesh
+) -> tuple[dict[KeyPath, jax.Array], list[str]]:
     """The newest EMA weights of the run in `where`, for `model`.
 
     Position tables are computed, so another resolution fits as it is; the label table is taken over only where the classes are
@@ -27,7 +29,7 @@ def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple
 
     Args:
       where: a workdir of train or convert.
-      model: of the run that is to start.
+      model, prediction: of the run that is to start.
       shapes: of its parameters.
 
     Returns:
@@ -41,6 +43,7 @@ def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple
         step = checkpoints.choose(None)
         meta = checkpoints.meta(step)
         config = run.config_of(meta)
+        saved_prediction = builders.make_diffusion(config).prediction
         saved_model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
         saved_shapes = jax.eval_shape(saved_model.init, jax.random.key(0))
         shardings = sharding.param_shardings(mesh, saved_model.axes, saved_shapes)
@@ -48,6 +51,8 @@ def starting_weights(where: str, model: Model, shapes: Any, mesh: Mesh) -> tuple
     except UserError as e:
         raise UserError(f"init_from={where}: {e}") from e
 
+    if saved_prediction != prediction:
+        raise UserError(f"init_from={where} predicts {saved_prediction}, not {prediction} (diffusion.prediction)")
     lines = [f"{config.model.name} of {meta['image_shape'][0]} x {meta['image_shape'][1]}, EMA of step {step} in {where}"]
     keep_labels = saved_model.num_classes == model.num_classes and saved_model.null_label == model.null_label
     if not keep_labels:

@@ -1,7 +1,7 @@
 """The sharded, jitted sampling function that train.py's grids and sample.py share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ class Settings:
 
     Attributes:
       sampler: "ddpm" or "ddim".
-      num_steps: network evaluations an image (two passes each under guidance).
+      num_steps: network evaluations an image (two passes each under guidance), or at which steps: schedules.sampling_steps.
       eta: DDIM's noise, 0 to 1.
       guidance_scale: 1 is none.
       guidance_channels: how many of the prediction's channels are guided; 0 is all.
@@ -30,7 +30,7 @@ class Settings:
     """
 
     sampler: str
-    num_steps: int
+    num_steps: int | str | Sequence[int]
     eta: float
     guidance_scale: float
     guidance_channels: int

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from speedit_jax.diffusion.gaussian import VARIANCES, GaussianDiffusion
+from speedit_jax.diffusion.gaussian import PREDICTIONS, VARIANCES, GaussianDiffusion
+from speedit_jax.diffusion.samplers import sample
 from speedit_jax.diffusion.schedules import make_schedule, respace
 from speedit_jax.errors import UserError
 
@@ -175,3 +176,86 @@ def test_a_schedule_of_one_step_has_a_finite_reverse_step(variance):
 def test_unknown_variance():
     with pytest.raises(UserError, match=r"diffusion\.variance 'learned'.*learned_range, fixed_small, fixed_large"):
         GaussianDiffusion(SCHEDULE, "learned")
+
+
+def states(x0, x_t, t):
+    """The same image x0, as the output of a network of each prediction: {prediction: output}, in float64."""
+    abar = SCHEDULE.alphas_cumprod[T][:, None, None, None]
+    eps = (np.asarray(x_t) - np.sqrt(abar) * np.asarray(x0)) / np.sqrt(1 - abar)
+    return {"epsilon": eps, "x0": np.asarray(x0), "v": np.sqrt(abar) * eps - np.sqrt(1 - abar) * np.asarray(x0)}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_target_is_the_state_of_the_true_image(prediction, x64):
+    diffusion, t = GaussianDiffusion(SCHEDULE, prediction=prediction), jnp.asarray(T)
+    x0, noise = normal(0), normal(1)
+    x_t = diffusion.q_sample(x0, t, noise)
+    np.testing.assert_allclose(diffusion.target(x0, t, noise), states(x0, x_t, t)[prediction], atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_one_error_in_every_prediction(variance, prediction, x64):
+    """Networks of different predictions that mean the same image have the same reverse step; their mse differ by the SNR."""
+    diffusion, t = GaussianDiffusion(SCHEDULE, variance, prediction), jnp.asarray(T)
+    x0, noise, wrong, r = normal(0), normal(1), normal(2), normal(3)
+    x_t = diffusion.q_sample(x0, t, noise)
+
+    def everything(diffusion, said):
+        output = jnp.concatenate([said, r], axis=-1) if diffusion.learned_variance else said
+        step = diffusion.predict_x0_and_eps(output, x_t, t), diffusion.p_mean_log_variance(output, x_t, t)
+        return step, diffusion.losses(output, x0, x_t, t, noise)
+
+    step, terms = everything(diffusion, states(wrong, x_t, t)[prediction])
+    expected_step, expected_terms = everything(GaussianDiffusion(SCHEDULE, variance), states(wrong, x_t, t)["epsilon"])
+    np.testing.assert_allclose(step[0][0], wrong, atol=1e-10)
+    np.testing.assert_allclose(step[0][1], states(wrong, x_t, t)["epsilon"], atol=1e-10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), step, expected_step)
+    snr = SCHEDULE.alphas_cumprod[T] / (1 - SCHEDULE.alphas_cumprod[T])
+    mse_x0 = ((np.asarray(x0) - wrong) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(terms["mse"], {"epsilon": snr, "x0": 1, "v": snr + 1}[prediction] * mse_x0, rtol=1e-9)
+    assert terms.keys() == expected_terms.keys()
+    if diffusion.learned_variance:
+        np.testing.assert_allclose(terms["vb"], expected_terms["vb"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_clipped_image_brings_its_noise_along(prediction, x64):
+    diffusion, t = GaussianDiffusion(SCHEDULE, "fixed_small", prediction), jnp.asarray(T)
+    x_t, far = normal(0), 3 * normal(1)
+    x0, eps = diffusion.predict_x0_and_eps(jnp.asarray(states(far, x_t, t)[prediction]), x_t, t, clip=True)
+    np.testing.assert_allclose(x0, np.clip(far, -1, 1), atol=1e-10)
+    np.testing.assert_allclose(diffusion.q_sample(x0, t, eps), x_t, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_do_not_depend_on_the_prediction(sampler, prediction, x64):
+    """A network that always sees the same image, in what it predicts of it."""
+    image, start = normal(0, (2, 2, 2, 1)).clip(-1, 1) / 2, normal(1, (2, 2, 2, 1))
+
+    def draw(prediction):
+        diffusion = GaussianDiffusion(SCHEDULE, "fixed_small", prediction)
+
+        def network(x, t):
+            eps = diffusion.predict_eps(x, t, image)
+            return diffusion.target(image, t, eps)
+
+        return sample(network, start, diffusion, lambda k: jnp.sin(k + start), sampler=sampler, num_steps=5)
+
+    np.testing.assert_allclose(draw(prediction), draw("epsilon"), atol=1e-9)
+
+
+def test_vb_trains_the_variance_and_never_the_mean_of_any_prediction():
+    t, x0, noise, output = jnp.asarray(T), normal(0).clip(-1, 1), normal(1), normal(2, (5, 4, 4, 6))
+    for prediction in ("x0", "v"):
+        diffusion = GaussianDiffusion(SCHEDULE, prediction=prediction)
+        x_t = diffusion.q_sample(x0, t, noise)
+        gradient = jax.jit(jax.grad(lambda out, d=diffusion, x=x_t: d.losses(out, x0, x, t, noise)["vb"].sum()))(output)
+        np.testing.assert_array_equal(gradient[..., :3], 0)
+        assert (np.abs(gradient[..., 3:]).max(axis=(1, 2, 3)) > 0).all()
+
+
+def test_unknown_prediction():
+    with pytest.raises(UserError, match=r"diffusion\.prediction 'eps'.*epsilon, x0, v"):
+        GaussianDiffusion(SCHEDULE, prediction="eps")

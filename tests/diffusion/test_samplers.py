@@ -55,6 +55,19 @@ def sampled_moments(denoise, diffusion, start_mean, start_variance, num_steps, *
     return float(out[-1]), variances.sum(), variances[:num_steps]
 
 
+def test_it_visits_the_steps_that_are_asked_for():
+    seen = []
+
+    def denoise(x, t):
+        jax.debug.callback(lambda t: seen.append(int(t[0])), t, ordered=True)
+        return jnp.zeros_like(x)
+
+    start = jnp.zeros((1, 1, 1, 1))
+    sample(denoise, start, GaussianDiffusion(LINEAR, "fixed_small"), lambda k: start, sampler="ddim", num_steps="2,3")
+    jax.effects_barrier()
+    assert seen == [999, 750, 500, 499, 0]
+
+
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("num_steps", [1, 2, 10, 50])
 def test_ddpm_with_the_perfect_network_is_exact_at_any_number_of_steps(name, num_steps):

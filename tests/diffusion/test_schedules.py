@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from speedit_jax.diffusion.schedules import SCHEDULES, Schedule, even_steps, make_schedule, respace
+from speedit_jax.diffusion.schedules import SCHEDULES, Schedule, even_steps, make_schedule, respace, sampling_steps
 from speedit_jax.errors import UserError
 
 EXACT = {"rtol": 1e-12, "atol": 0}  # float64 with a few thousand roundings
@@ -24,6 +24,22 @@ def test_linear_of_1000_steps_is_that_of_ddpm():
     assert schedule.betas[0] == 1e-4
     assert schedule.betas[-1] == 0.02
     np.testing.assert_allclose(schedule.alphas_cumprod[-1], 4.035829765375676e-05, rtol=1e-10)
+
+
+def test_quad_betas_have_evenly_spaced_roots():
+    for num_steps in (25, 250, 1000):
+        roots = np.sqrt(make_schedule("quad", num_steps).betas * num_steps / 1000)
+        np.testing.assert_allclose(roots[[0, -1]], [0.01, math.sqrt(0.02)], **EXACT)
+        np.testing.assert_allclose(np.diff(roots), (math.sqrt(0.02) - 0.01) / (num_steps - 1), rtol=1e-9)
+
+
+def test_const_decays_geometrically():
+    np.testing.assert_allclose(make_schedule("const", 1000).alphas_cumprod, 0.98 ** np.arange(1, 1001), rtol=1e-10)
+    np.testing.assert_allclose(make_schedule("const", 250).alphas_cumprod, 0.92 ** np.arange(1, 251), rtol=1e-10)
+
+
+def test_cosine_is_another_name():
+    np.testing.assert_array_equal(make_schedule("cosine", 100).betas, make_schedule("squaredcos_cap_v2", 100).betas)
 
 
 @pytest.mark.parametrize("num_steps", [2, 100, 1000])
@@ -117,13 +133,61 @@ def test_even_steps_refuses_what_the_schedule_does_not_have(count):
         even_steps(1000, count)
 
 
+@pytest.mark.parametrize("spec", [50, "50", " 50", (50,), [50]])
+def test_a_number_of_steps_is_spaced_evenly(spec):
+    np.testing.assert_array_equal(sampling_steps(1000, spec), even_steps(1000, 50))
+
+
+def test_strides():
+    np.testing.assert_array_equal(sampling_steps(1000, "ddim50"), np.arange(0, 1000, 20))
+    np.testing.assert_array_equal(sampling_steps(10, "ddim4"), [0, 3, 6, 9])
+
+
+@pytest.mark.parametrize("spec", ["10,15,20", (10, 15, 20), [10, 15, 20], " 10, 15, 20"])
+def test_sections_are_even_and_keep_both_their_ends(spec):
+    steps = sampling_steps(300, spec)
+    np.testing.assert_array_equal(np.bincount(steps // 100), [10, 15, 20])
+    np.testing.assert_array_equal(steps[[0, 9, 10, 24, 25, 44]], [0, 99, 100, 199, 200, 299])
+    assert np.diff(steps[:10]).tolist() == [11] * 9
+    assert set(np.diff(steps[10:25]).tolist()) == {7, 8} and set(np.diff(steps[25:]).tolist()) == {5, 6}
+
+
+def test_sections_of_unequal_sizes():
+    # 11 = 4 + 4 + 3; one step of a section is its first.
+    np.testing.assert_array_equal(sampling_steps(11, "1,4,2"), [0, 4, 5, 6, 7, 8, 10])
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (0, "^0 sampling steps"),
+        ("-3", "^-3 sampling steps"),
+        ("1001", "^1001 sampling steps"),
+        ("ddim300", "ddim300: no stride takes 300 of 1000 steps; 300 spaces"),
+        ("ddim1", "ddim1: no stride"),
+        ("ddim", "'ddim' is no number of sampling steps; write 50, ddim50, or 10,15,20"),
+        ("fast", "'fast' is no number"),
+        ("10,,5", "no number"),
+        ("10,0,5", "no number"),
+        (7.5, "'7.5' is no number"),
+        (True, "'True' is no number"),
+        ("501,10", "501,10: 501 sampling steps asked of a section of 500"),
+    ],
+)
+def test_sampling_steps_that_are_not_there(spec, message):
+    with pytest.raises(UserError, match=message):
+        sampling_steps(1000, spec)
+
+
 @pytest.mark.parametrize(
     "name, num_steps, message",
     [
-        ("cosine", 1000, r"diffusion\.schedule 'cosine'.*linear, squaredcos_cap_v2"),
+        ("cos", 1000, r"diffusion\.schedule 'cos'.*linear, squaredcos_cap_v2, cosine, quad, const"),
         ("linear", 1, r"diffusion\.num_steps=1\b"),
         ("squaredcos_cap_v2", 0, r"diffusion\.num_steps=0\b"),
         ("linear", 10, r"diffusion\.schedule='linear' with diffusion\.num_steps=10 has a beta of 2\b"),
+        ("const", 20, r"diffusion\.num_steps=20 has a beta of 1\b"),
+        ("quad", 15, r"diffusion\.num_steps=15 has a beta of 1\.33\b"),
         ("linear", 20, r"diffusion\.num_steps=20 has a beta of 1\b"),
     ],
 )
