@@ -50,15 +50,24 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
-    timesteps.strategy = "speedit"  # uniform, p2, min_snr, lognormal, speedit or speed_cvpr25: docs/speedit.md
-    timesteps.sampling = config_dict.placeholder(str)  # replaces the strategy's density: uniform, lognormal, speedit or speed
-    timesteps.weighting = config_dict.placeholder(str)  # replaces its loss weight: none, p2, min_snr or change_aware
+    # uniform, p2, min_snr, lognormal, logit_normal, clts, loss_second_moment, speedit or speed_cvpr25: docs/speedit.md
+    timesteps.strategy = "speedit"
+    # Replaces the strategy's density: uniform, lognormal, logit_normal, clts, loss_second_moment, speedit or speed
+    timesteps.sampling = config_dict.placeholder(str)
+    # Replaces its loss weight: none, p2, min_snr, edm, flow or change_aware
+    timesteps.weighting = config_dict.placeholder(str)
     timesteps.dual = config_dict.placeholder(bool)  # replaces its choice of drawing half of the batch as duals
     timesteps.k = 5.0  # speed: how many times more often the first tau steps are drawn
     timesteps.tau = 700.0  # speed: boundary in thousandths of the schedule
     timesteps.gamma = 5.0  # min_snr: where the weight starts to fall
     timesteps.log_sigma_mean = -1.2  # lognormal: of the logarithm of noise over signal
     timesteps.log_sigma_std = 1.2
+    timesteps.sigma_data = 0.5  # edm: standard deviation of the data; about 1 for scaled latents
+    timesteps.logit_mean = 0.0  # logit_normal: of the logit of the time of a rectified flow; more is noisier
+    timesteps.logit_std = 1.0
+    timesteps.clts_mean = 300.0  # clts: of the Gaussian that the density becomes, in thousandths of the schedule
+    timesteps.clts_std = 250.0
+    timesteps.clts_steps = 50_000  # clts: optimizer steps until it is reached, from uniform
     timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
 
     c.optim = optim = ml_collections.ConfigDict()

@@ -1,106 +1,49 @@
-r"""Which timesteps to train on, and with what weight: SpeeDiT and the strategies it is compared with.
+r"""Which timesteps to train on, and with what weight: SpeeDiT and the strategies it is compared with, as tables of a schedule.
 
-A strategy is `init() -> s`, `sample(key, n, step, s) -> (t [n], weight [n])`, `update(s, t, loss) -> s`; s lives in the
-train state. The weight multiplies the mse of the noise prediction, never the variational term. n is the whole optimizer
-batch, before accumulation and sharding: the dual draw below depends on it.
-
-With sigma_t = sqrt(1 - abar_t), SNR_t = abar_t / (1 - abar_t) and t = 0..T-1:
+How a density is drawn from is in `strategies.py`. With sigma_t = sqrt(1 - abar_t), SNR_t = abar_t / (1 - abar_t),
+s_t = 1 / sqrt(SNR_t), EDM's noise level, and t = 0..T-1:
 
 Sampling densities
   (1)  uniform:  p_t = 1 / T
   (2)  speedit:  p_t ~ tanh(1e6 (g_t - 1e-4)) + 1.5,  g = numpy.gradient(sigma): SpeeDiT's first release
        M = 1 + min{t : g_t < 1e-4}: the "meaningful" steps 0..M-1 are drawn five times as often as the others
   (3)  speed:    p_t ~ k for t < tau T / 1000, else 1: SpeeD, CVPR 2025, arXiv 2405.17403
-  (8)  lognormal: ln s_t ~ N(m, d^2), s = 1 / sqrt(SNR) mapped to the nearest ln s_t: EDM, arXiv 2206.00364
+  (8)  lognormal:  ln s ~ N(m, d^2), mapped to the nearest ln s_t: EDM, arXiv 2206.00364
+  (10) logit_normal:  u = sigmoid(N(m, d^2)), time of the flow (1 - u) x_0 + u eps, mapped to the step of the nearest
+       log-SNR: SD3, arXiv 2403.03206. The flow's noise level is u / (1 - u), so that this is (8) with other m and d
+  (11) clts:     p_t = (1 - a) / T + a N(t; mu, sd^2) / sum, a from 0 at optimizer step 0 to 1: CLTS, arXiv 2404.07946
+  (12) loss_second_moment:  p_t ~ sqrt(E[L_t^2]), the weights corrected for it: IDDPM, arXiv 2102.09672
 Weights
   (4)  none:     w_t = 1
   (5)  p2:       w_t = 1 / (1 + SNR_t) = 1 - abar_t: P2 with k = gamma = 1, arXiv 2204.00227
   (6)  change_aware:  w_t = (1 - lambda) + (2 lambda - 1) (v_t - min v) / (max v - min v),  v = numpy.gradient(1 - abar): SpeeD
-  (9)  min_snr:  w_t = min(SNR_t, gamma) / SNR_t: arXiv 2303.09556, for noise prediction
+  (9)  min_snr:  w_t = min(SNR_t, gamma) / SNR_t: arXiv 2303.09556
+  (13) edm:      w_t = (s_t^2 + sd^2) / sd^2, sd the data's standard deviation: EDM; with (8), EDM's own objective
+  (14) flow:     w_t = (1 + s_t)^2, which makes the mse that of the flow's velocity eps - x_0; with (10), SD3's own objective
 Dual draw
   (7)  Of n timesteps n//2 + 1 are drawn from p; the rest are duals of the first of these, dual(t) = P - t for t < P and
        t - P otherwise, an antithetic pairing about the pivot P (M for SpeeDiT).
 
-Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6),
-`min_snr` = (1)(9), `lognormal` = (8)(4).
+The weight multiplies the mse of the network's prediction, never the variational term. (4) and (6) are factors of that mse,
+whatever is predicted: with x0 or v, `uniform` and `speed_cvpr25` minimise something else than with epsilon. The others weigh
+an error by the SNR at which it is made. They are stated above for the mse of epsilon, and keep what is minimised the same for
+the others, whose mse is 1 / SNR (x0) and 1 / abar (v) of it: w_t SNR_t for x0 and w_t abar_t for v. So p2, and speedit with it,
+is 1 - abar, abar and abar (1 - abar) for epsilon, x0 and v; min_snr is min(SNR, gamma) over SNR, 1 and SNR + 1, as in its
+paper; edm with sd = 1 is 1 for v.
+
+Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6), `min_snr` = (1)(9),
+`lognormal` = (8)(4), `logit_normal` = (10)(4), `clts` = (11)(4), `loss_second_moment` = (12)(4).
 """
 
-import dataclasses
 import math
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.schedules import Schedule
+from speedit_jax.diffusion.strategies import CurriculumStrategy, LossSecondMomentStrategy, Strategy, TableStrategy
 from speedit_jax.errors import UserError
 
 _GRADIENT_THRESHOLD = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class TableStrategy:
-    """A strategy given by a fixed density and fixed weights.
-
-    Attributes:
-      name: what the log calls it.
-      density: [T] float64, sums to 1: the density the independent draws come from.
-      weights: [T] float64.
-      pivot: P of the dual draw (7), or None for independent draws only.
-    """
-
-    name: str
-    density: np.ndarray
-    weights: np.ndarray
-    pivot: int | None = None
-
-    def init(self) -> Any:
-        """Nothing to remember: the empty pytree."""
-        return ()
-
-    def sample(self, key: jax.Array, n: int, step: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
-        """n timesteps and their weights, both [n]."""
-        del step, state
-        num_steps = len(self.density)
-        drawn = n if self.pivot is None else n // 2 + 1
-        t = jax.random.choice(key, num_steps, (drawn,), p=jnp.asarray(self.density, jnp.float32))
-        if self.pivot is not None:
-            t = jnp.concatenate([t, jnp.asarray(self.dual)[t]])[:n]
-        return t, jnp.asarray(self.weights, jnp.float32)[t]
-
-    def update(self, state: Any, t: jax.Array, loss: jax.Array) -> Any:
-        del t, loss
-        return state
-
-    @property
-    def dual(self) -> np.ndarray:
-        """dual(t) of (7) for every t. [T] int"""
-        t = np.arange(len(self.density))
-        dual = np.where(t < self.pivot, self.pivot - t, t - self.pivot)
-        # The published code steps out of the table when the pivot is T; the nearest step stands in.
-        return dual.clip(max=len(self.density) - 1)
-
-    def marginal(self, n: int) -> np.ndarray:
-        """The exact density of a timestep picked at random from `sample`'s n. [T] float64"""
-        if self.pivot is None:
-            return self.density
-        drawn = min(n, n // 2 + 1)
-        pushed = np.bincount(self.dual, weights=self.density, minlength=len(self.density))
-        return (drawn * self.density + (n - drawn) * pushed) / n
-
-    def describe(self, n: int) -> str:
-        """One line for the log: what is drawn, with the numbers."""
-        marginal = self.marginal(n)
-        parts = [
-            f"{self.name}: T={len(self.density)}",
-            f"E[t]={marginal @ np.arange(len(marginal)):.1f}",
-            f"E[weight]={marginal @ self.weights:.4f}",
-            f"density max/min={marginal.max() / marginal.min():.2f}",
-        ]
-        if self.pivot is not None:
-            parts.append(f"dual draw about {self.pivot}, {marginal[self.pivot :].sum():.1%} of draws at t >= {self.pivot}")
-        return ", ".join(parts)
 
 
 def meaningful_steps(schedule: Schedule) -> int:
@@ -142,13 +85,17 @@ def _change_aware_weights(schedule: Schedule, lam: float) -> np.ndarray:
 
 def _lognormal_density(schedule: Schedule, mean: float, std: float) -> np.ndarray:
     log_sigma = -0.5 * np.log(_snr(schedule))
-    borders = (log_sigma[1:] + log_sigma[:-1]) / 2
-    below = np.array([0.5 * (1 + math.erf((x - mean) / (std * math.sqrt(2)))) for x in borders])
-    return np.diff(below, prepend=0.0, append=1.0)
+    borders = ((log_sigma[1:] + log_sigma[:-1]) / 2 - mean) / std
+    below, above = (np.array([math.erfc(side * z / math.sqrt(2)) / 2 for z in borders]) for side in (-1, 1))
+    # Each tail from its own end: 1 - below would be zero long before it is.
+    upper = np.append(False, borders > 0)
+    return np.where(upper, -np.diff(above, prepend=1.0, append=0.0), np.diff(below, prepend=0.0, append=1.0))
 
 
-def _min_snr_weights(schedule: Schedule, gamma: float) -> np.ndarray:
-    return np.minimum(1.0, gamma / _snr(schedule))
+def _gaussian_density(schedule: Schedule, mean: float, std: float) -> np.ndarray:
+    z = (np.arange(schedule.num_steps) * 1000 / schedule.num_steps - mean) / std
+    raw = np.exp(-0.5 * (z**2 - (z**2).min()))  # the least one is taken off so that not all become zero
+    return raw / raw.sum()
 
 
 def _snr(schedule: Schedule) -> np.ndarray:
@@ -163,9 +110,12 @@ PRESETS = {
     "speed_cvpr25": ("speed", "change_aware", False),
     "min_snr": ("uniform", "min_snr", False),
     "lognormal": ("lognormal", "none", False),
+    "logit_normal": ("logit_normal", "none", False),
+    "clts": ("clts", "none", False),
+    "loss_second_moment": ("loss_second_moment", "none", False),
 }
-SAMPLINGS = ("uniform", "speedit", "speed", "lognormal")
-WEIGHTINGS = ("none", "p2", "change_aware", "min_snr")
+SAMPLINGS = ("uniform", "speedit", "speed", "lognormal", "logit_normal", "clts", "loss_second_moment")
+WEIGHTINGS = ("none", "p2", "change_aware", "min_snr", "edm", "flow")
 
 
 def _choose(kind: str, name: str, choices) -> str:
@@ -174,10 +124,27 @@ def _choose(kind: str, name: str, choices) -> str:
     return name
 
 
+def _make_weights(schedule: Schedule, prediction: str, weighting: str, lam: float, gamma: float, sigma_data: float) -> np.ndarray:
+    """The weights on the mse of `prediction`. [T]"""
+    if weighting == "none":
+        return np.ones(schedule.num_steps)
+    if weighting == "change_aware":
+        return _change_aware_weights(schedule, lam)
+    snr = _snr(schedule)
+    of_epsilon = {
+        "p2": 1.0 - schedule.alphas_cumprod,
+        "min_snr": np.minimum(1.0, gamma / snr),
+        "edm": 1.0 + 1.0 / (snr * sigma_data**2),
+        "flow": (1.0 + 1.0 / np.sqrt(snr)) ** 2,
+    }[weighting]
+    return of_epsilon * {"epsilon": 1.0, "x0": snr, "v": schedule.alphas_cumprod}[prediction]
+
+
 def make_strategy(
     schedule: Schedule,
     strategy: str,
     *,
+    prediction: str = "epsilon",
     sampling: str | None = None,
     weighting: str | None = None,
     dual: bool | None = None,
@@ -187,17 +154,28 @@ def make_strategy(
     gamma: float = 5.0,
     log_sigma_mean: float = -1.2,
     log_sigma_std: float = 1.2,
-) -> TableStrategy:
+    sigma_data: float = 0.5,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    clts_mean: float = 300.0,
+    clts_std: float = 250.0,
+    clts_steps: int = 50_000,
+) -> Strategy:
     """The strategy called `strategy`, with any of its three parts replaced.
 
     Args:
       schedule: of training.
       strategy: one of PRESETS.
+      prediction: what the network predicts, whose mse the weights multiply: one of gaussian.PREDICTIONS.
       sampling, weighting, dual: None keeps the preset's part.
       k, tau: of density (3): how many times more often the first tau steps (of 1000; scaled with T) are drawn; k >= 1.
       lam: lambda of weight (6), in [0.5, 1]; 0.5 weights all steps alike.
       gamma: of weight (9), positive.
       log_sigma_mean, log_sigma_std: m and d of density (8).
+      sigma_data: sd of weight (13), positive.
+      logit_mean, logit_std: m and d of density (10).
+      clts_mean, clts_std, clts_steps: of density (11): mu and sd, of 1000 steps, scaled with T; and how many optimizer steps
+        the way from uniform takes.
 
     Raises:
       UserError: an unknown name or a number out of range.
@@ -212,30 +190,41 @@ def make_strategy(
         raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000, whatever the number of steps")
     if not 0.5 <= lam <= 1:
         raise UserError(f"timesteps.lam={lam}: must lie in [0.5, 1]")
-    for name, value in (("gamma", gamma), ("log_sigma_std", log_sigma_std)):
+    positive = {
+        "gamma": gamma,
+        "log_sigma_std": log_sigma_std,
+        "sigma_data": sigma_data,
+        "logit_std": logit_std,
+        "clts_std": clts_std,
+        "clts_steps": clts_steps,
+    }
+    for name, value in positive.items():
         if not 0 < value < math.inf:
             raise UserError(f"timesteps.{name}={value}: must be finite and positive")
-    if not math.isfinite(log_sigma_mean):
-        raise UserError(f"timesteps.log_sigma_mean={log_sigma_mean}: must be finite")
+    for name, value in (("log_sigma_mean", log_sigma_mean), ("logit_mean", logit_mean), ("clts_mean", clts_mean)):
+        if not math.isfinite(value):
+            raise UserError(f"timesteps.{name}={value}: must be finite")
 
-    num_steps = schedule.num_steps
+    name = strategy
+    if (sampling, weighting, dual) != preset:
+        name = f"{strategy} with sampling={sampling}, weighting={weighting}, dual={dual}"
+    uniform = np.full(schedule.num_steps, 1 / schedule.num_steps)
+    weights = _make_weights(schedule, prediction, weighting, lam, gamma, sigma_data)
+    if sampling in ("clts", "loss_second_moment"):
+        if dual:
+            raise UserError(f"timesteps.dual pairs draws of a fixed density, which timesteps.sampling={sampling} has not")
+        if sampling == "clts":
+            return CurriculumStrategy(name, uniform, _gaussian_density(schedule, clts_mean, clts_std), clts_steps, weights)
+        return LossSecondMomentStrategy(name, weights)
     density = {
-        "uniform": lambda: np.full(num_steps, 1 / num_steps),
+        "uniform": lambda: uniform,
         "speedit": lambda: _speedit_density(schedule),
         "speed": lambda: _speed_density(schedule, k, tau),
         "lognormal": lambda: _lognormal_density(schedule, log_sigma_mean, log_sigma_std),
+        "logit_normal": lambda: _lognormal_density(schedule, logit_mean, logit_std),
     }[sampling]()
-    weights = {
-        "none": lambda: np.ones(num_steps),
-        "p2": lambda: 1.0 - schedule.alphas_cumprod,
-        "change_aware": lambda: _change_aware_weights(schedule, lam),
-        "min_snr": lambda: _min_snr_weights(schedule, gamma),
-    }[weighting]()
     pivot = None
     if dual:
         # The paper's density brings its own boundary: pairing it about M instead would undo most of its suppression.
         pivot = _speed_boundary(schedule, tau) if sampling == "speed" else meaningful_steps(schedule)
-    name = strategy
-    if (sampling, weighting, dual) != preset:
-        name = f"{strategy} with sampling={sampling}, weighting={weighting}, dual={dual}"
     return TableStrategy(name, density, weights, pivot)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.schedules import make_schedule
-from speedit_jax.diffusion.timesteps import TableStrategy
+from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
@@ -22,8 +22,8 @@ def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion:
     return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.get("prediction", "epsilon"))
 
 
-def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion) -> TableStrategy:
-    return _make_strategy(diffusion.schedule, **config.timesteps)
+def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion) -> Strategy:
+    return _make_strategy(diffusion.schedule, prediction=diffusion.prediction, **config.timesteps)
 
 
 def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:

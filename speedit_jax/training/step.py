@@ -11,6 +11,7 @@ import optax
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.models.build import Model
+from speedit_jax.training import sharding
 from speedit_jax.training.autoencoder import latents_of
 from speedit_jax.training.state import TrainState, learning_rate
 
@@ -42,9 +43,9 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
 
 
 def make_loss(model: Model, diffusion: GaussianDiffusion) -> Callable:
-    """loss(params, {x0, noise, t, weight, y}) -> (scalar, (metrics, per_example [B])).
+    """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, with a learned variance, "vb"}).
 
-    loss = mean over the batch of weight * mse + vb; the metrics are the batch means of the unweighted terms.
+    These are each example's, [B], with loss = weight * mse + vb; the scalar is the mean over the batch of importance * loss.
     """
     model_steps = diffusion.schedule.model_steps
 
@@ -52,33 +53,48 @@ def make_loss(model: Model, diffusion: GaussianDiffusion) -> Callable:
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         output = model.apply(params, x_t, jnp.asarray(model_steps)[batch["t"]], batch["y"])
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
-        per_example = batch["weight"] * terms["mse"] + terms.get("vb", 0.0)
-        return per_example.mean(), ({name: value.mean() for name, value in terms.items()}, per_example)
+        terms["loss"] = batch["weight"] * terms["mse"] + terms.get("vb", 0.0)
+        return (batch["importance"] * terms["loss"]).mean(), terms
 
     return loss
 
 
 def make_gradient(loss: Callable, accumulation: int) -> Callable:
-    """gradient(params, batch) -> (gradient, loss, metrics, per_example [B]), over `accumulation` microbatches in turn."""
+    """gradient(params, batch) -> (gradient, loss, terms of each example), over `accumulation` microbatches in turn."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradient(params, batch):
         if accumulation == 1:
-            (value, (metrics, per_example)), grads = value_and_grad(params, batch)
-            return grads, value, metrics, per_example
+            (value, terms), grads = value_and_grad(params, batch)
+            return grads, value, terms
         parts = jax.tree.map(lambda x: microbatches(x, accumulation), batch)
 
         def one(total, part):
-            (value, (metrics, per_example)), grads = value_and_grad(params, part)
-            return jax.tree.map(jnp.add, total, (grads, value, metrics)), per_example
+            (value, terms), grads = value_and_grad(params, part)
+            return jax.tree.map(jnp.add, total, (grads, value)), terms
 
-        (value, (metrics, _)), grads = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value, metrics))
-        total, per_example = jax.lax.scan(one, zeros, parts)
-        # per_example goes back into the order of the batch, which `microbatches` dealt out.
-        return *jax.tree.map(lambda x: x / accumulation, total), per_example.swapaxes(0, 1).reshape(-1)
+        (value, _), grads = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value))
+        total, terms = jax.lax.scan(one, zeros, parts)
+        # The terms go back into the order of the batch, which `microbatches` dealt out.
+        terms = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), terms)
+        return *jax.tree.map(lambda x: x / accumulation, total), terms
 
     return gradient
+
+
+def by_quartile(t: jax.Array, num_steps: int, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means of the unweighted mse and of the weighted loss over the examples of each quarter of the schedule.
+
+    Returns:
+      {"mse_q1": t < num_steps / 4, ..., "mse_q4", "loss_q1", ..., "loss_q4"}; NaN where the batch has no such example.
+    """
+    inside = (4 * t // num_steps)[:, None] == jnp.arange(4)
+    means = {}
+    for name in ("mse", "loss"):
+        sums = jnp.where(inside, terms[name][:, None], 0).sum(axis=0)
+        means |= {f"{name}_q{q + 1}": mean for q, mean in enumerate(sums / inside.sum(axis=0))}
+    return means
 
 
 def make_train_step(
@@ -102,15 +118,16 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         x0 = latents_of(latents, stream(key, "posterior"), batch["moments"]) if latents else batch["image"]
         # Drawn for the whole batch before it is split: the dual draw's marginal must not depend on microbatches.
-        t, weight = strategy.sample(stream(key, "timesteps"), x0.shape[0], state.step, state.timesteps)
+        t, weight, importance = strategy.sample(stream(key, "timesteps"), x0.shape[0], state.step, state.timesteps)
         inputs = {
             "x0": x0,
             "noise": jax.random.normal(stream(key, "noise"), x0.shape, x0.dtype),
             "t": t,
             "weight": weight,
+            "importance": importance,
             "y": drop_labels(stream(key, "label_dropout"), batch["label"], config.model.label_dropout, model.null_label),
         }
-        grads, loss, metrics, per_example = gradient(state.params, inputs)
+        grads, loss, terms = gradient(state.params, inputs)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
@@ -123,10 +140,13 @@ def make_train_step(
 
         ema = average(state.ema, config.training.ema_decay)
         extra_ema = {decay: average(old, float(decay)) for decay, old in state.extra_ema.items()}
-        changed = (params, ema, extra_ema, opt, strategy.update(state.timesteps, t, per_example))
+        # Every device learns of the whole batch, so that each remembers the same.
+        seen = (sharding.constrain(x, (None,)) for x in (t, terms["loss"]))
+        changed = (params, ema, extra_ema, opt, strategy.update(state.timesteps, *seen))
         kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps)
         # A non-finite gradient must not reach the moments or the EMA, which would keep it for ever.
         params, ema, extra_ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        metrics = {name: value.mean() for name, value in terms.items()} | by_quartile(t, diffusion.schedule.num_steps, terms)
         metrics |= {
             "loss": loss,
             "grad_norm": norm,

@@ -7,6 +7,7 @@ metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
 }
+
+_QUARTILE = re.compile(r"_q[1-4]$")
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -163,6 +166,8 @@ class Telemetry:
         step, values = self._pending
         self._pending = None
         values = {name: float(value) for name, value in values.items()}
+        # A batch without timesteps of some quarter of the schedule has no loss there.
+        values = {name: value for name, value in values.items() if not (_QUARTILE.search(name) and math.isnan(value))}
         now = time.perf_counter() - self._paused
         if self._clock is not None and self._step > self._clock[0]:
             steps = self._step - self._clock[0]

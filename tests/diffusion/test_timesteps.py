@@ -4,14 +4,17 @@ In the comments S is the sum of the unnormalised density tanh(1e6 (g - 1e-4)) + 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy import integrate, stats
 
-from speedit_jax.diffusion.schedules import Schedule, even_steps, make_schedule, respace
+from speedit_jax.diffusion.gaussian import PREDICTIONS
+from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace
 from speedit_jax.diffusion.timesteps import PRESETS, SAMPLINGS, WEIGHTINGS, TableStrategy, make_strategy, meaningful_steps
 from speedit_jax.errors import UserError
 
@@ -19,7 +22,7 @@ MANY = 10**12  # an even batch so large that half of it is duals to twelve digit
 
 LINEAR = make_schedule("linear", 1000)
 COSINE = make_schedule("squaredcos_cap_v2", 1000)
-QUAD = Schedule("quad", np.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2, np.arange(1000))
+QUAD = make_schedule("quad", 1000)
 
 
 def respaced(schedule, count):
@@ -304,6 +307,12 @@ def test_min_snr_weights():
     # min(SNR, gamma) on the error of x0, which is SNR^-1/2 times that of the noise.
     snr = LINEAR.alphas_cumprod / (1 - LINEAR.alphas_cumprod)
     np.testing.assert_allclose(make_strategy(LINEAR, "min_snr", gamma=1).weights, np.minimum(snr, 1) / snr, rtol=1e-12)
+    # The paper's own forms for the others.
+    np.testing.assert_allclose(make_strategy(LINEAR, "min_snr", prediction="x0").weights, np.minimum(snr, 5), rtol=1e-12)
+    of_v = make_strategy(LINEAR, "min_snr", prediction="v").weights
+    np.testing.assert_allclose(of_v, np.minimum(snr, 5) / (snr + 1), rtol=1e-12)
+    assert np.argmax(of_v) == 130
+    np.testing.assert_allclose(of_v[130], 0.832866, atol=5e-7)
 
 
 def test_lognormal_is_the_nearest_step_of_a_normal_log_sigma():
@@ -317,14 +326,125 @@ def test_lognormal_is_the_nearest_step_of_a_normal_log_sigma():
     np.testing.assert_allclose(np.cumsum(strategy.density)[:-1], empirical, atol=2e-3)
 
 
-@pytest.mark.parametrize("key, value", [("gamma", 0), ("gamma", np.inf), ("log_sigma_std", 0), ("log_sigma_mean", np.nan)])
-def test_numbers_of_min_snr_and_lognormal_out_of_range(key, value):
+SNR = LINEAR.alphas_cumprod / (1 - LINEAR.alphas_cumprod)
+NOISE = 1 / np.sqrt(SNR)  # EDM's sigma
+
+
+def mse(prediction):
+    """Of a network of that prediction whose image is off by one in every pixel: x_t is given, so that eps and v are off, too."""
+    signal, sigma = np.sqrt(LINEAR.alphas_cumprod), LINEAR.sigmas
+    eps = -signal / sigma
+    return {"x0": np.ones(1000), "epsilon": eps**2, "v": (signal * eps - sigma) ** 2}[prediction]
+
+
+@pytest.mark.parametrize("weighting", ["p2", "min_snr", "edm", "flow"])
+def test_weights_of_an_error_minimise_the_same_whatever_is_predicted(weighting):
+    losses = [make_strategy(LINEAR, "uniform", weighting=weighting, prediction=p).weights * mse(p) for p in PREDICTIONS]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "lognormal", "logit_normal", "speed_cvpr25", "clts", "loss_second_moment"])
+def test_factors_of_the_mse_are_the_same_whatever_is_predicted(strategy):
+    weights = [make_strategy(LINEAR, strategy, prediction=p).weights for p in PREDICTIONS]
+    np.testing.assert_array_equal(weights[1:], [weights[0]] * 2)
+
+
+def test_p2_and_speedit_of_every_prediction():
+    abar = LINEAR.alphas_cumprod
+    for strategy in ("p2", "speedit"):
+        for prediction, expected in (("epsilon", 1 - abar), ("x0", abar), ("v", abar * (1 - abar))):
+            np.testing.assert_allclose(make_strategy(LINEAR, strategy, prediction=prediction).weights, expected, rtol=1e-12)
+
+
+def test_edm_is_its_papers_weight_of_the_image():
+    w = make_strategy(LINEAR, "lognormal", weighting="edm", prediction="x0", sigma_data=0.5).weights
+    np.testing.assert_allclose(w, (NOISE**2 + 0.5**2) / (NOISE * 0.5) ** 2, rtol=1e-9)
+    # Preconditioned by c_out = sigma sd / sqrt(sigma^2 + sd^2) the loss has weight one; for sd = 1 what is learned is -v.
+    np.testing.assert_allclose(w * (NOISE * 0.5) ** 2 / (NOISE**2 + 0.5**2), 1, rtol=1e-12)
+    of_v = make_strategy(LINEAR, "lognormal", weighting="edm", prediction="v", sigma_data=1.0).weights
+    np.testing.assert_allclose(of_v, 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_flow_is_the_mse_of_the_velocity(prediction):
+    # z = (1 - u) x0 + u eps of noise level u / (1 - u) is given; an image off by one makes eps off by -(1 - u) / u.
+    u = NOISE / (1 + NOISE)
+    velocity_error = (-(1 - u) / u - 1) ** 2
+    w = make_strategy(LINEAR, "logit_normal", weighting="flow", prediction=prediction).weights
+    np.testing.assert_allclose(w * mse(prediction), velocity_error, rtol=1e-9)
+    if prediction == "v":
+        assert w.min() >= 1 and w.max() <= 2
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.6, 1.2), (0.5, 0.6)])
+def test_logit_normal_is_the_nearest_step_of_a_flows_time(mean, std):
+    """The density of u, integrated between the times of the flow that lie half-way between two steps in log-SNR."""
+    density = make_strategy(LINEAR, "logit_normal", logit_mean=mean, logit_std=std).density
+    log_snr = np.log(SNR)
+    between = np.exp(-(log_snr[1:] + log_snr[:-1]) / 4)  # noise levels
+    edges = np.concatenate([[0], between / (1 + between), [1]])
+
+    def of_u(u):
+        return np.exp(-((np.log(u / (1 - u)) - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi) * u * (1 - u))
+
+    for t in (1, 20, 300, 640, 998):
+        mass, _ = integrate.quad(of_u, edges[t], edges[t + 1], epsabs=0, epsrel=1e-10)
+        np.testing.assert_allclose(density[t], mass, rtol=1e-9)
+    assert density.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_logit_normal_against_drawn_times():
+    density = make_strategy(LINEAR, "logit_normal").density
+    n = 400_000
+    u = 1 / (1 + np.exp(-np.random.default_rng(0).standard_normal(n)))
+    log_snr = 2 * np.log((1 - u) / u)
+    nearest = np.abs(np.log(SNR)[:, None] - log_snr[None, :2000]).argmin(axis=0)
+    middles = -(np.log(SNR)[1:] + np.log(SNR)[:-1]) / 2
+    drawn = np.searchsorted(middles, -log_snr)
+    np.testing.assert_array_equal(drawn[:2000], nearest)
+    blocks = np.bincount(drawn // 20, minlength=50) / n
+    expected = density.reshape(50, 20).sum(axis=1)
+    often = n * expected > 30  # about normal
+    assert expected[often].sum() > 0.999
+    # Five standard errors of each block's frequency.
+    assert (np.abs(blocks - expected) < 5 * np.sqrt(expected / n))[often].all()
+
+
+@pytest.mark.parametrize("strategy", ["lognormal", "logit_normal"])
+@pytest.mark.parametrize("schedule", [LINEAR, COSINE, QUAD], ids=lambda s: s.name)
+def test_no_tail_is_lost_to_rounding(schedule, strategy):
+    density = make_strategy(schedule, strategy).density
+    assert (density > 0).all()
+    assert density.sum() == pytest.approx(1, abs=1e-12)
+    mean, std = (-1.2, 1.2) if strategy == "lognormal" else (0, 1)
+    log_sigma = -0.5 * np.log(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))
+    np.testing.assert_allclose(density[-1], stats.norm.sf((log_sigma[-2:].mean() - mean) / std), rtol=1e-9)
+    np.testing.assert_allclose(density[0], stats.norm.cdf((log_sigma[:2].mean() - mean) / std), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("gamma", 0),
+        ("gamma", np.inf),
+        ("sigma_data", 0),
+        *((f"{name}_std", 0) for name in ("log_sigma", "logit", "clts")),
+        *((f"{name}_mean", np.nan) for name in ("log_sigma", "logit", "clts")),
+        ("clts_steps", 0),
+    ],
+)
+def test_numbers_out_of_range(key, value):
     with pytest.raises(UserError, match=f"timesteps.{key}={value}"):
         make_strategy(LINEAR, "uniform", **{key: value})
 
 
+UNFIXED = ("clts", "loss_second_moment")  # densities that are not one table
+
+
 def parts(strategy):
-    return {"sampling": strategy.density.tobytes(), "weighting": strategy.weights.tobytes(), "dual": strategy.pivot}
+    tables = [getattr(strategy, name).tobytes() for name in ("density", "first", "last") if hasattr(strategy, name)]
+    sampling = (type(strategy).__name__, *tables)
+    return {"sampling": sampling, "weighting": strategy.weights.tobytes(), "dual": getattr(strategy, "pivot", None)}
 
 
 @pytest.mark.parametrize("strategy", PRESETS)
@@ -342,12 +462,17 @@ def test_presets_are_their_three_parts(strategy):
     [("sampling", v) for v in SAMPLINGS] + [("weighting", v) for v in WEIGHTINGS] + [("dual", v) for v in (False, True)],
 )
 def test_an_override_changes_only_its_part(strategy, part, value):
-    before = make_strategy(LINEAR, strategy)
+    before, chosen = make_strategy(LINEAR, strategy), dict(zip(("sampling", "weighting", "dual"), PRESETS[strategy], strict=True))
+    chosen[part] = value
+    if chosen["sampling"] in UNFIXED and chosen["dual"]:
+        with pytest.raises(UserError, match=f"timesteps.dual .* timesteps.sampling={chosen['sampling']} has not"):
+            make_strategy(LINEAR, strategy, **{part: value})
+        return
     after = make_strategy(LINEAR, strategy, **{part: value})
     same = value == PRESETS[strategy][["sampling", "weighting", "dual"].index(part)]
     changed = {key for key in parts(before) if parts(before)[key] != parts(after)[key]}
     # The asymmetric density brings the pivot of its own boundary along.
-    allowed = {"sampling", "dual"} if part == "sampling" and before.pivot is not None and value == "speed" else {part}
+    allowed = {"sampling", "dual"} if part == "sampling" and chosen["dual"] and value == "speed" else {part}
     assert changed == (set() if same else allowed)
     assert (before.name == after.name) == same
     assert same or f"{part}={value}" in after.name
@@ -392,10 +517,11 @@ INDEPENDENT = [("uniform", {}), ("p2", {}), ("speed_cvpr25", {})]
 def test_structure_of_a_draw(n, strategy, keys):
     strategy = make_strategy(LINEAR, strategy, **keys)
     state = strategy.init()
-    t, weight = jax.jit(strategy.sample, static_argnums=1)(jax.random.key(3), n, 7, state)
+    t, weight, importance = jax.jit(strategy.sample, static_argnums=1)(jax.random.key(3), n, 7, state)
     assert t.shape == weight.shape == (n,)
     assert jnp.issubdtype(t.dtype, jnp.integer)
-    assert weight.dtype == jnp.float32
+    assert weight.dtype == importance.dtype == jnp.float32
+    np.testing.assert_array_equal(importance, 1)
     assert ((t >= 0) & (t < 1000)).all()
     np.testing.assert_array_equal(weight, strategy.weights.astype(np.float32)[t])
     if strategy.pivot is not None:
@@ -447,14 +573,14 @@ def test_the_draw_is_the_same_on_eight_devices():
 def test_the_log_line_says_what_is_drawn():
     line = make_strategy(LINEAR, "speedit").describe(MANY)
     assert line == (
-        "speedit: T=1000, E[t]=338.9, E[weight]=0.5815, density max/min=11.00, dual draw about 642, 5.1% of draws at t >= 642"
+        "speedit: T=1000, E[t]=338.9, E[weight]=0.5815, density max/min=11, dual draw about 642, 5.1% of draws at t >= 642"
     )
     assert "dual" not in make_strategy(LINEAR, "uniform").describe(256)
 
 
 def test_a_strategy_is_its_tables():
     strategy = TableStrategy("two", np.array([0.0, 1.0]), np.array([3.0, 4.0]))
-    t, weight = strategy.sample(jax.random.key(0), 5, 0, ())
+    t, weight, _ = strategy.sample(jax.random.key(0), 5, 0, ())
     np.testing.assert_array_equal(t, 1)
     np.testing.assert_array_equal(weight, 4)
     np.testing.assert_array_equal(strategy.marginal(5), strategy.density)

@@ -29,6 +29,7 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
         "noise": rng.normal(size=(BATCH, *IMAGE)).astype(dtype),
         "t": rng.integers(0, 1000, BATCH).astype(np.int32),
         "weight": rng.uniform(0.5, 1.5, BATCH).astype(dtype),
+        "importance": rng.uniform(0.5, 1.5, BATCH).astype(dtype),
         "y": rng.integers(0, CLASSES + 1, BATCH).astype(np.int32),
     }
     with jax.enable_x64(x64):
@@ -37,7 +38,7 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
         function = jax.jit(
             make_gradient(make_loss(trainer.model, trainer.diffusion), accumulation),
             in_shardings=(trainer.shardings.params, trainer.rows),
-            out_shardings=(trainer.shardings.params, None, None, None),
+            out_shardings=(trainer.shardings.params, None, None),
             compiler_options=tiny.QUICK_COMPILE,
         )
         with jax.set_mesh(trainer.mesh):
@@ -51,15 +52,15 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
 @pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-12), (False, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_leaf_on_every_mesh(shape, x64, tolerance):
-    grads, loss, metrics, per_example = gradient(shape, x64)
+    grads, loss, terms = gradient(shape, x64)
     reference = gradient(ONE, x64)
     errors = tiny.relative_errors(grads, reference[0])
     assert len(errors) == 21
     assert all(np.linalg.norm(leaf) > 1e-3 for leaf in jax.tree.leaves(reference[0])), "a gradient that is zero tests nothing"
     assert max(errors.values()) < tolerance, {name: error for name, error in errors.items() if error >= tolerance}
     np.testing.assert_allclose(loss, reference[1], rtol=tolerance)
-    assert max(tiny.relative_errors(metrics, reference[2]).values()) < tolerance
-    np.testing.assert_allclose(per_example, reference[3], rtol=tolerance)
+    assert max(tiny.relative_errors(terms, reference[2]).values()) < tolerance
+    np.testing.assert_allclose(terms["loss"], reference[2]["loss"], rtol=tolerance)
 
 
 # Depth 5 is one period of four scan orders and a block that is left over.
@@ -74,14 +75,14 @@ def test_every_leaf_of_dig_on_every_mesh(shape):
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_changes_only_the_rounding(accumulation):
     # (2, 2, 2) divides a batch by 4, so that 4 microbatches of 4 leave one example to a device.
-    grads, loss, metrics, per_example = gradient((2, 2, 2), True, accumulation)
+    grads, loss, terms = gradient((2, 2, 2), True, accumulation)
     whole = gradient((2, 2, 2), True)
     assert max(tiny.relative_errors(grads, whole[0]).values()) < 1e-12
     np.testing.assert_allclose(loss, whole[1], rtol=1e-12)
-    assert max(tiny.relative_errors(metrics, whole[2]).values()) < 1e-12
+    assert max(tiny.relative_errors(terms, whole[2]).values()) < 1e-12
     # The examples' losses differ by far more than this, so equality shows that they are in the batch's order.
-    assert np.ptp(whole[3]) > 0.1
-    np.testing.assert_allclose(per_example, whole[3], rtol=1e-12)
+    assert np.ptp(whole[2]["loss"]) > 0.1
+    np.testing.assert_allclose(terms["loss"], whole[2]["loss"], rtol=1e-12)
 
 
 @functools.cache

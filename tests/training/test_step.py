@@ -14,7 +14,7 @@ from speedit_jax.models.build import Model
 from speedit_jax.training import builders
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import learning_rate
-from speedit_jax.training.step import drop_labels, ema_decay, make_loss, microbatches, stream
+from speedit_jax.training.step import by_quartile, drop_labels, ema_decay, make_loss, microbatches, stream
 
 from . import tiny
 from .tiny import BATCH, MESHES, ONE
@@ -90,7 +90,7 @@ def test_draws_are_those_of_the_steps_key(steps):
     noise, seen = drawn(ONE, 1, steps=steps)
     key = jax.random.fold_in(KEY, steps - 1)
     np.testing.assert_allclose(noise[:BATCH], jax.random.normal(stream(key, "noise"), (BATCH, SIDE, SIDE, 1)), rtol=1e-6)
-    t, _ = recording().sample(stream(key, "timesteps"), BATCH, jnp.int32(steps - 1), None)
+    t, _, _ = recording().sample(stream(key, "timesteps"), BATCH, jnp.int32(steps - 1), None)
     np.testing.assert_array_equal(seen["t"], t)
     assert seen["updates"] == steps
 
@@ -175,6 +175,7 @@ def test_loss_is_the_mean_of_weighted_mse_and_vb(trainer, start):
         "noise": rng.normal(size=(BATCH, *tiny.IMAGE)).astype(np.float32),
         "t": rng.integers(0, 1000, BATCH),
         "weight": rng.uniform(0.1, 2, BATCH).astype(np.float32),
+        "importance": rng.uniform(0.1, 2, BATCH).astype(np.float32),
         "y": tiny.random_batch()["label"],
     }
 
@@ -185,14 +186,33 @@ def test_loss_is_the_mean_of_weighted_mse_and_vb(trainer, start):
         return make_loss(trainer.model, trainer.diffusion)(params, batch), terms
 
     with jax.set_mesh(trainer.mesh):
-        (loss, (metrics, per_example)), terms = jax.jit(both, compiler_options=tiny.QUICK_COMPILE)(start.params, batch)
+        (loss, each), terms = jax.jit(both, compiler_options=tiny.QUICK_COMPILE)(start.params, batch)
     terms = {name: np.asarray(value, np.float64) for name, value in terms.items()}
     expected = batch["weight"] * terms["mse"] + terms["vb"]
-    np.testing.assert_allclose(per_example, expected, rtol=1e-6)
-    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
-    assert set(metrics) == {"mse", "vb"}
-    for name, value in metrics.items():
-        np.testing.assert_allclose(value, terms[name].mean(), rtol=1e-6)
+    np.testing.assert_allclose(loss, (batch["importance"] * expected).mean(), rtol=1e-6)
+    assert each.keys() == {"mse", "vb", "loss"}
+    for name, value in each.items():
+        np.testing.assert_allclose(value, (terms | {"loss": expected})[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [4, 250, 1000])
+def test_by_quartile(num_steps):
+    rng = np.random.default_rng(0)
+    t, terms = rng.integers(0, num_steps, 64), {name: rng.gamma(1, size=64).astype(np.float32) for name in ("mse", "loss", "vb")}
+    means = by_quartile(jnp.asarray(t), num_steps, terms)
+    assert len(means) == 8
+    for name in ("mse", "loss"):
+        for q in range(4):
+            inside = (t >= q * num_steps / 4) & (t < (q + 1) * num_steps / 4)
+            np.testing.assert_allclose(means[f"{name}_q{q + 1}"], terms[name][inside].mean(), rtol=1e-6)
+
+
+def test_a_quartile_without_examples_has_no_mean():
+    terms = {"mse": jnp.array([1.0, 3.0, jnp.nan]), "loss": jnp.ones(3)}
+    means = {name: float(value) for name, value in by_quartile(jnp.array([0, 100, 999]), 1000, terms).items()}
+    assert means["mse_q1"] == 2 and means["loss_q4"] == 1
+    # The last is not finite, and no other quartile's is.
+    assert all(np.isnan(means[name]) for name in ("mse_q2", "loss_q2", "mse_q3", "mse_q4"))
 
 
 def test_step(trainer, step, start):
@@ -213,7 +233,9 @@ def test_step(trainer, step, start):
             for ema, value in zip(jax.tree.leaves(new), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(ema, value, rtol=1e-5, atol=1e-7)
         assert all(change > 0 for change in tiny.relative_errors(state.params, before.params).values())
-    assert set(metrics) == {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+    quarters = {f"{name}_q{q}" for name in ("mse", "loss") for q in range(1, 5)}
+    others = {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+    assert set(metrics) == others | quarters
     squares = sum((np.asarray(p, np.float64) ** 2).sum() for p in jax.tree.leaves(state.params))
     np.testing.assert_allclose(metrics["param_norm"], squares**0.5, rtol=1e-5)
     assert metrics["skipped"] == metrics["skipped_in_a_row"] == state.skipped == 0

@@ -122,6 +122,13 @@ def test_not_finite_values_are_written(tmp_path):
     assert np.isnan(lines(tmp_path)[0]["loss"])
 
 
+def test_a_quartile_without_a_loss_is_left_out(tmp_path):
+    t = telemetry(tmp_path)
+    t.metrics(1, values(1) | {"mse_q1": jnp.float32(2), "mse_q4": jnp.float32(np.nan), "loss_q4": jnp.float32(np.nan)})
+    t.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5, "skipped_in_a_row": 0.0, "mse_q1": 2.0}]
+
+
 @pytest.mark.parametrize(
     "tail",
     [
