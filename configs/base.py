@@ -99,12 +99,16 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     checkpoint.keep_every = 0  # steps; those at multiples of it are kept for ever; 0 keeps none
 
     c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
-    sampling.sampler = "ddim"  # ddpm or ddim
+    sampling.sampler = "ddim"  # ddpm, ddim or dpm++: docs/sampling.md
     # How many, evenly spaced; or "ddim50", every so many; or "10,15,20", for sections from the least noisy to the noisiest.
     sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
-    sampling.eta = 0.0  # ddim: 0 is deterministic
+    sampling.spacing = "even"  # of the steps: even in t, or logsnr: better for dpm++ with few steps
+    sampling.eta = 0.0  # noise of ddim and dpm++: 0 is deterministic
     sampling.guidance_scale = 1.5  # 1 is no guidance, and half the work
     sampling.guidance_channels = 0  # leading channels that are guided: 0 is all; 3 as in the published DiT's samples
+    sampling.guidance_schedule = "constant"  # constant, linear or cosine: weak at high noise, of the same mean
+    sampling.guidance_low = 0.0  # guide where the noise level is in low..high: 0 clean, 1 pure noise, linear in the
+    sampling.guidance_high = 1.0  # timestep; elsewhere one pass is enough
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 

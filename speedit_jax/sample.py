@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from speedit_jax import cli
 from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
 from speedit_jax.training import builders, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
@@ -34,10 +35,16 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm or ddim. Default: the run's, as for all below.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++. Default: the run's, as for all below.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
-_ETA = flags.DEFINE_float("eta", None, "DDIM's noise, 0 to 1.")
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 is none.")
+_SPACING = flags.DEFINE_string("spacing", None, "Of the steps: even or logsnr.")
+_ETA = flags.DEFINE_float("eta", None, "Noise of ddim and dpm++, 0 to 1.")
+_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Guidance, classifier-free or by --guide_workdir; 1 is none.")
+_GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
+_GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
+_GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "And up to this one.")
+_GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
+_GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Its checkpoint. Default: the newest.")
 
 
 def columns_for(labels: int, images: int) -> int | None:
@@ -61,10 +68,15 @@ def sample() -> None:
     given = {
         "sampler": _SAMPLER.value,
         "num_steps": _NUM_STEPS.value,
+        "spacing": _SPACING.value,
         "eta": _ETA.value,
         "guidance_scale": _GUIDANCE_SCALE.value,
+        "guidance_schedule": _GUIDANCE_SCHEDULE.value,
+        "guidance_low": _GUIDANCE_LOW.value,
+        "guidance_high": _GUIDANCE_HIGH.value,
     }
-    settings = Settings.from_config(config.sampling, model)
+    guide = open_guide(meta, mesh)
+    settings = Settings.from_config(config.sampling, model, guide and guide.model)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     autoencoder = open_autoencoder(meta.get("latents"), meta["image_shape"][2], mesh)
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
@@ -73,9 +85,9 @@ def sample() -> None:
 
     if jax.process_index() == 0:
         check_writable(out)
-    run = make_sampler(model, builders.make_diffusion(config), settings, mesh)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
+    run = make_sampler(model, builders.make_diffusion(config), settings, mesh, guide and guide.model)
+    params = restore(checkpoints, step, model, mesh)
+    params = (params, restore(guide.checkpoints, guide.step, guide.model, mesh)) if guide else params
     count = _NUM_IMAGES.value
     labels = classes[np.arange(count) % len(classes)].astype(np.int32)
     images = draw(run, params, labels, mesh, autoencoder)
@@ -87,6 +99,7 @@ def sample() -> None:
         "seed": _SEED.value,
         "num_images": count,
         "class_labels": classes.tolist(),
+        "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
         **dataclasses.asdict(settings),
         "latents": meta.get("latents"),
         "batch_size": _BATCH_SIZE.value,
@@ -100,6 +113,53 @@ def sample() -> None:
             raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
         print(f"{count} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
         print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """The run to be guided away from, by a step of its."""
+
+    workdir: Path
+    checkpoints: Checkpoints
+    step: int
+    model: Model
+
+
+def open_guide(meta: dict, mesh) -> Guide | None:
+    """The run of --guide_workdir, if there is one.
+
+    Args:
+      meta: of the run that is guided.
+
+    Raises:
+      UserError: it is not there, or it predicts something else than the run that is guided.
+    """
+    if not _GUIDE_WORKDIR.value:
+        if _GUIDE_STEP.value is not None:
+            raise UserError(f"--guide_step={_GUIDE_STEP.value} needs --guide_workdir")
+        return None
+    workdir = Path(_GUIDE_WORKDIR.value).expanduser()
+    try:
+        checkpoints = Checkpoints(workdir)
+        step = checkpoints.choose(_GUIDE_STEP.value)
+        other = checkpoints.meta(step)
+    except UserError as e:
+        raise UserError(f"--guide_workdir: {e}") from e
+    own, its = (
+        {"image_shape": m["image_shape"], "class_names": m["class_names"]}
+        | {f"diffusion.{name}": value for name, value in m["config"]["diffusion"].items() if name != "variance"}
+        for m in (meta, other)
+    )
+    for name in sorted(own.keys() | its.keys()):
+        if own.get(name) != its.get(name):
+            raise UserError(f"--guide_workdir={workdir}: its {name} is {its.get(name)}, but that of --workdir is {own.get(name)}")
+    config = ml_collections.ConfigDict(other["config"])
+    return Guide(workdir, checkpoints, step, builders.make_model(config, mesh, other["image_shape"], len(other["class_names"])))
+
+
+def restore(checkpoints: Checkpoints, step: int, model: Model, mesh):
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
 
 
 def open_autoencoder(latents: dict | None, channels: int, mesh) -> Autoencoder | None:

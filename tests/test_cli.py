@@ -5,6 +5,7 @@ A few commands are run by `python -m` itself; the rest by tests/commands.py.
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,10 +242,15 @@ BAD_SAMPLE_FLAGS = {
     "no class": (["--class_labels="], ["--class_labels"]),
     "step": (["--checkpoint_step=5"], ["step 5", "3, 6"]),
     "out": (["--out=/dev/null/x.png"], ["/dev/null/x", "--out"]),
-    "sampler": (["--sampler=foo"], ["sampler", "foo", "ddpm"]),
+    "sampler": (["--sampler=foo"], ["sampler", "foo", "dpm++"]),
     "steps": (["--num_steps=1001"], ["1001", "1000"]),
+    "spacing": (["--spacing=foo"], ["spacing", "foo", "logsnr"]),
     "eta": (["--eta=2"], ["eta=2"]),
     "guidance": (["--guidance_scale=-1"], ["guidance_scale=-1"]),
+    "interval": (["--guidance_low=0.8", "--guidance_high=0.2"], ["guidance_low=0.8", "guidance_high=0.2"]),
+    "guidance schedule": (["--guidance_schedule=foo"], ["guidance_schedule", "foo", "cosine"]),
+    "guide": (["--guide_workdir=/no/such"], ["--guide_workdir", "/no/such"]),
+    "guide without a run": (["--guide_step=3"], ["--guide_step=3", "--guide_workdir"]),
     "weights": (["--weights=best"], ["weights", "best", "raw"]),
     "number": (["--num_images=0"], ["num_images"]),
     "unknown flag": (["--nosuch=1"], ["nosuch"]),
@@ -335,7 +341,18 @@ def test_the_same_command_gives_the_same_bits(sample, ten):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--weights=raw", "--sampler=ddpm", "--guidance_scale=1", "--seed=1", "--eta=1", "--checkpoint_step=3"]
+    "flag",
+    [
+        "--weights=raw",
+        "--sampler=ddpm",
+        "--sampler=dpm++",
+        "--spacing=logsnr",
+        "--guidance_high=0.5",
+        "--guidance_scale=1",
+        "--seed=1",
+        "--eta=1",
+        "--checkpoint_step=3",
+    ],
 )
 def test_every_setting_counts_and_is_recorded(sample, ten, flag):
     images, labels, settings = sample(flag)
@@ -343,6 +360,23 @@ def test_every_setting_counts_and_is_recorded(sample, ten, flag):
     np.testing.assert_array_equal(labels, ten[1])
     name, value = flag[2:].split("=")
     assert str(settings[name]) in (value, f"{value}.0")
+
+
+def test_a_weaker_run_guides(sample, ten, trained):
+    images, _, settings = sample(f"--guide_workdir={trained}", "--guide_step=3", "--guidance_scale=3")
+    assert settings["guide"] == {"workdir": str(trained), "checkpoint_step": 3}
+    assert ten[2]["guide"] is None
+    assert (images != ten[0]).any()
+
+
+def test_a_guide_must_predict_the_same(run, trained, tmp_path):
+    """A run that differs in the schedule of its noise, made of the same run by editing what its checkpoint says."""
+    guide = tmp_path / "guide"
+    shutil.copytree(trained, guide)
+    meta = guide / "checkpoints" / "6" / "meta" / "metadata"
+    meta.write_text(meta.read_text().replace('"linear"', '"squaredcos_cap_v2"'))
+    result = run("sample", f"--workdir={trained}", f"--guide_workdir={guide}", f"--out={tmp_path / 'x'}")
+    assert_fails(result, str(guide), "diffusion.schedule is squaredcos_cap_v2", "linear")
 
 
 def test_eight_devices_draw_the_same_images(sample, ten):

@@ -21,12 +21,14 @@ class Settings:
     """How to sample.
 
     Attributes:
-      sampler: "ddpm" or "ddim".
+      sampler: "ddpm", "ddim" or "dpm++".
       num_steps: network evaluations an image (two passes each under guidance), or at which steps: schedules.sampling_steps.
-      eta: DDIM's noise, 0 to 1.
+      eta: noise of ddim and dpm++, 0 to 1.
       guidance_scale: 1 is none.
       guidance_channels: how many of the prediction's channels are guided; 0 is all.
       clip: clip the predicted image to [-1, 1]; for pixels, not for latents.
+      guidance_schedule, guidance_low, guidance_high: as `samplers.guidance_scales`.
+      spacing: of the steps, as `samplers.spaced_steps`.
     """
 
     sampler: str
@@ -35,12 +37,18 @@ class Settings:
     guidance_scale: float
     guidance_channels: int
     clip: bool
+    # Checkpoints of older versions do not have those below.
+    guidance_schedule: str = "constant"
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    spacing: str = "even"
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, model: Model) -> "Settings":
+    def from_config(cls, config: ml_collections.ConfigDict, model: Model, guide: Model | None = None) -> "Settings":
         """From a config's `sampling` section; without guidance where the model has nothing to be guided away from."""
-        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-        return settings if model.null_label is not None else dataclasses.replace(settings, guidance_scale=1.0)
+        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config})
+        unguided = model.null_label is None and guide is None
+        return dataclasses.replace(settings, guidance_scale=1.0) if unguided else settings
 
 
 def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
@@ -76,26 +84,39 @@ def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, sha
     return jax.vmap(one)(indices)
 
 
-def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh):
-    """As `make_sampler`, on arrays that are on the mesh."""
+def _check(settings: Settings, model: Model, guide: Model | None) -> None:
+    """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
-    guided_channels = settings.guidance_channels or channels
-    if settings.guidance_scale != 1 and model.null_label is None:
+    if settings.guidance_scale != 1 and model.null_label is None and guide is None:
         raise UserError(f"guidance_scale={settings.guidance_scale} needs a model trained with classes and label dropout; use 1")
     if settings.guidance_scale < 0:
         raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more; 1 is no guidance")
-    if not 1 <= guided_channels <= channels:
+    if not 0 <= settings.guidance_channels <= channels:
         raise UserError(f"guidance_channels={settings.guidance_channels}: must lie in 0..{channels}")
     if not 0 <= settings.eta <= 1:
         raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
 
+
+def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
+    """As `make_sampler`, on arrays that are on the mesh."""
+    _check(settings, model, guide)
+    scales = samplers.guidance_scales(
+        diffusion.schedule.num_steps,
+        settings.guidance_scale,
+        settings.guidance_schedule,
+        settings.guidance_low,
+        settings.guidance_high,
+    )
+
     def sample(params, key, indices, labels):
+        params, guide_params = params if guide else (params, None)
         denoise = samplers.guided(
             lambda x, t, y: model.apply(params, x, t, y),
             labels,
             model.null_label,
-            settings.guidance_scale,
-            guided_channels,
+            scales,
+            settings.guidance_channels or model.image_shape[-1],
+            guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
         )
         return samplers.sample(
             lambda x, t: sharding.constrain(denoise(x, t), ("batch", None, None, None)),
@@ -105,6 +126,7 @@ def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settin
             lambda k: image_noise(key, indices, k + 1, model.image_shape),
             sampler=settings.sampler,
             num_steps=settings.num_steps,
+            spacing=settings.spacing,
             eta=settings.eta,
             clip=settings.clip,
         )
@@ -126,23 +148,27 @@ def lower_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings
         return _jitted_sampler(model, diffusion, settings, mesh).lower(params, jax.eval_shape(jax.random.key, 0), rows, rows)
 
 
-def make_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh) -> Callable[..., np.ndarray]:
+def make_sampler(
+    model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
+) -> Callable[..., np.ndarray]:
     """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
 
     Args:
       model, diffusion: of training.
       settings: how to sample.
       mesh: B must be a multiple of its batch devices.
+      guide: a weaker model to be guided away from, instead of from the null label; params are then a pair, (model's, guide's).
 
     Raises:
       UserError: settings that the model cannot serve.
     """
     rows = sharding.batch_sharding(mesh)
-    jitted = _jitted_sampler(model, diffusion, settings, mesh)
+    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide)
     # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
     shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
+    params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
     with jax.set_mesh(mesh):
-        jax.eval_shape(jitted, jax.eval_shape(model.init, jax.random.key(0)), jax.random.key(0), shape, shape)
+        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), shape, shape)
 
     def run(params, key, indices, labels):
         indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))

@@ -10,12 +10,19 @@ import numpy as np
 import pytest
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
-from speedit_jax.diffusion.samplers import SAMPLERS, guided, sample
+from speedit_jax.diffusion.samplers import GUIDANCE_SCHEDULES, SAMPLERS, guidance_scales, guided, sample, spaced_steps
 from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace
 from speedit_jax.errors import UserError
 
 LINEAR = make_schedule("linear", 1000)
 MEAN, SPREAD = 0.7, 0.3
+SETTINGS = [
+    {"sampler": "ddpm"},
+    {"sampler": "ddim"},
+    {"sampler": "ddim", "eta": 1.0},
+    {"sampler": "dpm++"},
+    {"sampler": "dpm++", "eta": 1.0},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +112,7 @@ def test_ddpm_with_a_fixed_variance(variance):
     assert abs(missing) < 0.05 * SPREAD**2
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_starting_from_pure_noise_costs_almost_nothing(settings):
     """x_T has mean sqrt(abar_T) MEAN, not 0, and enters the samples with a factor of at most their spread."""
     diffusion = GaussianDiffusion(LINEAR, "fixed_small")
@@ -139,7 +146,7 @@ def test_ddim_converges_to_the_data():
     assert ddim_error_bound(1000) < 0.02
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ddpm"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("num_steps", [1, 7])
 def test_a_single_image_is_reproduced_in_any_number_of_steps(settings, num_steps):
     abar = jnp.asarray(LINEAR.alphas_cumprod)
@@ -162,7 +169,9 @@ def test_ddim_with_eta_1_is_ddpm_with_the_small_variance():
     np.testing.assert_allclose(ddim, sample(perfect_eps, x, diffusion, noise, sampler="ddpm", num_steps=20), atol=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddim", "eta": 0.3}])
+@pytest.mark.parametrize(
+    "settings", [s for s in SETTINGS if s["sampler"] == "ddpm" or "eta" in s] + [{"sampler": "ddim", "eta": 0.3}], ids=str
+)
 def test_every_step_but_the_last_adds_noise(settings):
     diffusion = GaussianDiffusion(LINEAR, "fixed_large" if settings["sampler"] == "ddpm" else "fixed_small")
     _, _, of_steps = sampled_moments(perfect_eps, diffusion, 0.0, 1.0, 10, **settings)
@@ -170,13 +179,14 @@ def test_every_step_but_the_last_adds_noise(settings):
     assert (of_steps[1:] > 0).all()
 
 
-def test_ddim_without_eta_never_asks_for_noise():
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_without_eta_nothing_asks_for_noise(sampler):
     def no_noise(k):
         raise AssertionError("asked for noise")
 
     x = jax.random.normal(jax.random.key(0), (4, 2, 2, 3))
     outs = [
-        sample(perfect_eps, x, GaussianDiffusion(LINEAR, "fixed_small"), no_noise, sampler="ddim", num_steps=20) for _ in "ab"
+        sample(perfect_eps, x, GaussianDiffusion(LINEAR, "fixed_small"), no_noise, sampler=sampler, num_steps=20) for _ in "ab"
     ]
     np.testing.assert_array_equal(*outs)
 
@@ -231,9 +241,50 @@ def test_samples_have_the_dtype_of_the_noise(sampler):
     assert out.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("count", [1, 2, 10, 100, 999, 1000])
+def test_steps_rise_between_the_ends_of_training(name, count):
+    steps = spaced_steps(make_schedule(name, 1000), "logsnr", count)
+    assert len(steps) == count and steps[-1] == 999
+    assert (np.diff(steps) > 0).all()
+    assert count == 1 or steps[0] == 0
+
+
+def test_steps_are_even_in_log_snr_as_far_as_training_has_them():
+    levels = np.log(1 / (1 / LINEAR.alphas_cumprod - 1)) / 2
+    steps = spaced_steps(LINEAR, "logsnr", 10)
+    # Half the distance between the steps of training, which is largest where there is least noise.
+    nearest = np.maximum(np.append(0, -np.diff(levels)), np.append(-np.diff(levels), 0))[steps] / 2
+    wanted = np.linspace(levels[0], levels[-1], 10)
+    assert (np.abs(levels[steps] - wanted) <= nearest + 1e-9).all()
+    np.testing.assert_array_equal(spaced_steps(LINEAR, "even", 10), even_steps(1000, 10))
+
+
+def test_steps_are_not_spent_on_pure_noise():
+    """The cosine schedule ends at lambda = -9.9; of ten steps even down to there, five would see no signal."""
+    cosine = make_schedule("squaredcos_cap_v2", 1000)
+    seen = cosine.alphas_cumprod[spaced_steps(cosine, "logsnr", 10)]
+    assert (np.log(seen) / 2 > -5.1).sum() == 9
+
+
+def test_fewer_errors_of_the_same_number_of_steps():
+    """Even in log-SNR, 2M takes Gaussian data to their spread within a tenth of the error of steps even in t."""
+    diffusion, start = GaussianDiffusion(LINEAR, "fixed_small"), [m[-1] for m in moments(LINEAR)]
+    errors = {}
+    for spacing in ("even", "logsnr"):
+        _, total, _ = sampled_moments(perfect_eps, diffusion, *start, 20, sampler="dpm++", spacing=spacing)
+        errors[spacing] = abs(np.sqrt(total) / SPREAD - 1)
+    assert errors["logsnr"] < errors["even"] / 10
+
+
 def test_unknown_sampler():
-    with pytest.raises(UserError, match=r"sampler 'euler'.*ddpm, ddim"):
+    with pytest.raises(UserError, match=r"sampler 'euler'.*ddpm, ddim, dpm\+\+"):
         sample(perfect_eps, jnp.zeros((1, 1, 1, 1)), GaussianDiffusion(LINEAR), jnp.zeros_like, sampler="euler", num_steps=5)
+
+
+def test_unknown_spacing():
+    with pytest.raises(UserError, match=r"spacing 'karras'.*even, logsnr"):
+        spaced_steps(LINEAR, "karras", 5)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1001])
@@ -279,3 +330,87 @@ def test_guidance_is_its_formula_on_the_guided_channels(scale, channels):
     np.testing.assert_array_equal(out[..., channels:], cond[..., channels:])
     if scale == 0:
         np.testing.assert_array_equal(out[..., :channels], uncond[..., :channels])
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5])
+def test_autoguidance_is_its_formula_on_the_guided_channels(scale):
+    weaker = lambda x, t, y: -x + jnp.float64(y)[:, None, None, None]  # noqa: E731
+    out = guided(network([]), LABELS, None, scale, 4, weaker)(X, STEPS)
+    own, other = network([])(X, STEPS, LABELS), weaker(X, STEPS, LABELS)
+    np.testing.assert_allclose(out[..., :4], (1 - scale) * other + scale * own[..., :4], atol=1e-12)
+    np.testing.assert_array_equal(out[..., 4:], own[..., 4:])
+
+
+@pytest.mark.parametrize("schedule", GUIDANCE_SCHEDULES)
+def test_guidance_schedules_have_the_same_mean_and_never_fall_as_noise_does(schedule):
+    scales = guidance_scales(1000, 3.0, schedule, 0.0, 1.0)
+    np.testing.assert_allclose(scales.mean(), 3.0, rtol=1e-12)
+    assert (np.diff(scales) <= 0).all()
+    # The middle step between them, which there is none of: half a step is 2 / 1000 for linear.
+    np.testing.assert_allclose(scales[[499, 500]].mean(), 3.0, rtol=1e-12)
+    if schedule != "constant":
+        np.testing.assert_allclose(scales[[0, -1]], [5.0, 1.0], atol=2.1e-3)
+
+
+def test_the_interval_of_guidance_is_in_fractions_of_training():
+    scales = guidance_scales(1000, 3.0, "constant", 0.2, 0.75)
+    np.testing.assert_array_equal(scales, np.where((np.arange(1000) >= 200) & (np.arange(1000) < 750), 3.0, 1.0))
+    np.testing.assert_array_equal(guidance_scales(1000, 1.25, "constant", 0.0, 1.0), np.full(1000, 1.25))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("sine", 0.0, 1.0), r"guidance_schedule 'sine'; choose one of constant, linear, cosine"),
+        (("constant", 0.5, 0.5), r"guidance_low=0.5, guidance_high=0.5: must be 0 <= low < high <= 1"),
+        (("constant", 0.8, 0.2), "guidance_low=0.8"),
+        (("constant", -0.1, 1.0), "guidance_low=-0.1"),
+        (("constant", 0.0, 1.1), "guidance_high=1.1"),
+        (("constant", float("nan"), 1.0), "guidance_low=nan"),
+    ],
+)
+def test_impossible_guidance(settings, message):
+    with pytest.raises(UserError, match=message):
+        guidance_scales(1000, 3.0, *settings)
+
+
+def counting(runs):
+    """`network`, that notes the batch size of each pass when it runs, not when it is compiled."""
+
+    def model(x, t, y):
+        jax.debug.callback(lambda: runs.append(len(x)), ordered=True)
+        return network([])(x, t, y)
+
+    return model
+
+
+@pytest.mark.parametrize("autoguidance", [False, True])
+def test_steps_outside_the_interval_run_one_pass(autoguidance):
+    runs, x = [], jnp.asarray(X)
+    guide = counting(runs) if autoguidance else None
+    denoise = guided(counting(runs), LABELS, NULL, guidance_scales(1000, 3.0, "constant", 0.2, 0.75), 4, guide)
+    sample(denoise, x, GaussianDiffusion(LINEAR), jnp.zeros_like, sampler="ddim", num_steps=5).block_until_ready()
+    jax.effects_barrier()
+    within = [3, 3] if autoguidance else [6]
+    assert runs == [3, *within, *within, *within, 3]
+
+
+@pytest.mark.parametrize(("low", "high", "inside"), [(0.0, 0.5, [True, False]), (0.5, 1.0, [False, True])])
+def test_each_step_has_its_own_scale(low, high, inside):
+    """The table's in the interval, and the plain model outside of it."""
+    scales = guidance_scales(1000, 3.0, "linear", low, high)
+    denoise = jax.jit(guided(network([]), LABELS, NULL, scales, 4))
+    for t, within in zip((250, 750), inside, strict=True):
+        t = jnp.full(3, t)
+        expected = guided(network([]), LABELS, NULL, scales[t[0]] if within else 1.0, 4)(X, t)
+        np.testing.assert_allclose(denoise(X, t), expected, rtol=1e-12)
+
+
+def test_only_an_interval_compiles_two_programs():
+    def program(*settings):
+        denoise = guided(network([]), LABELS, NULL, guidance_scales(1000, *settings), 4)
+        return str(jax.make_jaxpr(denoise)(X, STEPS))
+
+    assert "cond[" in program(3.0, "constant", 0.2, 0.8)
+    for settings in ((3.0, "constant", 0.0, 1.0), (3.0, "cosine", 0.0, 1.0), (1.0, "constant", 0.2, 0.8)):
+        assert "cond[" not in program(*settings)

@@ -21,14 +21,16 @@ LABELS = INDICES % 3
 
 # Ancestral, so that noise is drawn at every step, and guided.
 SETTINGS = Settings(sampler="ddpm", num_steps=4, eta=0.0, guidance_scale=2.0, guidance_channels=0, clip=True)
+# With a carry from step to step, and steps with and without guidance.
+MULTISTEP = dataclasses.replace(SETTINGS, sampler="dpm++", guidance_schedule="cosine", guidance_low=0.2, guidance_high=0.8)
 
 
 @functools.cache
-def sampler(shape):
+def sampler(shape, settings=SETTINGS):
     """run(indices, labels) -> images, with random weights, sharded as in training."""
     trainer = tiny.make_trainer(shape)
     params = jax.device_put(tiny.random_like(trainer.shapes.params), trainer.shardings.params)
-    run = make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
+    run = make_sampler(trainer.model, trainer.diffusion, settings, trainer.mesh)
     return lambda indices, labels, key=KEY: run(params, key, indices, labels)
 
 
@@ -49,6 +51,22 @@ def test_a_seed_gives_the_same_bits_again():
 @pytest.mark.parametrize("shape", [EIGHT, (2, 2, 2)], ids=str)
 def test_devices_change_only_the_rounding(shape):
     np.testing.assert_allclose(sampler(shape)(INDICES, LABELS), sampler(ONE)(INDICES, LABELS), rtol=0, atol=1e-4)
+
+
+def test_devices_change_only_the_rounding_of_steps_with_and_without_guidance():
+    one, eight = (sampler(shape, MULTISTEP)(INDICES, LABELS) for shape in (ONE, (2, 2, 2)))
+    np.testing.assert_allclose(eight, one, rtol=0, atol=1e-4)
+
+
+def test_guidance_by_a_weaker_model():
+    """By itself it changes nothing; by another one, images; and it needs no null label."""
+    trainer = tiny.make_trainer(model__label_dropout=0.0)
+    own, weaker = (tiny.random_like(trainer.shapes.params, seed) for seed in (0, 1))
+    unguided = dataclasses.replace(SETTINGS, guidance_scale=1.0)
+    plain = make_sampler(trainer.model, trainer.diffusion, unguided, trainer.mesh)(own, KEY, INDICES, LABELS)
+    run = make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh, guide=trainer.model)
+    np.testing.assert_allclose(run((own, own), KEY, INDICES, LABELS), plain, rtol=0, atol=1e-5)
+    assert np.abs(run((own, weaker), KEY, INDICES, LABELS) - plain).max() > 1e-2
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -92,6 +110,16 @@ def test_settings_come_from_the_config():
     assert Settings.from_config(config, guided) == Settings("ddim", 7, 0.0, 1.5, 3, True)
     unguided = dataclasses.replace(guided, null_label=None)
     assert Settings.from_config(config, unguided) == Settings("ddim", 7, 0.0, 1.0, 3, True)
+    assert Settings.from_config(config, unguided, guided).guidance_scale == 1.5
+
+
+def test_settings_of_a_checkpoint_that_is_older_than_some_of_them():
+    config = tiny.make_config().sampling
+    older = config.copy_and_resolve_references()
+    for name in ("guidance_schedule", "guidance_low", "guidance_high", "spacing"):
+        del older[name]
+    model = tiny.make_trainer().model
+    assert Settings.from_config(older, model) == Settings.from_config(config, model)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +130,10 @@ def test_settings_come_from_the_config():
         ({"guidance_channels": -1}, r"guidance_channels=-1: must lie in 0..1"),
         ({"eta": 1.5}, r"eta=1.5: must lie in \[0, 1\]"),
         ({"eta": -0.5}, r"eta=-0.5: must lie in \[0, 1\]"),
-        ({"sampler": "heun"}, "unknown sampler 'heun'; choose one of ddpm, ddim"),
+        ({"sampler": "heun"}, "unknown sampler 'heun'; choose one of ddpm, ddim, dpm"),
+        ({"spacing": "karras"}, "unknown spacing 'karras'; choose one of even, logsnr"),
+        ({"guidance_schedule": "sine"}, "unknown guidance_schedule 'sine'"),
+        ({"guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low=0.8, guidance_high=0.2: must be"),
         ({"num_steps": 0}, "0 sampling steps asked for"),
         ({"num_steps": 1001}, "1001 sampling steps asked for"),
     ],
