@@ -44,6 +44,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
 
     c.diffusion = diffusion = ml_collections.ConfigDict()
+    diffusion.path = "vp"  # vp: diffusion, as the next keys say; linear or gvp: flow matching, which predicts the velocity
     diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad or const
     diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
     diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
@@ -99,7 +100,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     checkpoint.keep_every = 0  # steps; those at multiples of it are kept for ever; 0 keeps none
 
     c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
-    sampling.sampler = "ddim"  # ddpm, ddim or dpm++: docs/sampling.md
+    sampling.sampler = "auto"  # ddpm, ddim or dpm++, of flows euler, heun or sde; auto: ddim or euler; docs/sampling.md
     # How many, evenly spaced; or "ddim50", every so many; or "10,15,20", for sections from the least noisy to the noisiest.
     sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
     sampling.spacing = "even"  # of the steps: even in t, or logsnr: better for dpm++ with few steps

@@ -46,6 +46,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 # The published EMA also averages the position table, in float32, and so lets it drift; a learned table is far from this.
 _POSITIONS_TOLERANCE = 0.01
+# What SiT's training writes down -> config.diffusion.path.
+SIT_PATHS = {"Linear": "linear", "GVP": "gvp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Weights:
       network: what its tensors, or its config.json, say.
       raw, ema: name -> array; the same where there is only one.
       diffusers: whether the names are diffusers'.
+      path: config.diffusion.path.
       notes: what the user ought to know.
     """
 
@@ -63,6 +66,7 @@ class Weights:
     raw: Mapping[str, np.ndarray]
     ema: Mapping[str, np.ndarray]
     diffusers: bool = False
+    path: str = "vp"
     notes: tuple[str, ...] = ()
 
 
@@ -97,19 +101,22 @@ def read(path: Path) -> Weights:
         return published(state, state)
     raw, ema = (files.arrays(content[key]) if content.get(key) else None for key in ("model", "ema"))
     settings = getattr(content.get("args"), "saved", None)
-    notes = ()
-    if isinstance(settings, dict) and "path_type" in settings:
-        notes = ("these are SiT's weights, trained for flow matching: ddpm and ddim draw nothing sensible from them",)
-    return published(raw or ema, ema or raw, notes)
+    flow = settings.get("path_type") if isinstance(settings, dict) else None
+    if flow and (flow not in SIT_PATHS or settings.get("prediction", "velocity") != "velocity"):
+        raise UserError(
+            f"a SiT of path {flow} that predicts {settings.get('prediction')}; known are velocities of {', '.join(SIT_PATHS)}"
+        )
+    weights = published(raw or ema, ema or raw)
+    return dataclasses.replace(weights, path=SIT_PATHS[flow]) if flow else weights
 
 
-def published(raw: Mapping[str, np.ndarray], ema: Mapping[str, np.ndarray], notes: tuple[str, ...] = ()) -> Weights:
+def published(raw: Mapping[str, np.ndarray], ema: Mapping[str, np.ndarray]) -> Weights:
     """Tensors under the names of the published code."""
     if not dig.is_dig(ema):
-        return Weights(dit.describe(ema), raw, ema, notes=notes)
+        return Weights(dit.describe(ema), raw, ema)
     one = raw is ema
     ema = dig.without_aliases(ema)
-    return Weights(dig.describe(ema), ema if one else dig.without_aliases(raw), ema, notes=notes)
+    return Weights(dig.describe(ema), ema if one else dig.without_aliases(raw), ema)
 
 
 def read_diffusers(path: Path) -> Weights:
@@ -159,6 +166,7 @@ def make_config(weights: Weights, given: Mapping[str, Any]) -> tuple[ml_collecti
         "model.norm": network.norm,
         "model.convolution": network.convolution,
         "model.time_freq_shift": int(weights.diffusers),
+        "diffusion.path": weights.path,
         "diffusion.variance": "learned_range" if learned else "fixed_large",
         "data.height": side,
         "data.width": side,

@@ -23,7 +23,7 @@ from speedit_jax.training import builders, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.run import config_of
-from speedit_jax.training.sampling import Settings, make_sampler, parse_labels
+from speedit_jax.training.sampling import Settings, make_sampler, parse_labels, resolve
 from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -35,7 +35,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim or dpm++. Default: the run's, as for all below.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpm++; of flows euler, heun, sde. Default: the run's, as below.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
 _SPACING = flags.DEFINE_string("spacing", None, "Of the steps: even or logsnr.")
 _ETA = flags.DEFINE_float("eta", None, "Noise of ddim and dpm++, 0 to 1.")
@@ -78,6 +78,8 @@ def sample() -> None:
     guide = open_guide(meta, mesh)
     settings = Settings.from_config(config.sampling, model, guide and guide.model)
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+    diffusion = builders.make_diffusion(config)
+    settings = resolve(settings, diffusion)
     autoencoder = open_autoencoder(meta.get("latents"), meta["image_shape"][2], mesh)
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
@@ -85,7 +87,7 @@ def sample() -> None:
 
     if jax.process_index() == 0:
         check_writable(out)
-    run = make_sampler(model, builders.make_diffusion(config), settings, mesh, guide and guide.model)
+    run = make_sampler(model, diffusion, settings, mesh, guide and guide.model)
     params = restore(checkpoints, step, model, mesh)
     params = (params, restore(guide.checkpoints, guide.step, guide.model, mesh)) if guide else params
     count = _NUM_IMAGES.value
@@ -147,13 +149,13 @@ def open_guide(meta: dict, mesh) -> Guide | None:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
         {"image_shape": m["image_shape"], "class_names": m["class_names"]}
-        | {f"diffusion.{name}": value for name, value in m["config"]["diffusion"].items() if name != "variance"}
+        | {f"diffusion.{name}": value for name, value in config_of(m).diffusion.items() if name != "variance"}
         for m in (meta, other)
     )
     for name in sorted(own.keys() | its.keys()):
         if own.get(name) != its.get(name):
             raise UserError(f"--guide_workdir={workdir}: its {name} is {its.get(name)}, but that of --workdir is {own.get(name)}")
-    config = ml_collections.ConfigDict(other["config"])
+    config = config_of(other)
     return Guide(workdir, checkpoints, step, builders.make_model(config, mesh, other["image_shape"], len(other["class_names"])))
 
 

@@ -83,6 +83,19 @@ class GaussianDiffusion:
     def learned_variance(self) -> bool:
         return self.variance == "learned_range"
 
+    def draw_time(self, key: jax.Array, t: jax.Array) -> jax.Array:
+        """Levels are times here; a flow draws its own within a level."""
+        del key
+        return t
+
+    def model_time(self, t: jax.Array) -> jax.Array:
+        """What the network is told for step t."""
+        return jnp.asarray(self.schedule.model_steps)[t]
+
+    def level(self, model_time: jax.Array) -> jax.Array:
+        """The step of training that the network is told about: itself, also in a respaced schedule."""
+        return model_time
+
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """x_t of eq. (1)."""
         return _at(np.sqrt(self.schedule.alphas_cumprod), t, x0) * x0 + _at(self.schedule.sigmas, t, x0) * noise

@@ -6,6 +6,8 @@ import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax.data.sources import Source
+from speedit_jax.diffusion.flow import PATHS, FlowMatching
+from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.diffusion.strategies import Strategy
@@ -16,13 +18,19 @@ from speedit_jax.training import sharding
 from speedit_jax.training.autoencoder import Autoencoder
 
 
-def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion:
-    schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
-    # Runs older than the key predict the noise.
-    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.get("prediction", "epsilon"))
+def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
+    schedule, path = make_schedule(config.diffusion.schedule, config.diffusion.num_steps), config.diffusion.path
+    if path in PATHS:
+        return FlowMatching(path, config.diffusion.num_steps, config.diffusion.variance == "learned_range")
+    if path != "vp":
+        raise UserError(f"unknown diffusion.path {path!r}; choose one of vp, {', '.join(PATHS)}")
+    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction)
 
 
-def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion) -> Strategy:
+def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
+    if isinstance(diffusion, FlowMatching):
+        vp = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
+        return make_flow_strategy(diffusion, vp, config.training.batch_size, **config.timesteps)
     return _make_strategy(diffusion.schedule, prediction=diffusion.prediction, **config.timesteps)
 
 

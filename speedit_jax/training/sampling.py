@@ -10,10 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speedit_jax.diffusion import samplers
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import sharding
+
+Diffusion = GaussianDiffusion | FlowMatching
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Settings:
     """How to sample.
 
     Attributes:
-      sampler: "ddpm", "ddim" or "dpm++".
-      num_steps: network evaluations an image (two passes each under guidance), or at which steps: schedules.sampling_steps.
+      sampler: one of samplers.SAMPLERS for diffusion and of flow_samplers.FLOW_SAMPLERS for flows, or "auto": ddim or euler.
+      num_steps: of the sampler (two passes each under guidance), or of diffusion which steps: schedules.sampling_steps.
       eta: noise of ddim and dpm++, 0 to 1.
       guidance_scale: 1 is none.
       guidance_channels: how many of the prediction's channels are guided; 0 is all.
@@ -37,7 +41,6 @@ class Settings:
     guidance_scale: float
     guidance_channels: int
     clip: bool
-    # Checkpoints of older versions do not have those below.
     guidance_schedule: str = "constant"
     guidance_low: float = 0.0
     guidance_high: float = 1.0
@@ -46,9 +49,24 @@ class Settings:
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict, model: Model, guide: Model | None = None) -> "Settings":
         """From a config's `sampling` section; without guidance where the model has nothing to be guided away from."""
-        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls) if field.name in config})
+        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
         unguided = model.null_label is None and guide is None
         return dataclasses.replace(settings, guidance_scale=1.0) if unguided else settings
+
+
+def resolve(settings: Settings, diffusion: Diffusion) -> Settings:
+    """`settings` with the sampler that "auto" stands for.
+
+    Raises:
+      UserError: a sampler of flows for diffusion, or the other way round.
+    """
+    flow = isinstance(diffusion, FlowMatching)
+    choices = FLOW_SAMPLERS if flow else samplers.SAMPLERS
+    sampler = ("euler" if flow else "ddim") if settings.sampler == "auto" else settings.sampler
+    if sampler not in choices:
+        kind = f"a flow (diffusion.path={diffusion.path})" if flow else "diffusion"
+        raise UserError(f"unknown sampler {sampler!r} for {kind}; choose one of auto, {', '.join(choices)}")
+    return dataclasses.replace(settings, sampler=sampler)
 
 
 def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
@@ -97,8 +115,9 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
         raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
 
 
-def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
+def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
     """As `make_sampler`, on arrays that are on the mesh."""
+    settings = resolve(settings, diffusion)
     _check(settings, model, guide)
     scales = samplers.guidance_scales(
         diffusion.schedule.num_steps,
@@ -117,24 +136,24 @@ def _jitted_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settin
             scales,
             settings.guidance_channels or model.image_shape[-1],
             guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
+            diffusion.level,
         )
-        return samplers.sample(
+        inputs = (
             lambda x, t: sharding.constrain(denoise(x, t), ("batch", None, None, None)),
             # Stream 0 is the starting noise; the noise of step k is stream k + 1.
             image_noise(key, indices, 0, model.image_shape),
             diffusion,
             lambda k: image_noise(key, indices, k + 1, model.image_shape),
-            sampler=settings.sampler,
-            num_steps=settings.num_steps,
-            spacing=settings.spacing,
-            eta=settings.eta,
-            clip=settings.clip,
         )
+        common = {"sampler": settings.sampler, "num_steps": settings.num_steps, "clip": settings.clip}
+        if isinstance(diffusion, FlowMatching):
+            return sample_flow(*inputs, **common)
+        return samplers.sample(*inputs, **common, spacing=settings.spacing, eta=settings.eta)
 
     return jax.jit(sample, out_shardings=sharding.replicated(mesh))
 
 
-def lower_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, batch: int) -> jax.stages.Lowered:
+def lower_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, batch: int) -> jax.stages.Lowered:
     """The sampler of `batch` images, lowered on shapes alone; parameters are sharded as the mesh says.
 
     Raises:
@@ -149,7 +168,7 @@ def lower_sampler(model: Model, diffusion: GaussianDiffusion, settings: Settings
 
 
 def make_sampler(
-    model: Model, diffusion: GaussianDiffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
+    model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
 ) -> Callable[..., np.ndarray]:
     """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.models.build import Model
 from speedit_jax.training import sharding
@@ -16,7 +17,7 @@ from speedit_jax.training.autoencoder import latents_of
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -42,16 +43,15 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def make_loss(model: Model, diffusion: GaussianDiffusion) -> Callable:
+def make_loss(model: Model, diffusion: GaussianDiffusion | FlowMatching) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, with a learned variance, "vb"}).
 
     These are each example's, [B], with loss = weight * mse + vb; the scalar is the mean over the batch of importance * loss.
     """
-    model_steps = diffusion.schedule.model_steps
 
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
-        output = model.apply(params, x_t, jnp.asarray(model_steps)[batch["t"]], batch["y"])
+        output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"])
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = batch["weight"] * terms["mse"] + terms.get("vb", 0.0)
         return (batch["importance"] * terms["loss"]).mean(), terms
@@ -99,7 +99,7 @@ def by_quartile(t: jax.Array, num_steps: int, terms: dict[str, jax.Array]) -> di
 
 def make_train_step(
     model: Model,
-    diffusion: GaussianDiffusion,
+    diffusion: GaussianDiffusion | FlowMatching,
     strategy: Any,
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
@@ -122,7 +122,7 @@ def make_train_step(
         inputs = {
             "x0": x0,
             "noise": jax.random.normal(stream(key, "noise"), x0.shape, x0.dtype),
-            "t": t,
+            "t": diffusion.draw_time(stream(key, "time"), t),
             "weight": weight,
             "importance": importance,
             "y": drop_labels(stream(key, "label_dropout"), batch["label"], config.model.label_dropout, model.null_label),

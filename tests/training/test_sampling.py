@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
 from speedit_jax.training import sharding
-from speedit_jax.training.sampling import Settings, image_noise, make_sampler, parse_labels
+from speedit_jax.training.sampling import Settings, image_noise, make_sampler, parse_labels, resolve
 
 from . import tiny
 from .tiny import CLASSES, IMAGE, ONE
@@ -107,19 +108,39 @@ def test_noise_is_equal_to_the_bit_on_any_devices_and_in_any_batch():
 def test_settings_come_from_the_config():
     config = tiny.make_config(sampling__num_steps=7, sampling__guidance_channels=3).sampling
     guided = tiny.make_trainer().model
-    assert Settings.from_config(config, guided) == Settings("ddim", 7, 0.0, 1.5, 3, True)
+    assert Settings.from_config(config, guided) == Settings("auto", 7, 0.0, 1.5, 3, True)
     unguided = dataclasses.replace(guided, null_label=None)
-    assert Settings.from_config(config, unguided) == Settings("ddim", 7, 0.0, 1.0, 3, True)
+    assert Settings.from_config(config, unguided) == Settings("auto", 7, 0.0, 1.0, 3, True)
     assert Settings.from_config(config, unguided, guided).guidance_scale == 1.5
 
 
-def test_settings_of_a_checkpoint_that_is_older_than_some_of_them():
-    config = tiny.make_config().sampling
-    older = config.copy_and_resolve_references()
-    for name in ("guidance_schedule", "guidance_low", "guidance_high", "spacing"):
-        del older[name]
-    model = tiny.make_trainer().model
-    assert Settings.from_config(older, model) == Settings.from_config(config, model)
+def test_each_kind_has_its_samplers():
+    auto = dataclasses.replace(SETTINGS, sampler="auto")
+    gaussian, flow = tiny.make_trainer().diffusion, FlowMatching("linear")
+    assert resolve(auto, gaussian).sampler == "ddim" and resolve(auto, flow).sampler == "euler"
+    assert resolve(SETTINGS, gaussian) == SETTINGS
+    with pytest.raises(
+        UserError, match=r"unknown sampler 'ddpm' for a flow \(diffusion.path=linear\); choose one of auto, euler"
+    ):
+        resolve(SETTINGS, flow)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "sde"])
+def test_flows_are_sampled_with_guidance_in_an_interval(sampler):
+    trainer = tiny.make_trainer(diffusion__path="linear")
+    params = jax.device_put(tiny.random_like(trainer.shapes.params), trainer.shardings.params)
+    drawn = {}
+    for low, high in ((0.0, 1.0), (0.0, 0.5)):
+        settings = dataclasses.replace(SETTINGS, sampler=sampler, guidance_low=low, guidance_high=high)
+        run = make_sampler(trainer.model, trainer.diffusion, settings, trainer.mesh)
+        drawn[high - low] = run(params, KEY, INDICES, LABELS)
+        assert np.isfinite(drawn[high - low]).all()
+    # Of four steps two are noisier than half.
+    unguided = make_sampler(
+        trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, sampler=sampler, guidance_scale=1.0), trainer.mesh
+    )
+    plain = unguided(params, KEY, INDICES, LABELS)
+    assert np.abs(drawn[1.0] - drawn[0.5]).max() > 1e-3 and np.abs(drawn[0.5] - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -130,7 +151,7 @@ def test_settings_of_a_checkpoint_that_is_older_than_some_of_them():
         ({"guidance_channels": -1}, r"guidance_channels=-1: must lie in 0..1"),
         ({"eta": 1.5}, r"eta=1.5: must lie in \[0, 1\]"),
         ({"eta": -0.5}, r"eta=-0.5: must lie in \[0, 1\]"),
-        ({"sampler": "heun"}, "unknown sampler 'heun'; choose one of ddpm, ddim, dpm"),
+        ({"sampler": "heun"}, "unknown sampler 'heun' for diffusion; choose one of auto, ddpm, ddim, dpm"),
         ({"spacing": "karras"}, "unknown spacing 'karras'; choose one of even, logsnr"),
         ({"guidance_schedule": "sine"}, "unknown guidance_schedule 'sine'"),
         ({"guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low=0.8, guidance_high=0.2: must be"),
