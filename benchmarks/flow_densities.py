@@ -1,4 +1,7 @@
-"""Draws where strategies put their draws on the time of a flow: python -m benchmarks.flow_densities --out=docs/results/flow_densities.png"""
+"""Where strategies draw on the time of a flow.
+
+python -m benchmarks.flow_densities --out=docs/results/flow_densities.png
+"""
 
 import argparse
 from pathlib import Path

@@ -1,0 +1,169 @@
+"""Images in order, as uint8, for whoever measures them: an npz, a directory as it is, or a data source.
+
+An npz is read as a stream: fifty thousand images of 256 pixels are 10 GB.
+"""
+
+import contextlib
+import dataclasses
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from speedit_jax.data import loader
+from speedit_jax.data.sources import Source, open_source
+from speedit_jax.errors import UserError
+
+ARRAY = "arr_0"  # ADM's name for the images
+KINDS = "FILE.npz with arr_0, a directory of images, digits, synthetic or folder:PATH"
+_ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are swapped
+
+
+class Images(Protocol):
+    """Images of one size.
+
+    Attributes:
+      shape: (H, W, C), C being 1 or 3.
+    """
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, threads: int) -> Iterator[np.ndarray]:
+        """uint8 [size, H, W, C] each, the last one smaller."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NpzImages:
+    """arr_0 of an npz, uint8 [n, H, W, C]."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, size: int, threads: int) -> Iterator[np.ndarray]:
+        del threads
+        with _reading(self.path), _array(self.path) as (file, _, _):
+            for first in range(0, self.count, size):
+                n = min(size, self.count - first)
+                content = file.read(n * int(np.prod(self.shape)))
+                yield np.frombuffer(content, np.uint8).reshape(n, *self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceImages:
+    """All of a data source, in its order."""
+
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.source.image_shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, size: int, threads: int) -> Iterator[np.ndarray]:
+        for batch in loader.in_order(self.source, 0, len(self), size, threads):
+            yield np.round((batch["image"] + 1) * 127.5).astype(np.uint8)
+
+
+def open_images(where: str, shape: tuple[int, int, int] | None = None) -> Images | None:
+    """The images at `where`.
+
+    Args:
+      where: one of KINDS. Those of a directory are taken as they are; folder:PATH scales and crops them to `shape`.
+      shape: what folder: and synthetic are to have.
+
+    Returns:
+      None for an npz that has no images (but statistics, perhaps).
+
+    Raises:
+      UserError: there are none, they cannot be read, or they have several sizes.
+    """
+    path = Path(where).expanduser()
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    if where.partition(":")[0] in ("digits", "synthetic", "folder"):
+        # The digits have a size of their own.
+        if shape is None and where != "digits":
+            raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH,CHANNELS")
+        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape))
+    if not path.is_dir():
+        raise UserError(f"no images {where!r}: give {KINDS}")
+    # Of any size, for its list of files alone.
+    listed = _source(f"folder:{path}", (1, 1, 3))
+    return SourceImages(_source(f"folder:{path}", _common_shape([path / name for name in listed.files])))
+
+
+def _source(where: str, shape: tuple[int, int, int]) -> Source:
+    keys = ("height", "width", "channels")
+    other = {"source": where, "max_broken": 0, "synthetic_size": 4096, "synthetic_classes": 10}
+    return open_source(ml_collections.ConfigDict(dict(zip(keys, shape, strict=True)) | other))
+
+
+def _common_shape(files: list[Path]) -> tuple[int, int, int]:
+    """(H, W, C) of image files, read from their headers."""
+    shapes = {}
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                swapped = image.getexif().get(_ORIENTATION, 1) >= 5
+                size = image.size if swapped else image.size[::-1]
+                grey = len(image.getbands()) == 1 and image.mode != "P"
+        except Exception as e:
+            # Pillow raises many kinds for many kinds of damage.
+            raise UserError(f"cannot read the image {path}: {e}; mend it or take it out of the directory") from e
+        shapes.setdefault((*size, 1 if grey else 3), path)
+        if len(shapes) > 1:
+            (one, first), (other, second) = shapes.items()
+            raise UserError(
+                f"{first} is {'x'.join(map(str, one))} and {second} is {'x'.join(map(str, other))}: images of one size and kind"
+                f" are compared; folder:{first.parent} scales and crops them"
+            )
+    return next(iter(shapes))
+
+
+def _open_npz(path: Path) -> NpzImages | None:
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    with _reading(path):
+        with zipfile.ZipFile(path) as archive:
+            if f"{ARRAY}.npy" not in archive.namelist():
+                return None
+        with _array(path) as (_, shape, dtype):
+            pass
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
+        raise UserError(f"{path}: {ARRAY} is {dtype} {list(shape)}, not uint8 [n, H, W, 1 or 3]; write it as sample does")
+    return NpzImages(path, shape[1:], shape[0])
+
+
+@contextlib.contextmanager
+def _array(path: Path):
+    """(file that stands at the first number, shape, dtype)."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        if fortran_order:
+            raise ValueError(f"{ARRAY} is in Fortran's order")
+        yield file, shape, dtype
+
+
+@contextlib.contextmanager
+def _reading(path: Path):
+    """Damage, of whatever kind, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        raise UserError(f"{path} cannot be read as an npz of images ({e}); write it again") from e

@@ -1,0 +1,108 @@
+"""Images for evaluation: all kinds give the same uint8 pixels, and each mistake one line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from speedit_jax.data.images import open_images
+from speedit_jax.data.sources import load_digits
+from speedit_jax.errors import UserError
+
+SHAPE = (6, 10, 3)
+PIXELS = np.random.default_rng(0).integers(0, 256, (11, *SHAPE), np.uint8)
+
+
+def together(images, size=4):
+    parts = list(images.batches(size, 2))
+    assert [len(part) for part in parts[:-1]] == [size] * (len(parts) - 1)
+    return np.concatenate(parts)
+
+
+def write_folder(root, pixels):
+    for i, image in enumerate(pixels):
+        path = root / ("cat", "dog")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(path)
+
+
+def one_line(call, *words):
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_streamed(tmp_path, save):
+    path = tmp_path / "x.npz"
+    save(path, PIXELS, np.arange(11))
+    images = open_images(str(path))
+    assert len(images) == 11 and images.shape == SHAPE
+    for size in (4, 11, 64):
+        np.testing.assert_array_equal(together(images, size), PIXELS)
+
+
+def test_a_directory_as_it_is(tmp_path):
+    write_folder(tmp_path, PIXELS)
+    images = open_images(str(tmp_path))
+    assert len(images) == 11 and images.shape == SHAPE
+    np.testing.assert_array_equal(together(images), np.concatenate([PIXELS[::2], PIXELS[1::2]]))
+
+
+def test_a_grey_directory(tmp_path):
+    write_folder(tmp_path, PIXELS[..., :1])
+    images = open_images(str(tmp_path))
+    assert images.shape == (6, 10, 1)
+    np.testing.assert_array_equal(together(images)[:6], PIXELS[::2, ..., :1])
+
+
+def test_sources(tmp_path):
+    digits = open_images("digits")
+    expected, _ = load_digits("train")
+    # Seventeen levels of grey, 0 to 16.
+    np.testing.assert_array_equal(together(digits, 500), np.round((expected + 1) * 127.5))
+    assert open_images("synthetic", (4, 5, 3)).shape == (4, 5, 3)
+    write_folder(tmp_path, PIXELS.repeat(2, 1).repeat(2, 2))
+    np.testing.assert_array_equal(together(open_images(f"folder:{tmp_path}", SHAPE))[:6], PIXELS[::2])
+    one_line(lambda: open_images(f"folder:{tmp_path}"), "--size")
+
+
+def test_an_npz_without_images(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.zeros(3))
+    assert open_images(str(tmp_path / "x.npz")) is None
+
+
+@pytest.mark.parametrize(
+    "array", [PIXELS / 255, PIXELS[0], PIXELS[..., :2], PIXELS[:0], np.asfortranarray(PIXELS), np.array([{}])]
+)
+def test_arrays_that_are_no_images(tmp_path, array):
+    np.savez(tmp_path / "x.npz", array)
+    one_line(lambda: open_images(str(tmp_path / "x.npz")), str(tmp_path / "x.npz"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz(tmp_path, save):
+    path = tmp_path / "x.npz"
+    save(path, PIXELS)
+    whole = path.read_bytes()
+    # Cut short, no zip at all, and a few bytes among the pixels turned over.
+    middle = len(whole) // 2
+    for content in (
+        whole[:middle],
+        b"hello",
+        whole[:middle] + bytes(255 - b for b in whole[middle : middle + 9]) + whole[middle + 9 :],
+    ):
+        path.write_bytes(content)
+        one_line(lambda: together(open_images(str(path))), str(path), "cannot be read")
+
+
+def test_mistakes(tmp_path):
+    one_line(lambda: open_images("nowhere"), "nowhere", "FILE.npz", "folder:PATH")
+    one_line(lambda: open_images(str(tmp_path / "x.npz")), "no file", "x.npz")
+    one_line(lambda: open_images(str(tmp_path)), "no images", str(tmp_path))
+    write_folder(tmp_path, PIXELS)
+    Image.fromarray(PIXELS[0, :5]).save(tmp_path / "dog" / "zz.png")
+    one_line(lambda: open_images(str(tmp_path)), "00.png", "6x10x3", "zz.png", "5x10x3", "folder:")
+    (tmp_path / "dog" / "zz.png").write_bytes(b"none")
+    one_line(lambda: open_images(str(tmp_path)), "cannot read the image", "zz.png")
