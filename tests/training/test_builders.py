@@ -1,0 +1,19 @@
+"""From a config to its parts."""
+
+import numpy as np
+import pytest
+
+from speedit_jax.diffusion.gaussian import PREDICTIONS
+from speedit_jax.training import builders
+
+from . import tiny
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_weights_are_those_of_the_prediction(prediction):
+    config = tiny.make_config(diffusion__prediction=prediction, timesteps__strategy="min_snr")
+    diffusion = builders.make_diffusion(config)
+    assert diffusion.prediction == prediction
+    snr = diffusion.schedule.alphas_cumprod / (1 - diffusion.schedule.alphas_cumprod)
+    expected = np.minimum(snr, 5) / {"epsilon": snr, "x0": 1, "v": snr + 1}[prediction]
+    np.testing.assert_allclose(builders.make_strategy(config, diffusion).weights, expected, rtol=1e-12)
