@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from speedit_jax import __version__, cli
-from speedit_jax.data.images import KINDS, Images, open_images
+from speedit_jax.data.image_sets import KINDS, Images, open_images
 from speedit_jax.errors import UserError
 from speedit_jax.interop import files
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance

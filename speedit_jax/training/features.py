@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from speedit_jax.data.images import Images
+from speedit_jax.data.image_sets import Images
 from speedit_jax.data.latents import sha256
 from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Moments

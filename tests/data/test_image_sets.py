@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from speedit_jax.data.images import open_images
+from speedit_jax.data.image_sets import open_images
 from speedit_jax.data.sources import load_digits
 from speedit_jax.errors import UserError
 
