@@ -14,8 +14,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
 
     c.data = data = ml_collections.ConfigDict()
-    data.source = "synthetic"  # digits, folder:PATH, latents:PATH (of speedit_jax.encode) or synthetic
-    data.height = 32  # pixels; images of a folder are scaled and cropped to height x width; latents have their own
+    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
+    data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
+    data.classes = ""  # only these, names or numbers with commas between, numbered anew in this order; "" is all
+    data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents

@@ -26,7 +26,9 @@ from speedit_jax.errors import UserError
 from speedit_jax.training import sharding
 from speedit_jax.training.autoencoder import Autoencoder
 
-_SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH or synthetic, as config.data.source.")
+_SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH, tfds:NAME or synthetic, as config.data.source.")
+_SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set, as config.data.split.")
+_CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH.")
 _VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its safetensors.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.")
@@ -47,8 +49,8 @@ def open_images() -> Source:
     except ValueError:
         raise UserError(f"--size={','.join(_SIZE.value)}: give one number of pixels, or HEIGHT,WIDTH") from None
     synthetic = {"synthetic_size": 4096, "synthetic_classes": 10}
-    images = {"height": height, "width": width, "channels": 3, "max_broken": _MAX_BROKEN.value}
-    config = ml_collections.ConfigDict({"source": _SOURCE.value} | images | synthetic)
+    images = {"height": height, "width": width, "channels": 3, "split": _SPLIT.value, "classes": _CLASSES.value}
+    config = ml_collections.ConfigDict({"source": _SOURCE.value, "max_broken": _MAX_BROKEN.value} | images | synthetic)
     source = open_source(config)
     if source.latents:
         raise UserError(f"--source={_SOURCE.value}: these are latents already")
@@ -103,7 +105,7 @@ def encode() -> None:
         multihost_utils.sync_global_devices("all shards are written")
     if jax.process_index() == 0:
         header = latents.write_header(out, what, [latents.finished_shard(path) for path in paths])
-        rate = f", {encoded / seconds:.1f} images/s here" if encoded else ""
+        rate = f", {encoded / seconds:.3g} images/s here" if encoded else ""
         print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
         print(f"per channel: mean {np.round(header['mean'], 3).tolist()}, std {np.round(header['std'], 3).tolist()}, unscaled")
         print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")

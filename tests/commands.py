@@ -88,10 +88,11 @@ def server() -> Iterator[Callable[..., Result]]:
         server.stdin.close()
 
 
-def run_alone(command: str, *args: object) -> Result:
-    """The same, in a process of its own."""
+def run_alone(command: str, *args: object, **env: object) -> Result:
+    """The same, in a process of its own with `env` in its environment."""
     argv = [sys.executable, "-m", f"speedit_jax.{command}", *map(str, args)]
-    done = subprocess.run(argv, cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=600)
+    env = ONE_DEVICE | {name: str(value) for name, value in env.items()}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

@@ -113,6 +113,7 @@ MISTAKES = {
     "no source": (["--source="], ["--source is missing"]),
     "no vae": (["--vae="], ["--vae is missing"]),
     "no such folder": (["--source=folder:/no/such"], ["/no/such"]),
+    "no such class": (["--classes=cat,cow"], ["data.classes=cat,cow"]),
     "no such vae": (["--vae=/no/such"], ["/no/such", "config.json"]),
     "size": (["--size=big"], ["--size=big"]),
     "odd size": (["--size=17"], ["17x17"]),

@@ -2,6 +2,7 @@
 
 `digits`       scikit-learn's 1,797 labelled 8x8 handwritten digits; the 80 % of a fixed stratified split
 `folder:PATH`  images below PATH: its sub-directories are the classes; without any, the set is unconditional
+`tfds:NAME`    a set that TensorFlow Datasets prepared, NAME[/CONFIG][:VERSION] (data/tfds.py)
 `latents:PATH` what speedit_jax.encode wrote: {"moments", "label"} (data/latents.py)
 `synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
 """
@@ -14,14 +15,16 @@ from typing import Any, Protocol
 
 import ml_collections
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from speedit_jax.data.classes import choose, relabel
+from speedit_jax.data.images import check_channels, read_image
 from speedit_jax.data.latents import open_latents
+from speedit_jax.data.tfds import open_tfds
 from speedit_jax.errors import UserError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-_MODES = {1: "L", 3: "RGB"}
+_DIGITS_SPLITS = ("train", "held_out")
 
 
 class Source(Protocol):
@@ -85,17 +88,6 @@ class ArraySource:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
-def centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """ADM's rule: halve with a box filter while at least twice too big, then bicubic, then crop the centre."""
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
     """Image files, decoded, cropped and scaled when asked for.
@@ -136,21 +128,12 @@ class FolderSource:
 
     def _decode(self, index: int) -> dict[str, np.ndarray]:
         path = self.root / self.files[index]
-        height, width, channels = self.image_shape
         try:
-            with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I"):
-                    # 16 bits a channel, which convert() would clip to white.
-                    upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
-                pixels = np.asarray(centre_crop(upright.convert(_MODES[channels]), height, width), np.float32)
+            image = read_image(path, self.image_shape)
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage; to the user they are one.
             raise UserError(f"cannot read the image {path}: {e}; mend it or take it out of the folder") from e
-        return {
-            "image": (pixels / 127.5 - 1.0).reshape(self.image_shape),
-            "label": np.int32(self.labels[index]),
-        }
+        return {"image": image, "label": np.int32(self.labels[index])}
 
 
 def _images(directory: Path, recursive: bool) -> list[Path]:
@@ -163,19 +146,19 @@ def _images(directory: Path, recursive: bool) -> list[Path]:
     return sorted(found)
 
 
-def _folder(root: Path, image_shape: tuple[int, int, int], max_broken: int) -> FolderSource:
+def _folder(root: Path, image_shape: tuple[int, int, int], max_broken: int, wanted: str) -> FolderSource:
     if not root.is_dir():
         raise UserError(f"data.source=folder:{root}: no such directory")
-    if image_shape[2] not in _MODES:
-        raise UserError(f"data.channels={image_shape[2]}: a folder gives 1 (grey) or 3 (RGB) channels")
+    check_channels(image_shape[2])
     # Hidden directories are tools' own, not classes.
-    classes = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
-    loose = _images(root, recursive=False) if classes else []
+    directories = tuple(sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith(".")))
+    loose = _images(root, recursive=False) if directories else []
     if loose:
         raise UserError(
             f"data.source=folder:{root}: {loose[0].name} and {len(loose) - 1} more images lie beside the class directories;"
             " move them into one"
         )
+    classes = tuple(directories[number] for number in choose(directories, wanted))
     files, labels = [], []
     for label, name in enumerate(classes or (".",)):
         found = _images(root / name, recursive=True)
@@ -218,6 +201,17 @@ class SyntheticSource:
         return {"image": (2 * blob[..., None] * colour - 1).astype(np.float32), "label": np.int32(label)}
 
 
+def _digits(split: str, wanted: str) -> ArraySource:
+    if split not in _DIGITS_SPLITS:
+        raise UserError(f"data.split={split}: the digits have {' and '.join(_DIGITS_SPLITS)}")
+    images, labels = load_digits(split)
+    names = tuple(str(digit) for digit in range(10))
+    chosen = choose(names, wanted)
+    indices, labels = relabel(labels, chosen)
+    images = images[indices]
+    return ArraySource(images, labels, tuple(names[i] for i in chosen), _digest(images.tobytes(), labels.tobytes()))
+
+
 def open_source(config: ml_collections.ConfigDict) -> Source:
     """The source of `config`, the config's `data` section.
 
@@ -225,22 +219,30 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
       UserError: unknown or missing source, or images of another shape than the config says.
     """
     shape = (config.height, config.width, config.channels)
+    # Runs of the first releases have configs without these two.
+    split, wanted = config.get("split", "train"), config.get("classes", "")
     kind, _, argument = config.source.partition(":")
-    if bool(argument) != (kind in ("folder", "latents")):
+    if bool(argument) != (kind in ("folder", "latents", "tfds")):
         kind = None  # an argument that is missing, or that would be ignored
+    if split != "train" and kind in ("folder", "latents", "synthetic"):
+        raise UserError(f"data.split={split}: only tfds:NAME and the digits have splits")
+    if wanted and kind in ("latents", "synthetic"):
+        raise UserError(f"data.classes={wanted}: not of {kind}; for latents, give speedit_jax.encode --classes")
     if kind == "digits":
-        images, labels = load_digits("train")
-        names = tuple(str(digit) for digit in range(10))
-        source = ArraySource(images, labels, names, _digest(images.tobytes(), labels.tobytes()))
+        source = _digits(split, wanted)
     elif kind == "folder":
-        source = _folder(Path(argument).expanduser(), shape, config.max_broken)
+        source = _folder(Path(argument).expanduser(), shape, config.max_broken, wanted)
+    elif kind == "tfds":
+        source = open_tfds(argument, split, shape, wanted)
     elif kind == "latents":
         source = open_latents(Path(argument).expanduser())
     elif kind == "synthetic":
         names = tuple(f"class {i}" for i in range(config.synthetic_classes))
         source = SyntheticSource(config.synthetic_size, shape, names)
     else:
-        raise UserError(f"unknown data.source {config.source!r}; choose digits, folder:PATH, latents:PATH or synthetic")
+        raise UserError(
+            f"unknown data.source {config.source!r}; choose digits, folder:PATH, tfds:NAME, latents:PATH or synthetic"
+        )
     if source.image_shape != shape and not source.latents:
         raise UserError(
             f"data.source={config.source} has images of shape {source.image_shape}, but data.height, data.width and"
