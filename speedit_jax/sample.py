@@ -36,7 +36,7 @@ _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the n
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpm++; of flows euler, heun, sde. Default: the run's, as below.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Sampling steps.")
+_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Sampling steps: 50; of diffusion also ddim50, or 10,15,20 by section.")
 _SPACING = flags.DEFINE_string("spacing", None, "Of the steps: even or logsnr.")
 _ETA = flags.DEFINE_float("eta", None, "Noise of ddim and dpm++, 0 to 1.")
 _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Guidance, classifier-free or by --guide_workdir; 1 is none.")
@@ -67,7 +67,7 @@ def sample() -> None:
     model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
     given = {
         "sampler": _SAMPLER.value,
-        "num_steps": _NUM_STEPS.value,
+        "num_steps": int(steps) if (steps := _NUM_STEPS.value or "").isdecimal() else steps or None,
         "spacing": _SPACING.value,
         "eta": _ETA.value,
         "guidance_scale": _GUIDANCE_SCALE.value,
