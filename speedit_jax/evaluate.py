@@ -5,7 +5,8 @@
   python -m speedit_jax.evaluate --reference=folder:/path/to/images --size=256 --inception=FILE.pth --save_statistics=ref.npz
 
 --images and --reference are FILE.npz with arr_0 (uint8 [n, H, W, C], as sample and ADM write it), a directory of images,
-folder:PATH (scaled and cropped as in training), digits or synthetic; --reference may be an npz of ADM's statistics, too.
+folder:PATH or tfds:NAME (scaled and cropped as in training), digits or synthetic; --reference may also be an npz of ADM's
+statistics.
 docs/evaluation.md says what the numbers are, and what makes them comparable.
 """
 
@@ -39,7 +40,10 @@ _FEATURES = flags.DEFINE_enum("features", "inception", ["inception", "pixels"], 
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of FID's Inception-v3: .pth, .safetensors or .npz.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings, JSON.")
 _SAVE_STATISTICS = flags.DEFINE_string("save_statistics", None, "Where to write the reference's statistics, an npz as ADM's.")
-_SIZE = flags.DEFINE_list("size", None, "Of folder: and synthetic: SIDE, or HEIGHT,WIDTH,CHANNELS. Default: that of --images.")
+_SPLIT = flags.DEFINE_string("split", "train", "Of --reference, digits or tfds: as data.split; of the digits also held_out.")
+_SIZE = flags.DEFINE_list(
+    "size", None, "Of folder:, tfds:, synthetic: SIDE, or HEIGHT,WIDTH,CHANNELS. Default: that of --images."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of KID's subsets and of the shuffle before the Inception Score's splits.", lower_bound=0)
@@ -138,7 +142,7 @@ def open_both() -> tuple[Images | None, Reference]:
         if images is None:
             raise UserError(f"--images={_IMAGES.value} has no arr_0; give {KINDS}")
         shape = shape or images.shape
-    compared = open_images(_REFERENCE.value, shape)
+    compared = open_images(_REFERENCE.value, shape, _SPLIT.value)
     path, statistics, count = Path(_REFERENCE.value).expanduser(), {}, len(compared) if compared else None
     if path.suffix == ".npz":
         statistics, counted = read_statistics(path, _FEATURES.value)

@@ -20,7 +20,7 @@ from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 
 ARRAY = "arr_0"  # ADM's name for the images
-KINDS = "FILE.npz with arr_0, a directory of images, digits, synthetic or folder:PATH"
+KINDS = "FILE.npz with arr_0, a directory of images, digits, synthetic, folder:PATH or tfds:NAME"
 _ORIENTATION = 0x0112  # EXIF; from 5 on, height and width are swapped
 
 
@@ -78,12 +78,13 @@ class SourceImages:
             yield np.round((batch["image"] + 1) * 127.5).astype(np.uint8)
 
 
-def open_images(where: str, shape: tuple[int, int, int] | None = None) -> Images | None:
+def open_images(where: str, shape: tuple[int, int, int] | None = None, split: str = "train") -> Images | None:
     """The images at `where`.
 
     Args:
       where: one of KINDS. Those of a directory are taken as they are; folder:PATH scales and crops them to `shape`.
-      shape: what folder: and synthetic are to have.
+      shape: what folder:, tfds: and synthetic are to have.
+      split: of digits and tfds:, as data.split.
 
     Returns:
       None for an npz that has no images (but statistics, perhaps).
@@ -94,11 +95,11 @@ def open_images(where: str, shape: tuple[int, int, int] | None = None) -> Images
     path = Path(where).expanduser()
     if path.suffix == ".npz":
         return _open_npz(path)
-    if where.partition(":")[0] in ("digits", "synthetic", "folder"):
+    if where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds"):
         # The digits have a size of their own.
         if shape is None and where != "digits":
             raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH,CHANNELS")
-        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape))
+        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split))
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
     # Of any size, for its list of files alone.
@@ -106,9 +107,9 @@ def open_images(where: str, shape: tuple[int, int, int] | None = None) -> Images
     return SourceImages(_source(f"folder:{path}", _common_shape([path / name for name in listed.files])))
 
 
-def _source(where: str, shape: tuple[int, int, int]) -> Source:
+def _source(where: str, shape: tuple[int, int, int], split: str = "train") -> Source:
     keys = ("height", "width", "channels")
-    other = {"source": where, "max_broken": 0, "synthetic_size": 4096, "synthetic_classes": 10}
+    other = {"source": where, "split": split, "classes": "", "max_broken": 0, "synthetic_size": 4096, "synthetic_classes": 10}
     return open_source(ml_collections.ConfigDict(dict(zip(keys, shape, strict=True)) | other))
 
 

@@ -219,8 +219,7 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
       UserError: unknown or missing source, or images of another shape than the config says.
     """
     shape = (config.height, config.width, config.channels)
-    # Runs of the first releases have configs without these two.
-    split, wanted = config.get("split", "train"), config.get("classes", "")
+    split, wanted = config.split, config.classes
     kind, _, argument = config.source.partition(":")
     if bool(argument) != (kind in ("folder", "latents", "tfds")):
         kind = None  # an argument that is missing, or that would be ignored

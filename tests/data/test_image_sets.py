@@ -106,3 +106,7 @@ def test_mistakes(tmp_path):
     one_line(lambda: open_images(str(tmp_path)), "00.png", "6x10x3", "zz.png", "5x10x3", "folder:")
     (tmp_path / "dog" / "zz.png").write_bytes(b"none")
     one_line(lambda: open_images(str(tmp_path)), "cannot read the image", "zz.png")
+
+
+def test_splits():
+    assert [len(open_images("digits", split=split)) for split in ("train", "held_out")] == [1442, 355]

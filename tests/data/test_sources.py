@@ -199,12 +199,6 @@ def test_classes_of_a_flat_folder(tmp_path):
         open_source(config(f"folder:{tmp_path}", classes="a"))
 
 
-def test_a_config_of_before_splits_and_classes():
-    data = config("digits", channels=1)
-    del data.split, data.classes
-    assert len(open_source(data)) == 1442
-
-
 def test_the_fingerprint_follows_the_files_and_not_the_directory(tmp_path):
     def fingerprint(*images):
         root = tmp_path / str(len(list(tmp_path.iterdir())))
