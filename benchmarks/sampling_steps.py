@@ -140,7 +140,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for axis, (metric, title) in zip(axes.flat, METRICS.items(), strict=True):
-        for sampler in SAMPLERS:
+        for i, sampler in enumerate(SAMPLERS):
             shown = sorted((row for row in rows if row["sampler"] == sampler and metric in row), key=lambda row: row["num_steps"])
             if not shown:
                 continue
@@ -150,12 +150,12 @@ def draw(rows: list[dict], path: Path) -> None:
                 bars = {"yerr": np.maximum(0, [values - low, high - values]), "capsize": 2}
             else:
                 bars = {}
-            axis.errorbar(steps, values, marker="o", markersize=3, label=sampler, **bars)
+            axis.errorbar(steps, values, marker="o", markersize=3, color=f"C{i}", label=sampler, **bars)
         axis.set_xscale("log")
         ticks = sorted({row["num_steps"] for row in rows})
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
-        if metric in ("distance", "error"):
+        if metric == "error":
             axis.set_yscale("log")
         axis.set_xlabel("steps")
         axis.set_ylabel(title)
