@@ -10,7 +10,9 @@ from speedit_jax.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
 _QUERY_CHUNK = 256  # logits of 256 T H numbers at a time
-_FLASH_BLOCK = 128  # the TPU kernel wants token counts in multiples of a vector register's lanes
+# Blocks of the TPU kernel -> cycles of a block's pair of tokens, forward and backward, relative to the largest block's
+# (v5e, by benchmarks/tpu_bundles.py). Tokens are padded to whole blocks.
+_FLASH_BLOCKS = {512: 1.0, 256: 1.84, 128: 2.98}
 
 
 def choose_attention(requested: str, platform: str, dtype) -> str:
@@ -82,25 +84,27 @@ def _tpu_flash(q, k, v):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
     tokens = q.shape[1]
-    pad = -tokens % _FLASH_BLOCK
+    block = flash_block(tokens)
+    pad = -tokens % block
     q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
     segments = None
     if pad:
         # Padding is a segment of its own, so that no real token attends to it.
         ids = jnp.broadcast_to((jnp.arange(tokens + pad) >= tokens).astype(jnp.int32), (q.shape[0], tokens + pad))
         segments = flash.SegmentIds(ids, ids)
-    out = flash.flash_attention(
-        q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=_flash_blocks(tokens + pad)
-    )
+    out = flash.flash_attention(q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=_block_sizes(block))
     return out[:, :, :tokens].swapaxes(1, 2)
 
 
+def flash_block(tokens: int) -> int:
+    """The block that costs least, padding included."""
+    return min(_FLASH_BLOCKS, key=lambda b: (tokens + -tokens % b) ** 2 * _FLASH_BLOCKS[b])
+
+
 @functools.cache
-def _flash_blocks(tokens: int):
+def _block_sizes(b: int):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    # The largest of these that divides the tokens: big blocks amortise the kernel's per-step cost.
-    b = next(b for b in (512, 256, _FLASH_BLOCK) if tokens % b == 0)
     return flash.BlockSizes(
         block_q=b,
         block_k_major=b,

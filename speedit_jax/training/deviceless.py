@@ -102,8 +102,13 @@ def _tpus(topology: str) -> list[Any]:
         raise UserError(f"--topology={topology}: there are {', '.join(GPUS)}, these with x8 behind, and TPUs like v5e:2x2")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing: pip install -e '.[tpu]'")
-    # Otherwise libtpu looks for the machine it thinks it runs on.
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+    # Otherwise libtpu looks for the machine it thinks it runs on, and for other processes that would use its TPU.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="true",
+    )
     return _describe(topology, platform="tpu", topology_name=topology)
 
 
