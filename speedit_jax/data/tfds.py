@@ -106,7 +106,9 @@ def prepare(name: str, manual_dir: str | None) -> dict[str, int]:
         builder.download_and_prepare(download_config=config, file_format="array_record")
     except ImportError as e:
         raise UserError(f"cannot prepare {name}: {e}; pip install -e '.[prepare]'") from e
-    except (tfds.core.DatasetNotFoundError, tfds.download.DownloadError, AssertionError, ValueError, OSError) as e:
+    except tfds.core.DatasetNotFoundError as e:
+        raise UserError(f"cannot prepare {name}: tfds knows no such set; tensorflow.org/datasets/catalog lists them") from e
+    except (tfds.download.DownloadError, AssertionError, ValueError, OSError) as e:
         raise UserError(f"cannot prepare {name}: {' '.join(str(e).split())[:500]}") from e
     return {split: info.num_examples for split, info in builder.info.splits.items()}
 

@@ -154,7 +154,7 @@ def test_preparing(tmp_path, monkeypatch):
 
 def test_mistakes_in_preparing(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    cases = {"birds": "birds", "by_hand": "[Mm]anual", "a b": "a b"}
+    cases = {"birds": "tfds knows no such set", "by_hand": "[Mm]anual", "a b": "a b"}
     for name, word in cases.items():
         with pytest.raises(UserError, match=f"cannot prepare {name}: .*{word}") as error:
             prepare_one(name, str(tmp_path / "manual"))
