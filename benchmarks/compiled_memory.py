@@ -47,22 +47,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--remat", nargs="+", default=["full", "lean"])
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--pixels", type=int, default=1792)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; what is measured is added to what it holds")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    record = {"jax": jax.__version__, "pixels": args.pixels, "mib": {}}
+    record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"mib": {}}
+    record |= {"jax": jax.__version__, "pixels": args.pixels}
     for topology in args.topology:
         for remat in args.remat:
             row = record["mib"].setdefault(topology, {}).setdefault(remat, {})
-            for name, overrides in SIDES.items():
+            for name in args.sides:
                 try:
-                    row[name] = measure(topology, overrides, remat, args.pixels)
+                    row[name] = measure(topology, SIDES[name], remat, args.pixels)
                 except UserError as e:
                     raise SystemExit(f"error: {e}") from e
                 print(topology, remat, name, row[name], flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+                if args.out:
+                    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

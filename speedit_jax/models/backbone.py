@@ -112,9 +112,13 @@ class Backbone(nn.Module):
         return scanned(*arguments, name="blocks")
 
 
-def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """`block`, of whose activations only what REMAT_POLICIES[policy] says is saved for the backward pass."""
+def remat(block: type[nn.Module], policy: str, period: int) -> type[nn.Module]:
+    """`block`, of whose activations only what REMAT_POLICIES[policy] says is saved for the backward pass.
+
+    Args:
+      period: how many blocks an iteration of the scan over depth holds. Of several that save nothing else, only a barrier keeps
+        XLA from computing all again at once and holding them together; elsewhere it would but block fusion.
+    """
     if policy == "none":
         return block
-    # prevent_cse guards unrolled code; inside a scan it only blocks fusion.
-    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=policy == "full" and period > 1)

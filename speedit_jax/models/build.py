@@ -189,12 +189,14 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
-        return functools.partial(remat(DiTBlock, config.remat), heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype)
+        return functools.partial(
+            remat(DiTBlock, config.remat, 1), heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype
+        )
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
         order = dig.ORDERS[config.directions][i]
-        block = remat(dig.DiGBlock, config.remat)
+        block = remat(dig.DiGBlock, config.remat, len(dig.ORDERS[config.directions]))
         return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, constrain, dtype)
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]
