@@ -30,6 +30,7 @@ def test_measures_what_is_compiled(what):
     assert set(facts["collectives"]) <= set(deviceless.COLLECTIVES)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_take_less_of_each_device():
     arguments = [
         deviceless.measure(lowered("train", data=-1, fsdp=fsdp).compile())["bytes_per_device"]["arguments"] for fsdp in (1, 8)

@@ -49,6 +49,10 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
 
 # Sums over at most BATCH * 16 tokens * 128 features, added in another order: some square roots of that many roundings of
 # 1e-16 and 6e-8, seen as 6e-16 and 3e-7. The fault of `test_layout_of_two_kernels` is of order one.
+# Where a mesh takes a quarter of a minute to compile, the default run keeps the one that XLA got wrong (docs/design.md).
+MOST_IS_SLOW = [pytest.param(shape, id=str(shape), marks=[pytest.mark.slow] if shape != (2, 2, 2) else []) for shape in MESHES]
+
+
 @pytest.mark.parametrize(("x64", "tolerance"), [(True, 1e-12), (False, 1e-5)], ids=["float64", "float32"])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_leaf_on_every_mesh(shape, x64, tolerance):
@@ -64,7 +68,7 @@ def test_every_leaf_on_every_mesh(shape, x64, tolerance):
 
 
 # Depth 5 is one period of four scan orders and a block that is left over.
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
 def test_every_leaf_of_dig_on_every_mesh(shape):
     dig = {"model__name": "DiG-tiny/2", "model__depth": 5}
     errors = tiny.relative_errors(gradient(shape, True, **dig)[0], gradient(ONE, True, **dig)[0])
@@ -72,7 +76,7 @@ def test_every_leaf_of_dig_on_every_mesh(shape):
     assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_changes_only_the_rounding(accumulation):
     # (2, 2, 2) divides a batch by 4, so that 4 microbatches of 4 leave one example to a device.
     grads, loss, terms = gradient((2, 2, 2), True, accumulation)
@@ -105,7 +109,7 @@ def twenty_adam_steps(shape):
 # gradient, however small, that is above eps: in float32 the biases of the keys, whose gradient is exactly zero (softmax
 # does not see them), would walk about on its rounding. In float64 that rounding, 1e-17, is far below eps = 1e-8, so every
 # leaf can be held to the promise.
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
 def test_twenty_adam_steps(shape):
     change, losses = twenty_adam_steps(shape)
     reference, reference_losses = twenty_adam_steps(ONE)
