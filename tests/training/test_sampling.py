@@ -125,19 +125,18 @@ def test_each_kind_has_its_samplers():
         resolve(SETTINGS, flow)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "sde"])
-def test_flows_are_sampled_with_guidance_in_an_interval(sampler):
+def test_flows_are_sampled_with_guidance_in_an_interval():
     trainer = tiny.make_trainer(diffusion__path="linear")
     params = jax.device_put(tiny.random_like(trainer.shapes.params), trainer.shardings.params)
     drawn = {}
     for low, high in ((0.0, 1.0), (0.0, 0.5)):
-        settings = dataclasses.replace(SETTINGS, sampler=sampler, guidance_low=low, guidance_high=high)
+        settings = dataclasses.replace(SETTINGS, sampler="sde", guidance_low=low, guidance_high=high)
         run = make_sampler(trainer.model, trainer.diffusion, settings, trainer.mesh)
         drawn[high - low] = run(params, KEY, INDICES, LABELS)
         assert np.isfinite(drawn[high - low]).all()
     # Of four steps two are noisier than half.
     unguided = make_sampler(
-        trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, sampler=sampler, guidance_scale=1.0), trainer.mesh
+        trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, sampler="sde", guidance_scale=1.0), trainer.mesh
     )
     plain = unguided(params, KEY, INDICES, LABELS)
     assert np.abs(drawn[1.0] - drawn[0.5]).max() > 1e-3 and np.abs(drawn[0.5] - plain).max() > 1e-3
