@@ -78,6 +78,18 @@ def cycles(mixer: str, topology: str, tokens: int) -> dict[str, float]:
     return {name: round(bundles * steps / tokens, 2) for name, bundles in found.items()}
 
 
+def block_costs(topology: str) -> dict[int, float]:
+    """Block of JAX's flash attention -> bundles of a pair of tokens, forward and backward, relative to the largest block's."""
+    from speedit_jax.models.attention import FLASH_BLOCKS
+
+    bundles = {}
+    for block in FLASH_BLOCKS:
+        # As many tokens as a block, for which `flash_block` chooses it.
+        found = dumped("attention", topology, block)
+        bundles[block] = sum(n for name, n in found.items() if name.startswith(("flash_attention", "flash_mha_bwd"))) / block**2
+    return {block: round(n / bundles[max(bundles)], 2) for block, n in bundles.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="v5e:2x2")
@@ -92,6 +104,7 @@ def main() -> None:
         "bundles_per_token_and_head": {
             f"{pixels} px": {mixer: cycles(mixer, args.topology, (pixels // 16) ** 2) for mixer in FEATURES} for pixels in SIDES
         },
+        "attention_bundles_of_a_pair_by_block": block_costs(args.topology),
     }
     print(json.dumps(record, indent=1))
     if args.out:

@@ -12,7 +12,7 @@ IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
 _QUERY_CHUNK = 256  # logits of 256 T H numbers at a time
 # Blocks of the TPU kernel -> cycles of a block's pair of tokens, forward and backward, relative to the largest block's
 # (v5e, by benchmarks/tpu_bundles.py). Tokens are padded to whole blocks.
-_FLASH_BLOCKS = {512: 1.0, 256: 1.84, 128: 2.98}
+FLASH_BLOCKS = {512: 1.0, 256: 1.73, 128: 2.99}
 
 
 def choose_attention(requested: str, platform: str, dtype) -> str:
@@ -98,7 +98,7 @@ def _tpu_flash(q, k, v):
 
 def flash_block(tokens: int) -> int:
     """The block that costs least, padding included."""
-    return min(_FLASH_BLOCKS, key=lambda b: (tokens + -tokens % b) ** 2 * _FLASH_BLOCKS[b])
+    return min(FLASH_BLOCKS, key=lambda b: (tokens + -tokens % b) ** 2 * FLASH_BLOCKS[b])
 
 
 @functools.cache
