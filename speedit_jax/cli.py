@@ -4,7 +4,9 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -72,6 +74,15 @@ def run(main: Callable[[], int | None]) -> None:
             fail(f"{e.strerror}; make room and run the same command again")
 
     app.run(guarded, flags_parser=_parse)
+
+
+def check_writable(path: Path) -> None:
+    """Raises a UserError now rather than when all is computed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {e.strerror}; name another file") from e
 
 
 def join() -> None:

@@ -12,7 +12,6 @@ docs/evaluation.md says what the numbers are, and what makes them comparable.
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 
 import jax
@@ -100,7 +99,7 @@ def evaluate() -> None:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
     out, save = (Path(flag.value).expanduser() if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
     for path in filter(None, (out, save)):
-        check_writable(path)
+        cli.check_writable(path)
     images, reference = open_both()
     names = choose_metrics(images, reference) if images else []
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
@@ -289,15 +288,6 @@ def check_statistics(reference: Reference, outputs: dict[str, int]) -> None:
                 f"--reference={_REFERENCE.value} has a mean of {len(gaussian.mean)} features and --features={_FEATURES.value}"
                 f" makes {outputs.get(name)}; give statistics of the same features"
             )
-
-
-def check_writable(path: Path) -> None:
-    """Raises a UserError now rather than when all is computed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}; name another file") from e
 
 
 if __name__ == "__main__":

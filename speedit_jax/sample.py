@@ -8,7 +8,6 @@ Writes a PNG grid, an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 label
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import jax
@@ -86,7 +85,7 @@ def sample() -> None:
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
     if jax.process_index() == 0:
-        check_writable(out)
+        cli.check_writable(out)
     run = make_sampler(model, diffusion, settings, mesh, guide and guide.model)
     params = restore(checkpoints, step, model, mesh)
     params = (params, restore(guide.checkpoints, guide.step, guide.model, mesh)) if guide else params
@@ -203,15 +202,6 @@ def draw(run, params, labels: np.ndarray, mesh, autoencoder: Autoencoder | None)
             parts.append(images)
             bar.update(len(images))
     return np.concatenate(parts)
-
-
-def check_writable(out: Path) -> None:
-    """Raises a UserError now rather than after an hour of drawing."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
 
 
 def write(out: Path, images: np.ndarray, labels: np.ndarray, columns: int | None, record: dict) -> None:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from errors import assert_one_line
 from PIL import Image
 
 from speedit_jax.data.image_sets import open_images
 from speedit_jax.data.sources import load_digits
-from speedit_jax.errors import UserError
 
 SHAPE = (6, 10, 3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (11, *SHAPE), np.uint8)
@@ -23,14 +23,6 @@ def write_folder(root, pixels):
         path = root / ("cat", "dog")[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze()).save(path)
-
-
-def one_line(call, *words):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -65,7 +57,7 @@ def test_sources(tmp_path):
     assert open_images("synthetic", (4, 5, 3)).shape == (4, 5, 3)
     write_folder(tmp_path, PIXELS.repeat(2, 1).repeat(2, 2))
     np.testing.assert_array_equal(together(open_images(f"folder:{tmp_path}", SHAPE))[:6], PIXELS[::2])
-    one_line(lambda: open_images(f"folder:{tmp_path}"), "--size")
+    assert_one_line(lambda: open_images(f"folder:{tmp_path}"), "--size")
 
 
 def test_an_npz_without_images(tmp_path):
@@ -78,7 +70,7 @@ def test_an_npz_without_images(tmp_path):
 )
 def test_arrays_that_are_no_images(tmp_path, array):
     np.savez(tmp_path / "x.npz", array)
-    one_line(lambda: open_images(str(tmp_path / "x.npz")), str(tmp_path / "x.npz"))
+    assert_one_line(lambda: open_images(str(tmp_path / "x.npz")), str(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -94,18 +86,18 @@ def test_damaged_npz(tmp_path, save):
         whole[:middle] + bytes(255 - b for b in whole[middle : middle + 9]) + whole[middle + 9 :],
     ):
         path.write_bytes(content)
-        one_line(lambda: together(open_images(str(path))), str(path), "cannot be read")
+        assert_one_line(lambda: together(open_images(str(path))), str(path), "cannot be read")
 
 
 def test_mistakes(tmp_path):
-    one_line(lambda: open_images("nowhere"), "nowhere", "FILE.npz", "folder:PATH")
-    one_line(lambda: open_images(str(tmp_path / "x.npz")), "no file", "x.npz")
-    one_line(lambda: open_images(str(tmp_path)), "no images", str(tmp_path))
+    assert_one_line(lambda: open_images("nowhere"), "nowhere", "FILE.npz", "folder:PATH")
+    assert_one_line(lambda: open_images(str(tmp_path / "x.npz")), "no file", "x.npz")
+    assert_one_line(lambda: open_images(str(tmp_path)), "no images", str(tmp_path))
     write_folder(tmp_path, PIXELS)
     Image.fromarray(PIXELS[0, :5]).save(tmp_path / "dog" / "zz.png")
-    one_line(lambda: open_images(str(tmp_path)), "00.png", "6x10x3", "zz.png", "5x10x3", "folder:")
+    assert_one_line(lambda: open_images(str(tmp_path)), "00.png", "6x10x3", "zz.png", "5x10x3", "folder:")
     (tmp_path / "dog" / "zz.png").write_bytes(b"none")
-    one_line(lambda: open_images(str(tmp_path)), "cannot read the image", "zz.png")
+    assert_one_line(lambda: open_images(str(tmp_path)), "cannot read the image", "zz.png")
 
 
 def test_splits():

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from errors import assert_one_line
 from safetensors.numpy import save_file
 
-from speedit_jax.errors import UserError
 from speedit_jax.interop.inception import NAME, URL, arrange, read_inception, tensor_name
 
 LIKE = {
@@ -39,14 +39,6 @@ def write(path, state):
         torch = pytest.importorskip("torch")
         torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
     return str(path)
-
-
-def assert_one_line(call, *words):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["x.npz", "x.safetensors", "x.pth", "x.pt"])

@@ -8,9 +8,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from errors import assert_one_line
 from safetensors.numpy import save_file
 
-from speedit_jax.errors import UserError
 from speedit_jax.interop.vae import CONFIG, WEIGHTS, find_vae, read_config, read_params, tensor_name
 
 # A convolution, attention and a norm, ours: path -> shape.
@@ -60,14 +60,6 @@ def write(directory, state, config="{}"):
     (directory / CONFIG).write_text(config)
     save_file(state, directory / WEIGHTS)
     return directory
-
-
-def assert_one_line(call, *words):
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_names_and_layouts(tmp_path):
