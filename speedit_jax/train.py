@@ -27,7 +27,9 @@ from speedit_jax.training import builders, deviceless, run, sharding
 from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints, newest_step
 from speedit_jax.training.curves import write_curves
+from speedit_jax.training.environment import Environment
 from speedit_jax.training.finetune import start_from, starting_weights
+from speedit_jax.training.report import write_report
 from speedit_jax.training.sampling import Settings, make_sampler
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
@@ -103,6 +105,7 @@ class Grids:
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
+    started = time.perf_counter()
     builders.check_numbers(config)
     source = open_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
@@ -190,7 +193,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     # The share of the peak that one image a second takes.
     mfu = peak and 3 * model.forward_flops / (mesh.size * peak)
-    telemetry = Telemetry(workdir, first_step=step, num_steps=num_steps, batch_size=batch_size, mfu_per_image=mfu)
+    telemetry = Telemetry(
+        workdir, first_step=step, num_steps=num_steps, batch_size=batch_size, mfu_per_image=mfu, started=started
+    )
+    parameters = int(parameter_overview.count_parameters(shapes.params))
+    environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=int(3 * model.forward_flops * batch_size))
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
 
     for batch in telemetry.waiting_for(batches(step)):
@@ -215,6 +222,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
                 telemetry.images(workdir / "samples" / f"step_{step:07d}.png", step, grids.draw(state.ema), grids.columns)
             if saving:
                 checkpoints.save(step, state, meta)
+                environment.write(step)
             telemetry.paused(since)
         if stopping and not last:
             break
@@ -223,8 +231,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     checkpoints.wait()
     checkpoints.close()
     telemetry.close()
+    environment.write(step)
     if jax.process_index() == 0:
         write_curves(workdir)
+        write_report(workdir)
     if step < num_steps:
         say(f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
         return INTERRUPTED
@@ -245,6 +255,7 @@ def say_next(workdir: Path, model: Model) -> None:
     say(f"\nCheckpoints      {workdir}/checkpoints")
     say(f"Metrics          {workdir}/metrics.jsonl, {workdir}/curves.png, tensorboard --logdir={workdir}/tensorboard")
     say(f"Samples          {workdir}/samples")
+    say(f"All on one page  {workdir}/report.html; python -m speedit_jax.report --workdir={workdir} makes it again")
     labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     say(f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png")
 

@@ -159,6 +159,7 @@ def test_missing_flags(run, given):
     assert_fails(run("train", *workdir, *given[:1]), "--config is missing")
     assert_fails(run("train", *config, *given[1:]), "--workdir is missing")
     assert_fails(run("sample", *given[1:]), "--workdir is missing")
+    assert_fails(run("report", *given[1:]), "--workdir is missing")
 
 
 def test_flags_before_the_config_file(run):
@@ -192,12 +193,12 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, times):
     assert "Traceback" not in log.read_text() and "Fatal" not in log.read_text(), log.read_text()
 
 
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", ["train", "sample", "report"])
 def test_help(run, command):
     result = run(command, "--help")
     assert result.code in (0, 1)  # absl's own is 1
     assert "--workdir" in result.out and f"python -m speedit_jax.{command}" in result.out
-    assert command == "sample" or "--config" in result.out
+    assert command != "train" or "--config" in result.out
     assert not result.err
 
 
@@ -233,6 +234,21 @@ def test_a_finished_run_says_so_and_changes_nothing(run, trained):
     assert_works(result)
     assert "complete" in result.out and "step 6 of 6" in result.out
     assert checksums(trained) == before
+
+
+def test_a_run_leaves_a_page_of_itself(run, trained, tmp_path):
+    result = run("report", f"--workdir={trained}", f"--out={tmp_path / 'new' / 'x.html'}")
+    assert_works(result)
+    assert f"{tmp_path}/new/x.html" in result.out
+    pages = [path.read_text() for path in (trained / "report.html", tmp_path / "new" / "x.html")]
+    first, second = (page[: page.index("<footer>")] for page in pages)  # which says when it was made
+    assert first == second
+    for words in ("complete</span>", "step 6 of 6", "data:image/png", "host memory, peak", "model.width=16", "<svg "):
+        assert words in first
+    [record] = json.loads((trained / "environment.json").read_text())
+    assert (record["first_step"], record["last_step"], record["devices"]) == (0, 6, 1) and record["host_peak_bytes"] > 2**26
+    assert_fails(run("report", f"--workdir={trained}", "--out=/dev/null/x"), "/dev/null/x")
+    assert_fails(run("report", f"--workdir={tmp_path}"), str(tmp_path), "no run")
 
 
 BAD_SAMPLE_FLAGS = {

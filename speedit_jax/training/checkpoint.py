@@ -7,6 +7,7 @@ to a temporary name and renames when all is on disk, so a checkpoint that is lis
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,18 @@ def newest_step(workdir: Path) -> int | None:
     checkpoints = Checkpoints(workdir)
     with contextlib.closing(checkpoints):
         return checkpoints.latest()
+
+
+def peek(workdir: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint's step and the JSON saved with it, by one process alone; None where none can be read.
+
+    A CheckpointManager would wait for the other processes of a run.
+    """
+    directories = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+    for path in sorted(directories, key=lambda path: -int(path.name)):
+        with contextlib.suppress(OSError, ValueError):
+            return int(path.name), json.loads((path / "meta" / "metadata").read_text())
+    return None
 
 
 @contextlib.contextmanager

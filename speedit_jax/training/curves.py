@@ -3,7 +3,27 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 SHOWN = ("loss", "mse", "vb", "grad_norm", "learning_rate", "time_images_per_second")
+
+
+def read_metrics(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{metric: (steps [n], values [n])} of WORKDIR/metrics.jsonl, without lines that a kill cut short."""
+    path = workdir / "metrics.jsonl"
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return {name: (np.array(steps), np.array(values, float)) for name, (steps, values) in found.items()}
 
 
 def write_curves(workdir: Path) -> Path | None:
@@ -13,16 +33,15 @@ def write_curves(workdir: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    names = [name for name in SHOWN if any(name in record for record in records)]
+    metrics = read_metrics(workdir)
+    names = [name for name in SHOWN if name in metrics]
     if not names:
         return None
     figure, axes = plt.subplots(2, (len(names) + 1) // 2, figsize=(11, 5.5), squeeze=False, layout="constrained")
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        axis.plot(*zip(*points, strict=True), linewidth=0.8)
+        axis.plot(*metrics[name], linewidth=0.8)
         axis.set_title(name.removeprefix("time_").replace("_", " "))
         axis.set_xlabel("step")
         if name in ("loss", "mse", "grad_norm"):

@@ -58,12 +58,13 @@ def config_of(meta: dict[str, Any]) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(over(base.get_config().to_dict(), meta["config"]))
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value}, tuples as the lists that JSON makes of them."""
+    found = {}
     for key, value in tree.items():
         value = list(value) if isinstance(value, tuple) else value
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def claim(workdir: Path, meta: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ def claim(workdir: Path, meta: dict[str, Any]) -> None:
 
 
 def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    old, new = _flat(config_of(saved).to_dict()), _flat(meta["config"])
+    old, new = flat(config_of(saved).to_dict()), flat(meta["config"])
     may_change = _MAY_CHANGE
     if meta["config"]["optim"]["schedule"] == "constant":
         # Only the cosine looks at where the run ends.

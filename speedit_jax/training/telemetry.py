@@ -4,6 +4,7 @@ metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_
 `time_` depend on the clock; all others are the same whenever the run is repeated, killed or not.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -109,9 +110,19 @@ class Telemetry:
       num_steps: of the whole run.
       batch_size: images a step.
       mfu_per_image: model FLOPs of an image's step over the devices' peak in a second; None where the peak is unknown.
+      started: time.perf_counter() when this process began to work; None is now.
     """
 
-    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, batch_size: int, mfu_per_image: float | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        num_steps: int,
+        batch_size: int,
+        mfu_per_image: float | None = None,
+        started: float | None = None,
+    ):
         self._active = jax.process_index() == 0
         self._batch_size = batch_size
         self._mfu_per_image = mfu_per_image
@@ -122,11 +133,14 @@ class Telemetry:
         self._data_seconds = 0.0  # the same, of waiting for data
         self._paused = 0.0
         self._waited = 0.0  # for data, since the last reading
+        self._started = time.perf_counter() if started is None else started
+        self._first_step, self._unread = first_step, 0  # unread: steps whose time the compilation hides
+        self._spent = _Spent()
         if not self._active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
-        _truncate(self._path, first_step)
+        self._spent = _truncate(self._path, first_step)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
@@ -172,13 +186,19 @@ class Telemetry:
         if self._clock is not None and self._step > self._clock[0]:
             steps = self._step - self._clock[0]
             self._seconds, self._data_seconds = (now - self._clock[1]) / steps, self._waited / steps
+            self._spent.useful += (steps + self._unread) * (self._seconds - self._data_seconds)
+            self._unread = 0
+        elif self._clock is None:
+            self._unread = self._step - self._first_step
         if self._seconds is not None:
             values |= {
                 "time_per_step": self._seconds,
                 "time_images_per_second": self._batch_size / self._seconds,
                 "time_waiting_for_data": self._data_seconds,
                 "time_paused": self._paused,
+                "time_total": self._spent.total + time.perf_counter() - self._started,
             }
+            values["time_goodput"] = self._spent.useful / values["time_total"]
             if self._mfu_per_image:
                 values["time_mfu"] = self._mfu_per_image * self._batch_size / self._seconds
         self._clock, self._waited = (self._step, now), 0.0
@@ -218,18 +238,34 @@ class Telemetry:
             self._file.close()
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drops the lines of metrics.jsonl beyond a step, and a line that a kill cut short."""
+@dataclasses.dataclass
+class _Spent:
+    """Seconds of a run's processes so far: in all, and on the steps that its checkpoint holds."""
+
+    total: float = 0.0
+    useful: float = 0.0
+
+
+def _truncate(path: Path, last_step: int) -> _Spent:
+    """Drops the lines of metrics.jsonl beyond a step, and a line that a kill cut short.
+
+    Returns:
+      What was spent: in all, with the lines dropped, whose steps are taken again.
+    """
+    spent = _Spent()
     if not path.exists():
-        return
+        return spent
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
             record: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
             break
+        spent.total = record.get("time_total", spent.total)
         if record["step"] <= last_step and line.endswith("\n"):
             kept.append(line)
+            spent.useful = record["time_goodput"] * spent.total if "time_goodput" in record else spent.useful
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
+    return spent

@@ -13,7 +13,7 @@ import pytest
 
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.training.checkpoint import Checkpoints, arrays
+from speedit_jax.training.checkpoint import Checkpoints, arrays, peek
 
 from . import tiny
 from .tiny import ONE
@@ -58,6 +58,15 @@ def save(workdir, trainer, steps, **options):
         checkpoints.save(step, tiny.random_state(trainer, step), META | {"step": step})
     checkpoints.wait()
     checkpoints.close()
+
+
+def test_one_process_alone_reads_the_newest(saved, tmp_path):
+    assert peek(saved) == (3, META | {"step": 3})
+    assert peek(tmp_path) is None
+    shutil.copytree(saved, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "3" / "meta" / "metadata").write_text("{")
+    (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    assert peek(tmp_path / "run") == (2, META | {"step": 2})
 
 
 def restore(workdir, trainer, step):

@@ -67,6 +67,7 @@ def test_time_fields_are_marked(tmp_path):
     assert set(first) == {"step", "loss", "skipped_in_a_row"}
     for record in later:
         times = {"time_per_step", "time_images_per_second", "time_waiting_for_data", "time_paused", "time_mfu"}
+        times |= {"time_total", "time_goodput"}
         assert set(record) - set(first) == times
         assert record["time_images_per_second"] == pytest.approx(4 / record["time_per_step"])
         assert record["time_mfu"] == pytest.approx(1e-4 * record["time_images_per_second"])
@@ -113,6 +114,47 @@ def test_throughput_does_not_depend_on_when_metrics_are_read(tmp_path, monkeypat
     t.close()
     assert steps(tmp_path) == [4, 8, 12]
     assert [record.get("time_per_step") for record in lines(tmp_path)] == [None, 0.5, 0.5]
+
+
+EARLIER = [
+    {"step": 2, "time_total": 30.0, "time_goodput": 0.1},
+    {"step": 4, "time_total": 40.0, "time_goodput": 0.1},
+    {"step": 5},
+    {"step": 6, "time_total": 60.0, "time_goodput": 0.1},
+]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_goodput_counts_no_step_twice(tmp_path, monkeypatch, resumed):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    first = 4 if resumed else 0
+    if resumed:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in EARLIER) + '{"step": 7, "tim')
+    t = Telemetry(tmp_path, first_step=first, num_steps=20, batch_size=4, started=90)
+
+    def batches():
+        nonlocal now
+        for step in range(first + 1, first + 9):
+            now += 0.25
+            yield step
+
+    for step in t.waiting_for(batches()):
+        now += 21.0 if step == first + 1 else 1.0  # twenty of them are the compilation's
+        t.step(step)
+        if step % 2 == 0:
+            t.metrics(step, values(step))
+        if step == first + 6:
+            since = now
+            now += 10.0
+            t.paused(since)
+    t.close()
+    last = lines(tmp_path)[-1]
+    total = 10 + 20 + 8 * 1.25 + 10
+    # Of the 60 seconds before, those of four steps are not lost: a tenth of the 40 until then.
+    assert last["time_total"] == pytest.approx(total + 60 * resumed)
+    assert last["time_goodput"] * last["time_total"] == pytest.approx(8 + 4 * resumed)
+    assert [record["step"] for record in lines(tmp_path)] == [2, 4, 6, 8] + [10, 12] * resumed
 
 
 def test_not_finite_values_are_written(tmp_path):
