@@ -55,7 +55,7 @@ PANELS = (
     Panel("Seconds a step", {"time_per_step": "step", "time_waiting_for_data": "waiting for data in it"}, zero=True),
     Panel("Model FLOPs utilisation", {"time_mfu": "share of the peak"}, zero=True),
     Panel("Goodput", {"time_goodput": "share of the time"}, smooth=False, zero=True),
-    Panel("Seconds since the start", {"time_total": "in all", "time_paused": "grids and checkpoints"}, smooth=False, zero=True),
+    Panel("Seconds spent", {"time_total": "by all processes", "time_paused": "paused by this one"}, smooth=False, zero=True),
 )
 
 

@@ -270,10 +270,10 @@ def environment(sessions: list[dict[str, Any]]) -> Html:
         ("Python", newest.get("python")),
         *(versions.items() if isinstance(versions, dict) else ()),
         ("parameters", f"{parameters:,}" if isinstance(parameters := newest.get("parameters"), int) else None),
-        ("FLOPs a step", newest.get("step_flops") and float(newest["step_flops"])),
+        ("GFLOP a step", newest.get("step_flops") and newest["step_flops"] / 1e9),
     ]
-    rows = [
-        [
+    rows = (
+        (
             when(session.get("started")),
             when(session.get("written")),
             session.get("first_step"),
@@ -282,9 +282,9 @@ def environment(sessions: list[dict[str, Any]]) -> Html:
             byte_size(session.get("device_peak_bytes")),
             byte_size(session.get("device_limit_bytes")),
             byte_size(session.get("host_peak_bytes")),
-        ]
+        )
         for session in sessions
-    ]
+    )
     head = ["started, UTC", "last written", "from step", "to step", "devices", "device memory, peak", "of", "host memory, peak"]
     note = 'Memory is that of the first process and of the fullest of its devices; "-" is what the platform does not tell.'
     return join([pairs(shown), tag("h3", "Each start"), table(head, rows), tag("p", note, class_="note")])

@@ -2,13 +2,16 @@
 
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import open_page
 from errors import assert_one_line
 
+import speedit_jax
 from speedit_jax.data.sources import open_source
 from speedit_jax.training import run
 from speedit_jax.training.curves import read_metrics
@@ -291,20 +294,29 @@ const wide = [...document.querySelectorAll("body *")].filter((e) => !e.closest("
 return {
   images: images.length, decoded: images.filter((image) => image.naturalWidth > 0).length,
   diagrams: [...document.querySelectorAll(".plot svg")].filter((svg) => svg.getBoundingClientRect().height > 80).length,
-  before, pointed, after: numbers(), last, first: shown(), text: document.body.innerText,
+  before, pointed, after: numbers(), last, first: shown(), width: innerWidth, text: document.body.innerText,
   overflow: wide.filter((e) => e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 80)),
 };
 """
 
 
-@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(page, read, width):
     seen = open_page(page, LOOK, width)
     assert seen["problems"] == seen["requested"] == seen["console"] == []
     result = seen["result"]
+    assert result["width"] == width
     assert result["images"] == result["decoded"] == len(read.all("img")) == 13
     assert result["diagrams"] == len(read.all("figure", "panel"))
     assert (result["last"], result["first"]) == (["step 200"], ["step 10"])
     # The first diagram is that of eval_fid, of values at 50, 100, 150 and 200.
     assert (result["before"], result["pointed"], result["after"]) == ("0.5 ", "2 step 50", "0.5 ")
     assert HOSTILE in result["text"] and result["overflow"] == []
+
+
+def test_the_template_is_shipped():
+    """By a plain `pip install`, too, which takes only what pyproject.toml lists."""
+    root = Path(speedit_jax.__file__).parent
+    shipped = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    listed = {root.parent / package.replace(".", "/") / name for package, names in shipped.items() for name in names}
+    assert listed == {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
