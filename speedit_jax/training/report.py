@@ -27,6 +27,7 @@ _GRIDS = 12  # shown at most, evenly chosen
 _RESULTS = 12  # files of samples and of evaluations shown at most, the newest
 _SIDE = 1024  # pixels to which larger pictures are reduced
 _LARGE = 200_000  # bytes from which a picture is reduced and compressed
+_HUGE = 64_000_000  # pixels from which it is left out: it would have to be decoded
 
 
 def write_report(workdir: Path, out: Path | None = None) -> Path:
@@ -105,10 +106,8 @@ def status(config: ml_collections.ConfigDict, step: int | None, metrics: panels.
     if complete:
         return join([line, bar])
     command = (sessions[-1] if sessions else {}).get("command")
-    how = [
-        "If it is not running, the same command goes on from the checkpoint" if step else "If it is not running, start it again"
-    ]
-    return join([line, bar, tag("p", *how, ":" if command else "."), tag("pre", command) if command else ""])
+    how = f"If it is not running, {'the same command goes on from the checkpoint' if step else 'start it again'}"
+    return join([line, bar, tag("p", how, ":" if command else "."), tag("pre", command) if command else ""])
 
 
 def last(metrics: panels.Metrics, name: str, share: float = 0.0) -> float | None:
@@ -164,10 +163,12 @@ def grids(directory: Path) -> Html:
 
 
 def embedded(path: Path, alt: str) -> Html | None:
-    """A picture, reduced where it is large; None where it cannot be read."""
+    """A picture, reduced where it is large; None where it cannot be read or is huge."""
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as picture:
+            if picture.width * picture.height > _HUGE:
+                return None
             picture.load()
             if len(data) <= _LARGE:
                 return image(data, "png", alt)
@@ -176,7 +177,7 @@ def embedded(path: Path, alt: str) -> Html | None:
             smaller = io.BytesIO()
             picture.save(smaller, "JPEG", quality=88)
             return image(smaller.getvalue(), "jpeg", alt)
-    except (OSError, ValueError, SyntaxError):  # the last is Pillow's for a broken PNG
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises SyntaxError for a broken PNG
         return None
 
 
@@ -185,7 +186,7 @@ def results(workdir: Path) -> Html:
     apart = {workdir / name for name in ("checkpoints", "tensorboard", "samples")} | {workdir / "run.json", workdir / ENVIRONMENT}
     paths = [path for path in (*workdir.glob("*.json"), *workdir.glob("*/*.json")) if not {path, path.parent} & apart]
     sampled, evaluated = [], []
-    for path in sorted(paths, key=lambda path: (-path.stat().st_mtime, path)):
+    for path in sorted(filter(Path.is_file, paths), key=lambda path: (-path.stat().st_mtime, path)):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             record = json.loads(path.read_text())
             if isinstance(record.get("metrics"), dict):
@@ -270,6 +271,7 @@ def environment(sessions: list[dict[str, Any]]) -> Html:
         ("Python", newest.get("python")),
         *(versions.items() if isinstance(versions, dict) else ()),
         ("parameters", f"{parameters:,}" if isinstance(parameters := newest.get("parameters"), int) else None),
+        ("command", tag("code", newest.get("command"))),
         ("GFLOP a step", newest.get("step_flops") and newest["step_flops"] / 1e9),
     ]
     rows = (

@@ -74,6 +74,7 @@ def workdir(tmp_path_factory):
     (workdir / "sub").mkdir()
     (workdir / "sub" / "e.json").write_text(json.dumps(evaluated | {"metrics": {"fid": 12.3456, "kid": 0.125}}))
     (workdir / "other.json").write_text("[1, 2]")
+    (workdir / "gone.json").symlink_to("nowhere")
     (workdir / "broken.json").write_text('{"metrics": {')
     return workdir
 
