@@ -51,6 +51,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
     diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
+    diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, clts, loss_second_moment, speedit or speed_cvpr25: docs/speedit.md
@@ -94,6 +95,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     training.sample_every = 10_000  # steps between image grids; 0 draws none
     training.profile_at = 0  # step from which the profiler's trace is written to WORKDIR/tensorboard; 0 writes none
     training.profile_steps = 3  # how many steps it holds
+    training.wandb_project = ""  # also log to this project of Weights & Biases: pip install -e '.[wandb]'; "" does not
     training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
 
     c.checkpoint = checkpoint = ml_collections.ConfigDict()

@@ -53,6 +53,7 @@ def numbers(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "description": strategy.describe(batch_size),
         "schedule": diffusion.schedule.name,
         "prediction": diffusion.prediction,
+        "weighted": diffusion.weighted,
         "batch_size": batch_size,
         "t": t.tolist(),
         "log_snr": np.log(abar / (1 - abar)).tolist(),
@@ -70,7 +71,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
     t, shown = np.array(record["t"]), record["shown"]
     panels = {
         "density x T": [(entry["step"], len(t) * np.array(entry["density"])) for entry in shown],
-        f"weight on the mse of {record['prediction']}": [(0, np.array(record["weight"]))],
+        f"weight on {record['weighted']}": [(0, np.array(record["weight"]))],
         "density x weight x T": [(entry["step"], len(t) * np.array(entry["product"])) for entry in shown],
         f"log-SNR of {record['schedule']}": [(0, np.array(record["log_snr"]))],
     }

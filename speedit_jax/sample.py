@@ -148,7 +148,7 @@ def open_guide(meta: dict, mesh) -> Guide | None:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
         {"image_shape": m["image_shape"], "class_names": m["class_names"]}
-        | {f"diffusion.{name}": value for name, value in config_of(m).diffusion.items() if name != "variance"}
+        | {f"diffusion.{name}": value for name, value in config_of(m).diffusion.items() if name not in ("variance", "loss")}
         for m in (meta, other)
     )
     for name in sorted(own.keys() | its.keys()):

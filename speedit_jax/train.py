@@ -34,6 +34,7 @@ from speedit_jax.training.sampling import Settings, make_sampler
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 from speedit_jax.training.telemetry import PEAK_FLOPS, Profiler, Telemetry, to_uint8
+from speedit_jax.training.wandb_board import open_board
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
@@ -194,7 +195,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     # The share of the peak that one image a second takes.
     mfu = peak and 3 * model.forward_flops / (mesh.size * peak)
     telemetry = Telemetry(
-        workdir, first_step=step, num_steps=num_steps, batch_size=batch_size, mfu_per_image=mfu, started=started
+        workdir,
+        first_step=step,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        mfu_per_image=mfu,
+        started=started,
+        wandb=open_board(workdir, config.training.wandb_project, meta["config"]),
     )
     parameters = int(parameter_overview.count_parameters(shapes.params))
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=int(3 * model.forward_flops * batch_size))

@@ -52,6 +52,8 @@ BAD_TRAIN_FLAGS = {
     "unknown model": (["--config.model.name=DiT-Q/2"], ["model.name", "DiT-Q/2", "XL"]),
     "unknown schedule": (["--config.diffusion.schedule=foo"], ["diffusion.schedule", "foo", "linear"]),
     "unknown prediction": (["--config.diffusion.prediction=eps"], ["diffusion.prediction", "eps", "epsilon, x0, v"]),
+    "unknown loss": (["--config.diffusion.loss=l2"], ["diffusion.loss", "l2", "rescaled_kl"]),
+    "bound of a flow": (["--config.diffusion.loss=kl", "--config.diffusion.path=gvp"], ["diffusion.loss=kl", "gvp", "use mse"]),
     "steps that are none": (["--config.sampling.num_steps=fast", "--config.training.sample_every=3"], ["fast", "ddim50"]),
     "dual of losses": (["--config.timesteps.strategy=clts", "--config.timesteps.dual=true"], ["timesteps.dual", "clts"]),
     "unknown learning rate": (["--config.optim.schedule=foo"], ["optim.schedule", "foo", "cosine"]),

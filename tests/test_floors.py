@@ -22,6 +22,7 @@ OWNERS = {
     "huggingface_hub": ("speedit_jax.interop",),
     "torch": ("speedit_jax.interop",),
     "tensorflow": (),
+    "wandb": ("speedit_jax.training.wandb_board",),
 }
 
 

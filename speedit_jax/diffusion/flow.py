@@ -56,6 +56,11 @@ class FlowMatching:
     def prediction(self) -> str:
         return f"{self.path} velocity"
 
+    @property
+    def weighted(self) -> str:
+        """What the strategy's weight multiplies."""
+        return f"the mse of {self.prediction}"
+
     @functools.cached_property
     def schedule(self) -> Schedule:
         """The variance-preserving schedule of the same signal-to-noise ratios, at the middle of each level."""
@@ -103,3 +108,7 @@ class FlowMatching:
         """Per-example training terms, each [B]: "mse", eq. (3)."""
         _, _, d_alpha, d_sigma = self.coefficients(s, x_s)
         return {"mse": mean_flat((d_alpha * x0 + d_sigma * noise - self.velocity(output)) ** 2)}
+
+    def objective(self, terms: dict[str, jax.Array], weight: jax.Array) -> jax.Array:
+        """What is minimised of the terms of `losses`. [B]"""
+        return weight * terms["mse"]

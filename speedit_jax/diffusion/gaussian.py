@@ -10,8 +10,12 @@ r"""Gaussian diffusion: the forward process, what the network predicts of it, th
   (5)  vb_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) / log 2              t > 0, in bits per dimension
        vb_0 = -log p(x_0 | x_1) / log 2                                         discretised to 8 bits on [-1, 1]
 
-As in IDDPM the vb term trains only the variance: the mean enters it frozen. One error of the network is worth, in the mse of
-each prediction, mse_eps = SNR mse_x0 and mse_v = (SNR + 1) mse_x0 with SNR = abar_t / (1 - abar_t).
+  (6)  loss = w mse + vb  ("mse"),  w mse + (T / 1000) vb  ("rescaled_mse"),  w vb  ("kl")  or  w T vb  ("rescaled_kl")
+
+w is the timestep strategy's weight. As in IDDPM the vb beside a mse, there only with a learned variance, trains nothing but the
+variance: the mean enters it frozen. Alone, as "kl", it trains both, and the mean over uniform t of T vb is the bound, but for its
+prior (likelihood.py). One error of the network is worth, in the mse of each prediction, mse_eps = SNR mse_x0 and
+mse_v = (SNR + 1) mse_x0 with SNR = abar_t / (1 - abar_t).
 All arrays are [B, ...]; t is [B] int and indexes the schedule.
 """
 
@@ -26,6 +30,7 @@ from speedit_jax.errors import UserError
 
 PREDICTIONS = ("epsilon", "x0", "v")
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
+LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def mean_flat(x: jax.Array) -> jax.Array:
@@ -38,7 +43,7 @@ def _at(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.asarray(table, like.dtype)[t].reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 
-def _normal_kl(mean1, logvar1, mean2, logvar2):
+def normal_kl(mean1, logvar1, mean2, logvar2):
     """KL(N1 || N2) of diagonal Gaussians, elementwise, in nats."""
     return 0.5 * (-1.0 + logvar2 - logvar1 + jnp.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * jnp.exp(-logvar2))
 
@@ -67,21 +72,35 @@ class GaussianDiffusion:
       schedule: the noise levels, of training or, respaced, of sampling.
       variance: "learned_range" (the network has a second output for it), "fixed_small" (btilde) or "fixed_large" (beta).
       prediction: what the network's first output is: "epsilon", "x0" or "v", eq. (2).
+      loss: one of LOSSES, eq. (6).
     """
 
     schedule: Schedule
     variance: str = "learned_range"
     prediction: str = "epsilon"
+    loss: str = "mse"
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
             raise UserError(f"unknown diffusion.prediction {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
         if self.variance not in VARIANCES:
             raise UserError(f"unknown diffusion.variance {self.variance!r}; choose one of {', '.join(VARIANCES)}")
+        if self.loss not in LOSSES:
+            raise UserError(f"unknown diffusion.loss {self.loss!r}; choose one of {', '.join(LOSSES)}")
 
     @property
     def learned_variance(self) -> bool:
         return self.variance == "learned_range"
+
+    @property
+    def bound_alone(self) -> bool:
+        """Whether the loss has no mse."""
+        return self.loss in ("kl", "rescaled_kl")
+
+    @property
+    def weighted(self) -> str:
+        """What the strategy's weight multiplies."""
+        return "the variational bound" if self.bound_alone else f"the mse of {self.prediction}"
 
     def draw_time(self, key: jax.Array, t: jax.Array) -> jax.Array:
         """Levels are times here; a flow draws its own within a level."""
@@ -179,20 +198,29 @@ class GaussianDiffusion:
         _, r = self.split_output(output)
         return self.posterior_mean(x0, x_t, t), self.log_variance(t, r, x_t), x0
 
-    def variational_bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """vb_t of eq. (5), in bits per dimension. [B]"""
+    def variational_bound(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, clip: bool = False) -> jax.Array:
+        """vb_t of eq. (5), in bits per dimension, of the reverse step that `p_mean_log_variance` makes. [B]"""
         true_mean = self.posterior_mean(x0, x_t, t)
         true_log_variance = _at(self.schedule.posterior_log_variance_clipped, t, x_t)
-        mean, log_variance, _ = self.p_mean_log_variance(output, x_t, t)
-        kl = mean_flat(_normal_kl(true_mean, true_log_variance, mean, log_variance))
+        mean, log_variance, _ = self.p_mean_log_variance(output, x_t, t, clip)
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance))
         nll = mean_flat(-_discretized_log_likelihood(x0, mean, 0.5 * log_variance))
         return jnp.where(t == 0, nll, kl) / np.log(2.0)
 
     def losses(self, output: jax.Array, x0: jax.Array, x_t: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
-        """Per-example training terms, each [B]: "mse", eq. (4), and with a learned variance "vb", eq. (5)."""
+        """Per-example training terms, each [B]: "mse", eq. (4), and where the loss has one "vb", eq. (5)."""
         prediction, r = self.split_output(output)
         terms = {"mse": mean_flat((self.target(x0, t, noise) - prediction) ** 2)}
-        if r is not None:
+        if self.bound_alone:
+            terms["vb"] = self.variational_bound(output, x0, x_t, t)
+        elif r is not None:
             frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), r], axis=-1)
             terms["vb"] = self.variational_bound(frozen, x0, x_t, t)
         return terms
+
+    def objective(self, terms: dict[str, jax.Array], weight: jax.Array) -> jax.Array:
+        """What is minimised of the terms of `losses`, eq. (6). [B]"""
+        num_steps = self.schedule.num_steps
+        scale = {"mse": 1.0, "rescaled_mse": num_steps / 1000, "kl": 1.0, "rescaled_kl": num_steps}[self.loss]
+        vb = scale * terms["vb"] if "vb" in terms else 0.0
+        return weight * vb if self.bound_alone else weight * terms["mse"] + vb

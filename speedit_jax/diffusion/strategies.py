@@ -1,9 +1,10 @@
 r"""How timesteps are drawn: from a fixed density, from one that changes over training, or from one that follows the losses.
 
 A strategy is `init() -> s`, `sample(key, n, step, s) -> (t [n], weight [n], importance [n])`, `update(s, t, loss) -> s`; s lives
-in the train state, replicated over the mesh, and in the checkpoints. An example's loss is importance * (weight * mse + vb): the
-weight is part of what is minimised; the importance is not, it only takes back that t was not drawn uniformly, and is 1 where
-the density is part of what is minimised, too. n is the whole optimizer batch, before accumulation and sharding.
+in the train state, replicated over the mesh, and in the checkpoints. An example's loss is importance * (weight * mse + vb), or
+importance * weight * vb where the bound is trained alone: the weight is part of what is minimised; the importance is not, it
+only takes back that t was not drawn uniformly, and is 1 where the density is part of what is minimised, too. n is the whole
+optimizer batch, before accumulation and sharding.
 
 `marginal(n, step)` is the exact density [T] of a timestep picked at random from the n of that optimizer step, in float64;
 `describe(n)` is one line for the log.

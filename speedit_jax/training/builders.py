@@ -14,24 +14,30 @@ from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
-from speedit_jax.training import sharding
+from speedit_jax.training import sharding, wandb_board
 from speedit_jax.training.autoencoder import Autoencoder
 
 
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
     schedule, path = make_schedule(config.diffusion.schedule, config.diffusion.num_steps), config.diffusion.path
     if path in PATHS:
+        if config.diffusion.loss != "mse":
+            raise UserError(
+                f"diffusion.loss={config.diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse"
+            )
         return FlowMatching(path, config.diffusion.num_steps, config.diffusion.variance == "learned_range")
     if path != "vp":
         raise UserError(f"unknown diffusion.path {path!r}; choose one of vp, {', '.join(PATHS)}")
-    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction)
+    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction, config.diffusion.loss)
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
     if isinstance(diffusion, FlowMatching):
         vp = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
         return make_flow_strategy(diffusion, vp, config.training.batch_size, **config.timesteps)
-    return _make_strategy(diffusion.schedule, prediction=diffusion.prediction, **config.timesteps)
+    # The bound does not depend on what is predicted, so neither does its weight.
+    prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
+    return _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
 
 
 def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:
@@ -110,6 +116,7 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         value = (config[section] if section else config)[key]
         if not value >= least:
             raise UserError(f"{name}={value}: must be at least {least}")
+    wandb_board.check(config.training.wandb_project)
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

@@ -24,6 +24,7 @@ _MAY_CHANGE = (
     "training.profile_at",
     "training.profile_steps",
     "training.sample_every",
+    "training.wandb_project",
 )
 
 

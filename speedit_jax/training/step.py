@@ -44,16 +44,16 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
 
 
 def make_loss(model: Model, diffusion: GaussianDiffusion | FlowMatching) -> Callable:
-    """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, with a learned variance, "vb"}).
+    """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
-    These are each example's, [B], with loss = weight * mse + vb; the scalar is the mean over the batch of importance * loss.
+    These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     """
 
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"])
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
-        terms["loss"] = batch["weight"] * terms["mse"] + terms.get("vb", 0.0)
+        terms["loss"] = diffusion.objective(terms, batch["weight"])
         return (batch["importance"] * terms["loss"]).mean(), terms
 
     return loss

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, image grids, a progress bar.
+"""What a run tells: metrics.jsonl, TensorBoard, W&B, image grids, a progress bar.
 
 metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_...": ...}. Fields that start with
 `time_` depend on the clock; all others are the same whenever the run is repeated, killed or not.
@@ -19,6 +19,8 @@ import numpy as np
 import tensorboardX
 from PIL import Image
 from tqdm import tqdm
+
+from speedit_jax.training.wandb_board import WandbBoard
 
 T = TypeVar("T")
 
@@ -111,6 +113,7 @@ class Telemetry:
       batch_size: images a step.
       mfu_per_image: model FLOPs of an image's step over the devices' peak in a second; None where the peak is unknown.
       started: time.perf_counter() when this process began to work; None is now.
+      wandb: a further writer.
     """
 
     def __init__(
@@ -122,10 +125,12 @@ class Telemetry:
         batch_size: int,
         mfu_per_image: float | None = None,
         started: float | None = None,
+        wandb: WandbBoard | None = None,
     ):
         self._active = jax.process_index() == 0
         self._batch_size = batch_size
         self._mfu_per_image = mfu_per_image
+        self._wandb = wandb
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = first_step
         self._clock: tuple[int, float] | None = None  # the run's step and the time at the last reading
@@ -207,6 +212,8 @@ class Telemetry:
             self._file.flush()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            if self._wandb:
+                self._wandb.scalars(step, values)
             shown = {"loss": f"{values['loss']:.4f}"}
             if "time_images_per_second" in values:
                 shown["images/s"] = f"{values['time_images_per_second']:.0f}"
@@ -214,12 +221,14 @@ class Telemetry:
         return values
 
     def images(self, path: Path, step: int, images: np.ndarray, columns: int | None = None) -> None:
-        """Writes a grid of uint8 [n, H, W, C] as PNG and to TensorBoard."""
+        """Writes a grid of uint8 [n, H, W, C] as PNG and to the boards."""
         if not self._active:
             return
         grid = image_grid(images, columns)
         write_png(path, grid, magnification(images.shape[1]))
         self._board.add_image("samples", grid[..., :3] if grid.shape[-1] >= 3 else grid[..., :1], step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.image(step, path)
 
     def paused(self, since: float) -> None:
         """Leaves the time from `since` (time.perf_counter()) to now out of the throughput."""
@@ -235,6 +244,8 @@ class Telemetry:
         if self._active:
             self._bar.close()
             self._board.close()
+            if self._wandb:
+                self._wandb.close()
             self._file.close()
 
 

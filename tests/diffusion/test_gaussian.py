@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from speedit_jax.diffusion.gaussian import PREDICTIONS, VARIANCES, GaussianDiffusion
+from speedit_jax.diffusion.gaussian import LOSSES, PREDICTIONS, VARIANCES, GaussianDiffusion
 from speedit_jax.diffusion.samplers import sample
 from speedit_jax.diffusion.schedules import make_schedule, respace
 from speedit_jax.errors import UserError
@@ -254,6 +254,43 @@ def test_vb_trains_the_variance_and_never_the_mean_of_any_prediction():
         gradient = jax.jit(jax.grad(lambda out, d=diffusion, x=x_t: d.losses(out, x0, x, t, noise)["vb"].sum()))(output)
         np.testing.assert_array_equal(gradient[..., :3], 0)
         assert (np.abs(gradient[..., 3:]).max(axis=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_the_weight_multiplies_the_mse_or_the_bound_alone(variance, loss):
+    diffusion, t = GaussianDiffusion(respace(SCHEDULE, range(0, 1000, 4)), variance, loss=loss), jnp.array([0, 1, 25, 125, 249])
+    x0, noise = normal(0).clip(-1, 1), normal(1)
+    output = normal(2, (5, 4, 4, 6 if diffusion.learned_variance else 3))
+    terms = diffusion.losses(output, x0, diffusion.q_sample(x0, t, noise), t, noise)
+    weight = jnp.array([0.0, 1.0, 0.5, 2.0, 3.0])
+    vb = np.asarray(terms.get("vb", 0.0))
+    expected = {
+        "mse": weight * terms["mse"] + vb,
+        "rescaled_mse": weight * terms["mse"] + 0.25 * vb,
+        "kl": weight * vb,
+        "rescaled_kl": 250 * weight * vb,
+    }[loss]
+    np.testing.assert_allclose(diffusion.objective(terms, weight), expected, rtol=1e-6)
+    assert ("vb" in terms) == (diffusion.learned_variance or "kl" in loss)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_bound_alone_trains_the_mean_too(prediction):
+    diffusion, t = GaussianDiffusion(SCHEDULE, prediction=prediction, loss="kl"), jnp.asarray(T)
+    x0, noise, output = normal(0).clip(-1, 1), normal(1), normal(2, (5, 4, 4, 6))
+    x_t = diffusion.q_sample(x0, t, noise)
+    # Near the target: a likelihood far off is at its floor, where nothing is to be learned.
+    output = jnp.concatenate([diffusion.target(x0, t, noise) + 0.01 * output[..., :3], output[..., 3:]], axis=-1)
+    gradient = jax.jit(jax.grad(lambda out: diffusion.losses(out, x0, x_t, t, noise)["vb"].sum()))(output)
+    assert np.isfinite(gradient).all()
+    for half in (gradient[..., :3], gradient[..., 3:]):
+        assert (np.abs(half).max(axis=(1, 2, 3)) > 0).all()
+
+
+def test_unknown_loss():
+    with pytest.raises(UserError, match=r"diffusion\.loss 'l2'.*mse, rescaled_mse, kl, rescaled_kl"):
+        GaussianDiffusion(SCHEDULE, loss="l2")
 
 
 def test_unknown_prediction():

@@ -17,3 +17,7 @@ def test_weights_are_those_of_the_prediction(prediction):
     snr = diffusion.schedule.alphas_cumprod / (1 - diffusion.schedule.alphas_cumprod)
     expected = np.minimum(snr, 5) / {"epsilon": snr, "x0": 1, "v": snr + 1}[prediction]
     np.testing.assert_allclose(builders.make_strategy(config, diffusion).weights, expected, rtol=1e-12)
+    # The bound is the same whatever is predicted.
+    config.diffusion.loss = "kl"
+    diffusion = builders.make_diffusion(config)
+    np.testing.assert_allclose(builders.make_strategy(config, diffusion).weights, np.minimum(snr, 5) / snr, rtol=1e-12)

@@ -1,0 +1,208 @@
+"""Measures how many bits a run needs for each number of the images of a set: the variational bound, over all noise levels.
+
+  python -m speedit_jax.likelihood --workdir=runs/digits --split=held_out
+  python -m speedit_jax.likelihood --workdir=runs/mine --source=folder:/path/to/images --num_images=1000 --num_steps=250
+
+Of diffusion on pixels only. Prints the mean with its standard error and writes it with every term as JSON; docs/evaluation.md
+says what the number is.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from speedit_jax import __version__, cli
+from speedit_jax.data import loader
+from speedit_jax.data.sources import Source, open_source
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.likelihood import bound_terms, prior_bits
+from speedit_jax.diffusion.schedules import respace, sampling_steps
+from speedit_jax.errors import UserError
+from speedit_jax.interop import files
+from speedit_jax.models.build import Model
+from speedit_jax.training import builders, sharding
+from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.run import config_of
+from speedit_jax.training.sampling import image_noise
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
+_SOURCE = flags.DEFINE_string("source", None, "The images, as data.source. Default: the run's.")
+_SPLIT = flags.DEFINE_string("split", None, "Of digits or tfds: as data.split; of the digits also held_out. Default: the run's.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, one of every len // num_images. Default: all.", lower_bound=1)
+_UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Do not tell the network the images' classes.")
+_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model, and a larger bound.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
+_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
+_WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
+_THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings. Default: WORKDIR/likelihood.json.")
+
+STEPS_AT_A_TIME = 50  # of the schedule, in one call: often enough for the progress bar
+
+
+def likelihood() -> None:
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; name the directory of a training run")
+    workdir = Path(_WORKDIR.value).expanduser()
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.choose(_CHECKPOINT_STEP.value)
+    meta = checkpoints.meta(step)
+    config = config_of(meta)
+    diffusion = open_diffusion(config, meta)
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    if _UNCONDITIONAL.value and meta["class_names"] and model.null_label is None:
+        raise UserError("--unconditional: this model has no null label (model.label_dropout=0)")
+    source = open_images(config, meta)
+    count = min(_NUM_IMAGES.value or len(source), len(source))
+    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "likelihood.json"
+    if jax.process_index() == 0:
+        cli.check_writable(out)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
+
+    terms = measure(make_bound(model, diffusion, config.sampling.clip, mesh), params, source, count, diffusion, model, mesh)
+    if jax.process_index() != 0:
+        return
+    total = terms["prior"] + terms["vb"].sum(axis=1)
+    error = float(total.std(ddof=1) / count**0.5) if count > 1 else None
+    means = {name: values.mean(axis=0) for name, values in terms.items()}
+    record = {
+        "total_bpd": total.mean(),
+        "standard_error": error,
+        "prior_bpd": means["prior"],
+        "decoder_bpd": means["vb"][0],
+        "by_timestep": {"t": diffusion.schedule.model_steps.tolist()}
+        | {name: means[name].tolist() for name in ("vb", "mse", "x0_mse")},
+        "images": {"from": config.data.source, "split": config.data.split, "n": count, "of": len(source)},
+        "workdir": str(workdir),
+        "checkpoint_step": step,
+        "weights": _WEIGHTS.value,
+        "unconditional": _UNCONDITIONAL.value,
+        "num_steps": diffusion.schedule.num_steps,
+        "clip": config.sampling.clip,
+        "seed": _SEED.value,
+        "batch_size": _BATCH_SIZE.value,
+        "devices": mesh.size,
+        "versions": {"speedit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
+    }
+    files.write_new(out, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
+    spread = "" if error is None else f" (standard error {error:.2g})"
+    print(
+        f"{count} images of {config.data.source} ({config.data.split}), step {step}, {diffusion.schedule.num_steps} noise levels"
+    )
+    print(f"at most {total.mean():.4f} bits per dimension{spread}: prior {means['prior']:.4f},", end=" ")
+    print(f"denoising {means['vb'][1:].sum():.4f}, decoder {means['vb'][0]:.4f}")
+    print(f"settings and numbers in {out}")
+
+
+def open_diffusion(config: ml_collections.ConfigDict, meta: dict) -> GaussianDiffusion:
+    """The run's, of the noise levels of --num_steps.
+
+    Raises:
+      UserError: the run has no likelihood of pixels.
+    """
+    diffusion = builders.make_diffusion(config)
+    if isinstance(diffusion, FlowMatching):
+        raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
+    if meta.get("latents"):
+        raise UserError("--workdir: the run is on latents, and bits per number of a latent say nothing of its pixels")
+    if not _NUM_STEPS.value:
+        return diffusion
+    spec = int(_NUM_STEPS.value) if _NUM_STEPS.value.isdecimal() else _NUM_STEPS.value
+    schedule = respace(diffusion.schedule, sampling_steps(diffusion.schedule.num_steps, spec))
+    return GaussianDiffusion(schedule, diffusion.variance, diffusion.prediction)
+
+
+def open_images(config: ml_collections.ConfigDict, meta: dict) -> Source:
+    """--source, into whose `config` it is written, too.
+
+    Raises:
+      UserError: the network knows no such images, or not their classes.
+    """
+    config.data.source = _SOURCE.value or config.data.source
+    config.data.split = _SPLIT.value or (config.data.split if not _SOURCE.value else "train")
+    config.data.height, config.data.width, config.data.channels = meta["image_shape"]
+    source = open_source(config.data)
+    if source.latents:
+        raise UserError(f"--source={config.data.source}: give images, not latents")
+    if meta["class_names"] and not _UNCONDITIONAL.value and list(source.class_names) != meta["class_names"]:
+        raise UserError(f"--source={config.data.source}: its classes are not those of the run; give --unconditional")
+    return source
+
+
+def make_bound(model: Model, diffusion: GaussianDiffusion, clip: bool, mesh: Mesh) -> Callable[..., dict[str, np.ndarray]]:
+    """bound(params, key, indices [B], images [B, H, W, C], labels [B], steps [k]) -> bound_terms and "prior" [B], on the host."""
+
+    def bound(params, key, indices, images, labels, steps):
+        terms = bound_terms(
+            lambda x, t: sharding.constrain(model.apply(params, x, t, labels), ("batch", None, None, None)),
+            images,
+            steps,
+            # So an image's noise does not depend on the batch that it is in.
+            lambda step: image_noise(key, indices, step, model.image_shape),
+            diffusion,
+            clip,
+        )
+        return terms | {"prior": prior_bits(images, diffusion)}
+
+    jitted, rows = jax.jit(bound, out_shardings=sharding.replicated(mesh)), sharding.batch_sharding(mesh)
+
+    def run(params, key, indices, images, labels, steps):
+        with jax.set_mesh(mesh):
+            arrays = (sharding.from_host(rows, x) for x in (indices, images, labels))
+            return jax.device_get(jitted(params, key, *arrays, jnp.asarray(steps)))
+
+    return run
+
+
+def measure(
+    bound: Callable[..., dict[str, np.ndarray]],
+    params,
+    source: Source,
+    count: int,
+    diffusion: GaussianDiffusion,
+    model: Model,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+    """All terms, in float64: "prior" [count], the others [count, T]."""
+    num_steps, key = diffusion.schedule.num_steps, jax.random.key(_SEED.value)
+    chunks = np.array_split(np.arange(num_steps), -(-num_steps // STEPS_AT_A_TIME))
+    parts = []
+    with tqdm(total=count * num_steps, unit="level", unit_scale=True, disable=jax.process_index() != 0) as bar:
+        for indices, images, labels in filled_batches(source, count, mesh):
+            if _UNCONDITIONAL.value and model.null_label is not None:
+                labels = np.full_like(labels, model.null_label)
+            inside = min(count - indices[0], len(indices))
+            found = []
+            for steps in chunks:
+                found.append({name: x[:inside] for name, x in bound(params, key, indices, images, labels, steps).items()})
+                bar.update(inside * len(steps))
+            terms = {name: np.concatenate([f[name] for f in found], axis=1) for name in found[0] if name != "prior"}
+            parts.append(terms | {"prior": found[0]["prior"]})
+    return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
+
+
+def filled_batches(source: Source, count: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(numbers, images, labels) of `count` evenly spaced records, in batches of one size; the last is filled up with repeats."""
+    batch = min(_BATCH_SIZE.value, count)
+    batch += -batch % sharding.batch_devices(mesh)
+    every, first = len(source) // count, 0
+    for records in loader.in_order(source, 0, every * count, batch, _THREADS.value, every):
+        rows = np.arange(batch) % len(records["label"])
+        yield np.arange(first, first + batch, dtype=np.int32), records["image"][rows], records["label"][rows].astype(np.int32)
+        first += batch
+
+
+if __name__ == "__main__":
+    cli.run(likelihood)
