@@ -3,9 +3,9 @@
   python -m benchmarks.telemetry_cost --out=docs/results/telemetry_cost.json
 
 The digits config's loop, data included, in pairs of blocks of training.log_every steps: one block as in train.py, with all that
-the step measures (losses by quartile, norms), metrics.jsonl, TensorBoard and the bar; and one whose step returns the state and
-nothing else, without telemetry, so that XLA leaves out what only telemetry wants. Which comes first alternates. A block ends when the
-device has done its work.
+the step measures (losses by quartile, norms), metrics.jsonl, TensorBoard and the bar; and one without telemetry, whose step
+returns nothing but the state, so that XLA leaves out what only telemetry wants. Which comes first alternates. A block ends when
+the device has done its work.
 """
 
 import argparse

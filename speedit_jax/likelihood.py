@@ -39,7 +39,7 @@ _SOURCE = flags.DEFINE_string("source", None, "The images, as data.source. Defau
 _SPLIT = flags.DEFINE_string("split", None, "Of digits or tfds: as data.split; of the digits also held_out. Default: the run's.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, one of every len // num_images. Default: all.", lower_bound=1)
 _UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Do not tell the network the images' classes.")
-_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model, and a larger bound.")
+_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")

@@ -1,5 +1,6 @@
 """From image files of any kind and size to arrays of one shape."""
 
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -7,6 +8,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from speedit_jax.errors import UserError
+
+# Pillow warns of what it reads at half of the size from which on it refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _MODES = {1: "L", 3: "RGB"}
 
