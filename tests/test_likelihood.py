@@ -1,6 +1,7 @@
 """The command that measures bits per dimension: its JSON adds up, whatever the batches and devices; mistakes are one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -74,17 +75,22 @@ def test_fewer_levels(measure):
     assert record["num_steps"] == 4 and record["by_timestep"]["t"][0] == 0 and record["by_timestep"]["t"][-1] == NUM_STEPS - 1
 
 
-@pytest.fixture(scope="module")
-def flow(run, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("flow") / "run"
-    flags = ["--config.diffusion.path=linear", "--config.timesteps.strategy=uniform", "--config.training.num_steps=3"]
-    assert_works(run("train", *TINY, *flags, f"--workdir={workdir}"))
-    return workdir
+def altered(workdir, copy, diffusion, **changes):
+    """A copy of a run whose checkpoints say something else of it; returns the copy."""
+    shutil.copytree(workdir, copy)
+    for path in copy.glob("checkpoints/*/meta/metadata"):
+        meta = json.loads(path.read_text()) | changes
+        meta["config"]["diffusion"] |= diffusion
+        path.write_text(json.dumps(meta))
+    return copy
 
 
-def test_mistakes_are_one_line(run, trained, flow):
+def test_mistakes_are_one_line(run, trained, tmp_path):
     assert_fails(run("likelihood"), "--workdir")
+    flow = altered(trained, tmp_path / "flow", {"path": "linear", "loss": "mse"})
     assert_fails(run("likelihood", f"--workdir={flow}"), "diffusion.path=linear", "no variational bound")
+    latents = altered(trained, tmp_path / "latents", {}, latents={"vae": "somewhere"})
+    assert_fails(run("likelihood", f"--workdir={latents}"), "latents", "pixels")
     workdir = f"--workdir={trained}"
     assert_fails(run("likelihood", workdir, "--split=test"), "data.split=test", "held_out")
     assert_fails(run("likelihood", workdir, "--source=synthetic", "--num_steps=x"), "x", "ddim50")
