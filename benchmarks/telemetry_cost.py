@@ -61,7 +61,7 @@ def main() -> None:
     )
     seconds = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as scratch, jax.set_mesh(mesh):
-        telemetry = Telemetry(Path(scratch), first_step=0, num_steps=2 * args.pairs * block, batch_size=batch_size)
+        telemetry = Telemetry(Path(scratch), first_step=0, num_steps=(args.pairs + 1) * block, batch_size=batch_size)
         timed, step = telemetry.waiting_for(batches), 0
         for pair in range(args.pairs + 1):
             for which in ("with", "without") if pair % 2 else ("without", "with"):

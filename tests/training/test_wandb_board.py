@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import struct
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +65,11 @@ def write(workdir, steps):
 def test_scalars_the_grid_and_the_config_and_a_run_that_goes_on(offline, tmp_path, capfd):
     write(tmp_path, [1, 2, 3])
     write(tmp_path, [3, 4])  # goes on from a checkpoint before the third
-    found = records(tmp_path)
+    found, deadline = [], time.monotonic() + 60
+    while sum(r.HasField("exit") for r in found) < 2:  # W&B's own process writes the last blocks when finish() is over
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        found = records(tmp_path)
     runs = [r.run for r in found if r.HasField("run")]
     assert {run.run_id for run in runs} == {(tmp_path / "wandb_id").read_text().strip()}
     assert {run.project for run in runs} == {"tests"}
