@@ -39,7 +39,7 @@ def make_ours(original: Original, labels: np.ndarray, steps: int, key: jax.Array
     model = builders.make_model(config, mesh, LATENTS, CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.device_put(original.parameters(shapes), sharding.param_shardings(mesh, model.axes, shapes))
-    settings = Settings.from_config(config, model)
+    settings = Settings.from_config(config.sampling, model)
     sample = lower_sampler(model, builders.make_diffusion(config), settings, mesh, len(labels)).compile()
     rows = sharding.batch_sharding(mesh)
     indices, labels = (jax.device_put(x.astype(np.int32), rows) for x in (np.arange(len(labels)), labels))

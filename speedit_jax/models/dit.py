@@ -5,6 +5,7 @@ Block, with (shift, scale, gate) x 2 = W SiLU(c) + b, W and b zero at initialisa
   x <- x + gate_2 * MLP(modulate(LN(x), shift_2, scale_2))
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,6 +19,9 @@ from speedit_jax.models.layers import RMSNorm, dense
 
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Keeps only its input for the backward pass; jax's rules would keep several arrays of the hidden width, stacked over the depth.
+gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=True), prevent_cse=False)
 
 
 class Attention(nn.Module):
@@ -52,7 +56,7 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         # Column-parallel in, row-parallel out: with both kernels sharded alike XLA:CPU returned wrong gradients.
         x = dense(self.hidden, layers.xavier, ("embed", "mlp"), ("mlp",), self.dtype, "up")(x)
-        x = nn.gelu(x, approximate=True)
+        x = gelu(x)
         return dense(width, layers.xavier, ("mlp", "embed"), (None,), self.dtype, "down")(x)
 
 
