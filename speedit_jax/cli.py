@@ -48,11 +48,19 @@ def _one_line(error: Exception) -> str:
 def fail(message: str) -> None:
     """Prints one line and exits with 1."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
+    if jax.distributed.is_initialized():
+        # sys.exit would wait for the other processes, and they perhaps for this one: five minutes, and then all abort.
+        sys.stdout.flush()
+        os._exit(1)
     sys.exit(1)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags and runs main; a UserError becomes one line and exit code 1."""
+def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
+    """Parses the flags and runs main; a UserError becomes one line and exit code 1.
+
+    Args:
+      saves_on_sigterm: whether main asks jax.experimental.multihost_utils if it was asked to stop.
+    """
 
     def guarded(argv):
         if logging.get_verbosity() == logging.INFO:
@@ -65,6 +73,8 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             if _MULTIHOST.value:
                 join()
+                if not saves_on_sigterm:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which jax has taken over
             return main()
         except UserError as e:
             fail(str(e))

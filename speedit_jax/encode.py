@@ -5,7 +5,7 @@
 
 Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
 header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
-stay, and the result is the same to the byte. With --multihost every process writes its share of the shards; --out must
+stay, and the result is the same to the byte. With --multihost every process writes its share of the missing shards; --out must
 be a directory that all see. --verify reads what is there and compares checksums.
 """
 
@@ -90,21 +90,18 @@ def encode() -> None:
 
     total = -(-len(source) // _SHARD_SIZE.value)
     paths = [out / latents.shard_name(i, total) for i in range(total)]
-    mine = range(jax.process_index(), total, jax.process_count())
+    mine = share(paths)
     size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
-    missing = [i for i in mine if latents.finished_shard(paths[i]) is None]
-    encoded, since = sum(size[i] for i in missing), time.perf_counter()
-    with tqdm(
-        total=sum(size.values()), initial=sum(size.values()) - encoded, unit="image", disable=jax.process_index() != 0
-    ) as bar:
-        for i in missing:
+    encoded, since = sum(size.values()), time.perf_counter()
+    with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0) as bar:
+        for i in mine:
             first = i * _SHARD_SIZE.value
             latents.write_shard(paths[i], examples(source, autoencoder, first, first + size[i], bar))
     seconds = time.perf_counter() - since
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("all shards are written")
+    shards = finished(paths)
     if jax.process_index() == 0:
-        header = latents.write_header(out, what, [latents.finished_shard(path) for path in paths])
+        latents.remove_partial(out)
+        header = latents.write_header(out, what, shards)
         rate = f", {encoded / seconds:.3g} images/s here" if encoded else ""
         print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
         print(f"per channel: mean {np.round(header['mean'], 3).tolist()}, std {np.round(header['std'], 3).tolist()}, unscaled")
@@ -119,21 +116,46 @@ def claim(out: Path, what: dict) -> None:
       UserError: it holds another encoding, or cannot be written.
     """
     path = out / "encoding.json"
-    if path.exists():
-        saved = latents.read_json(path)
-        different = [key for key in what if saved.get(key) != what[key]]
-        different += [f"images.{key}" for key in what["images"] if saved.get("images", {}).get(key) != what["images"][key]]
-        if different:
-            raise UserError(
-                f"{out} holds another encoding ({', '.join(d for d in different if d != 'images')}); name another --out"
-            )
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
+    if jax.process_index() == 0 and not path.exists():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
             latents.write_json(path, what)
-    except OSError as e:
-        raise UserError(f"cannot write to --out={out}: {e.strerror}") from e
+        except OSError as e:
+            raise UserError(f"cannot write to --out={out}: {e.strerror}") from e
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("--out is claimed")
+    if not path.exists():
+        raise UserError(
+            f"--out={out} on process {jax.process_index()} is not that of process 0: all hosts must see one directory"
+        )
+    saved = latents.read_json(path)
+    different = [key for key in what if saved.get(key) != what[key]]
+    different += [f"images.{key}" for key in what["images"] if saved.get("images", {}).get(key) != what["images"][key]]
+    if different:
+        raise UserError(f"{out} holds another encoding ({', '.join(d for d in different if d != 'images')}); name another --out")
+
+
+def share(paths: list[Path]) -> list[int]:
+    """Which shards this process is to write: its part of those that are missing, as process 0 sees them."""
+    missing = np.array([latents.finished_shard(path) is None for path in paths])
+    if jax.process_count() > 1:
+        missing = multihost_utils.broadcast_one_to_all(missing)
+    if jax.process_index() == 0 and not missing.all():
+        print(f"{len(paths) - missing.sum()} of {len(paths)} shards are there already")
+    return np.flatnonzero(missing)[jax.process_index() :: jax.process_count()].tolist()
+
+
+def finished(paths: list[Path]) -> list[dict]:
+    """What write_shard returned for each, once all are there.
+
+    Other hosts' may come an hour later, so this waits for files and in no collective. Should a host die, jax ends this process.
+    """
+    shards = []
+    for path in paths:
+        while (shard := latents.finished_shard(path)) is None:
+            time.sleep(1)
+        shards.append(shard)
+    return shards
 
 
 def examples(source: Source, autoencoder: Autoencoder, first: int, last: int, bar: tqdm):

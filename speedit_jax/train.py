@@ -278,4 +278,4 @@ def main() -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, saves_on_sigterm=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works
+from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, hosts
 from PIL import Image
 from vae_weights import write_vae
 
@@ -84,18 +83,39 @@ def test_again_does_nothing(run, encoded, folder, vae):
     assert "23 latents in 5 shards, all as they were written" in result.out
 
 
-def test_killed_twice_is_the_same_to_the_byte(run, encoded, folder, vae, tmp_path):
+def start(arguments, env):
+    command = [sys.executable, "-m", "speedit_jax.encode", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=ONE_DEVICE | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_twice_is_the_same_to_the_byte(encoded, folder, vae, tmp_path):
+    """By two hosts, by one, and again by two, which share what is missing."""
     out = tmp_path / "latents"
-    command = [sys.executable, "-m", "speedit_jax.encode", *flags(folder, vae, out)]
-    for shards in (1, 3):
-        with subprocess.Popen(command, cwd=ROOT, env=ONE_DEVICE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            # A .partial is a shard that is being written.
-            while process.poll() is None and not (out / f"0000{shards}-of-00005.partial").exists():
-                time.sleep(0.001)
-            os.kill(process.pid, signal.SIGKILL)
+    arguments = flags(folder, vae, out)
+    for shards, environments in ((1, hosts(2)), (3, [{}])):
+        processes = [start([*arguments, *["--multihost"] * bool(env)], env) for env in environments]
+        while all(p.poll() is None for p in processes) and len(list(out.glob("*-of-*.json"))) < shards:
+            time.sleep(0.001)
+        for process in processes:
+            process.kill()
+        assert [process.wait() for process in processes] == [-signal.SIGKILL] * len(processes), processes[0].stderr.read()
         assert not (out / "header.json").exists()
-    assert_works(run("encode", *flags(folder, vae, out)))
+    (out / "00004-of-00005.dead.partial").touch()  # as a kill in the middle of a shard leaves it
+    for process in [start([*arguments, "--multihost"], env) for env in hosts(2)]:
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
     assert contents(out) == contents(encoded)
+
+
+def test_an_error_on_one_host_does_not_wait_for_the_others(folder, vae, tmp_path):
+    """Both see a directory of their own."""
+    processes = [start([*flags(folder, vae, tmp_path / env["JAX_PROCESS_ID"]), "--multihost"], env) for env in hosts(2)]
+    processes[1].wait(timeout=120)
+    processes[0].kill()
+    errors = processes[1].communicate()[1].splitlines()
+    processes[0].communicate()
+    assert processes[1].returncode == 1, errors
+    assert errors[-1].startswith(f"error: --out={tmp_path / '1'} on process 1 is not that of process 0"), errors
 
 
 def test_eight_devices_encode_the_same(run, encoded, folder, vae, tmp_path):

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,19 @@ def shard_name(index: int, total: int) -> str:
     return f"{index:05d}-of-{total:05d}.array_record"
 
 
+def _partial(path: Path) -> Path:
+    """Another name for each writer: where two write the same shard, by mistake, neither spoils the other's."""
+    return path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
+
+
+def remove_partial(directory: Path) -> None:
+    """What killed processes left behind."""
+    for path in directory.glob("*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
 
@@ -47,7 +59,7 @@ def write_shard(path: Path, examples: Iterable[tuple[int, np.ndarray]]) -> dict[
     Returns:
       What the shard's JSON holds: records, sha256, and per channel the sums of a latent and of its square.
     """
-    partial = path.with_suffix(".partial")
+    partial = _partial(path)
     writer = ArrayRecordWriter(str(partial), _ONE_BY_ONE)
     count, first, second = 0, 0.0, 0.0
     for label, moments in examples:
@@ -58,6 +70,9 @@ def write_shard(path: Path, examples: Iterable[tuple[int, np.ndarray]]) -> dict[
         second = second + (mean**2 + np.exp(logvar)).mean(axis=(0, 1, 2))
         count += 1
     writer.close()
+    if finished := finished_shard(path):  # by another process, meanwhile
+        partial.unlink(missing_ok=True)
+        return finished
     facts = {"records": count, "sha256": sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
     os.replace(partial, path)
     write_json(path.with_suffix(".json"), facts)
@@ -67,7 +82,7 @@ def write_shard(path: Path, examples: Iterable[tuple[int, np.ndarray]]) -> dict[
 def finished_shard(path: Path) -> dict[str, Any] | None:
     """What `write_shard` returned for it; None where it was not finished."""
     facts = path.with_suffix(".json")
-    return json.loads(facts.read_text()) if facts.exists() and path.exists() else None
+    return read_json(facts) if facts.exists() and path.exists() else None
 
 
 def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:

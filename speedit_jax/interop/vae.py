@@ -45,7 +45,7 @@ def find_vae(where: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise UserError(f"no VAE directory {where!r}, and huggingface_hub, to download it, is not installed; {place}") from None
+        raise UserError(f"no VAE directory {where!r}; pip install huggingface_hub to download it, or {place}") from None
     owner, name, *folder = where.split("/")
     try:
         files = [hf_hub_download(f"{owner}/{name}", file, subfolder="/".join(folder) or None) for file in (CONFIG, WEIGHTS)]

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import hosts
 from PIL import Image
 
 from .tiny import TINY
@@ -55,12 +55,6 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     return outputs
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 def metrics(workdir: Path) -> dict[str, list[float]]:
     """{name: its values by step}, but for those of the clock."""
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -73,9 +67,8 @@ def runs(tmp_path_factory):
     """(directory of two processes, of one process, of two and then one, the outputs of the three commands)."""
     root = tmp_path_factory.mktemp("multihost")
     two, one, resumed = root / "two", root / "one", root / "resumed"
-    address = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     grids = f"--config.training.sample_every={STEPS}"
-    processes = [start(two, 4, "--multihost", grids, **address, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    processes = [start(two, 4, "--multihost", grids, **host) for host in hosts(2)]
     outputs = finish(processes)[:1]
 
     shutil.copytree(two, resumed)
