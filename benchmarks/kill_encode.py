@@ -4,7 +4,7 @@
   python -m benchmarks.kill_encode --out=docs/results/kill_encode.json
 
 Writes images of Fashion-MNIST as PNGs, a directory a class, and encodes them without interruption. Then, for each experiment,
-encodes them into a fresh directory, kills all processes (SIGKILL) at a random moment after the first shard was begun, does so
+encodes them into a fresh directory, kills all processes (SIGKILL) at a random moment after the first shard, does so
 again, lets the third attempt finish, and compares every file with the uninterrupted encoding's and, by --verify, the checksums.
 Several hosts are processes of this machine that --multihost joins. The autoencoder is --vae, or a small one with random weights.
 Exits with 1 if anything differs.
@@ -63,18 +63,26 @@ def start(command: list[str], hosts: int, log: Path) -> list[subprocess.Popen]:
     return processes
 
 
-def kill(processes: list[subprocess.Popen], out: Path, delay: float) -> dict:
-    """SIGKILL for all, `delay` seconds after the first of them started a shard. Returns what was there then."""
-    before = set(out.glob("*.partial"))
-    while not any("-of-" in path.name for path in set(out.glob("*.partial")) - before):
-        if any(process.poll() is not None for process in processes):
-            break
+def finished(out: Path) -> int:
+    """How many shards are there."""
+    return len(list(out.glob("*-of-*.json")))
+
+
+def wait_for_a_shard(processes: list[subprocess.Popen], out: Path) -> None:
+    """Until one more is there, or a process has ended."""
+    before = finished(out)
+    while finished(out) == before and all(process.poll() is None for process in processes):
         time.sleep(0.001)
+
+
+def kill(processes: list[subprocess.Popen], out: Path, delay: float) -> dict:
+    """SIGKILL for all, `delay` seconds after they finished a shard. Returns what was there then."""
+    wait_for_a_shard(processes, out)
     time.sleep(delay)
     for process in processes:
         process.kill()
     codes = [process.wait() for process in processes]
-    return {"hosts": len(processes), "exit codes": codes, "shards finished": len(list(out.glob("*-of-*.json")))}
+    return {"hosts": len(processes), "exit codes": codes, "shards finished": finished(out)}
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -106,8 +114,7 @@ def main() -> None:
         command += [f"--size={args.size}"]
         whole, log = scratch / "whole", scratch / "log"
         (process,) = start([*command, f"--out={whole}"], 1, log)
-        while not whole.exists() and process.poll() is None:
-            time.sleep(0.001)
+        wait_for_a_shard([process], whole)
         since = time.perf_counter()
         if process.wait():
             sys.exit(f"error: {log.read_text()[-500:]}")

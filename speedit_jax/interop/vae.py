@@ -22,6 +22,7 @@ _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Attention's names in older files, the published sd-vae-ft among them -> today's.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)*")
+_TIMEOUT = 10.0  # seconds, for the hub's first answer
 _SHOWN = 3  # names of tensors in one message
 
 
@@ -43,12 +44,22 @@ def find_vae(where: str) -> Path:
     if not _HUB_NAME.fullmatch(where):
         raise UserError(f"no VAE directory {where!r}; {place}")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
         raise UserError(f"no VAE directory {where!r}; pip install huggingface_hub to download it, or {place}") from None
     owner, name, *folder = where.split("/")
+    repository, folder = f"{owner}/{name}", "/".join(folder) or None
+
+    def get(**options):
+        return [hf_hub_download(repository, file, subfolder=folder, **options) for file in (CONFIG, WEIGHTS)]
+
     try:
-        files = [hf_hub_download(f"{owner}/{name}", file, subfolder="/".join(folder) or None) for file in (CONFIG, WEIGHTS)]
+        try:
+            files = get(local_files_only=True)
+        except FileNotFoundError:
+            # Asked for once: where there is no network hf_hub_download goes on trying, with lines of its own, up to minutes.
+            get_hf_file_metadata(hf_hub_url(repository, CONFIG, subfolder=folder), timeout=_TIMEOUT)
+            files = get()
     except Exception as error:  # no network, no such name, no permission, no space: each has a class of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"no VAE directory {where!r}, and its download failed: {place} ({reason[:200]})") from error

@@ -135,28 +135,45 @@ def test_directories(tmp_path):
         assert_one_line(lambda where=where: find_vae(where), repr(where), CONFIG, WEIGHTS)
 
 
-@pytest.mark.parametrize("name, folder", [("stabilityai/sd-vae-ft-ema", None), ("owner/pipeline/vae", "vae")])
-def test_download(tmp_path, monkeypatch, name, folder):
+def hub(downloads, cached=None, reachable=True):
+    """huggingface_hub, as far as it is used here; what it downloads goes to the directory `downloads`."""
     asked = []
 
-    def hf_hub_download(repository, file, subfolder):
+    def hf_hub_download(repository, file, subfolder, local_files_only=False):
+        if local_files_only and not cached:
+            raise FileNotFoundError("not in the cache")
         asked.append((repository, file, subfolder))
-        return str(tmp_path / file)
+        return str((cached if local_files_only else downloads) / file)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    def get_hf_file_metadata(url, timeout):
+        assert timeout <= 30
+        if not reachable:
+            raise OSError("no\nnetwork")
+
+    hf_hub_url = "https://hub/{}/{}/{subfolder}".format
+    functions = (hf_hub_download, get_hf_file_metadata)
+    return types.SimpleNamespace(hf_hub_url=hf_hub_url, asked=asked, **{function.__name__: function for function in functions})
+
+
+@pytest.mark.parametrize("name, folder", [("stabilityai/sd-vae-ft-ema", None), ("owner/pipeline/vae", "vae")])
+def test_download(tmp_path, monkeypatch, name, folder):
     monkeypatch.chdir(tmp_path)
-    assert find_vae(name) == tmp_path
     repository = "/".join(name.split("/")[:2])
-    assert asked == [(repository, CONFIG, folder), (repository, WEIGHTS, folder)]
+    for where, module in (
+        (tmp_path / "new", hub(tmp_path / "new")),
+        (tmp_path / "old", hub(tmp_path / "new", cached=tmp_path / "old", reachable=False)),
+    ):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+        assert find_vae(name) == where
+        assert module.asked == [(repository, CONFIG, folder), (repository, WEIGHTS, folder)]
 
 
 def test_no_download(monkeypatch, tmp_path):
-    def hf_hub_download(*args, **kwargs):
-        raise OSError("no\nnetwork")
-
     monkeypatch.chdir(tmp_path)
     name = "stabilityai/sd-vae-ft-ema"
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=hf_hub_download))
+    module = hub(tmp_path, reachable=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     assert_one_line(lambda: find_vae(name), name, CONFIG, WEIGHTS, "no network")
+    assert not module.asked
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
-    assert_one_line(lambda: find_vae(name), name, CONFIG, WEIGHTS, "huggingface_hub", "not installed")
+    assert_one_line(lambda: find_vae(name), name, CONFIG, WEIGHTS, "pip install huggingface_hub")
