@@ -26,13 +26,13 @@ from ml_collections import config_flags
 from configs import base
 from speedit_jax import cli
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dig, dit, files
+from speedit_jax.interop import dig, dit, files, pipeline
 from speedit_jax.interop.dit import Network
 from speedit_jax.interop.layout import COMPUTED, Table
 from speedit_jax.models.build import SIZES, Model, parse_name
 from speedit_jax.models.layers import sincos_position_table
 from speedit_jax.training import builders, run, sharding
-from speedit_jax.training.autoencoder import Autoencoder
+from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 
 _FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or a diffusers directory.")
@@ -40,6 +40,7 @@ _TO = flags.DEFINE_string("to", None, "Export: OUT.pt, OUT.safetensors, or OUT/ 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Import: a new directory. Export: the directory of a run.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "Export: ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Export: default is the newest.")
+_VAE = flags.DEFINE_string("vae", None, "Export to diffusers: where the autoencoder is. Default: where it was in training.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Import: --config.KEY=VALUE replaces what the file says or leaves open.", lock_config=True
 )
@@ -275,9 +276,11 @@ def export_weights(workdir: Path, to: str) -> None:
     backbone, _, patch = parse_name(config.model.name)
     state_shapes = table(backbone).shapes(shapes, patch)
     network = network_of(config, model, state_shapes)
-    prediction = builders.make_diffusion(config).prediction
+    diffusion = builders.make_diffusion(config)
+    prediction = diffusion.prediction
     if directory:
         refuse_diffusers(model, network, prediction)
+        autoencoder = open_autoencoder(_VAE.value, meta.get("latents"), network.channels, mesh)
 
     params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
     state = table(backbone).to_torch(jax.device_get(params), patch)
@@ -285,8 +288,12 @@ def export_weights(workdir: Path, to: str) -> None:
     if directory:
         label = diffusers_label(config, mesh, model, params)
         origin = f"{_WEIGHTS.value} weights of step {step} of {workdir.name}"
-        write_diffusers(out, dit.to_diffusers(state), dit.diffusers_config(network), f"DiT, {origin}.\n\n{label}\n")
+        alone = no_pipeline(autoencoder)
+        parts = dit.diffusers_config(network), dit.to_diffusers(state), f"DiT, {origin}.\n\n{label}\n"
+        around = None if alone else autoencoder.directory, diffusion.schedule.betas, meta["class_names"]
+        files.write_new(out, lambda partial: pipeline.write(partial, *parts, *around))
         print(label)
+        print(f"note: the transformer alone: {alone}" if alone else "A DiTPipeline: transformer, autoencoder and DDIM's schedule")
     else:
         positions = sincos_position_table(height // patch, width // patch, model.width).astype(np.float32)
         state = {COMPUTED: positions[None], **state}
@@ -348,14 +355,13 @@ def diffusers_label(config: ml_collections.ConfigDict, mesh: Mesh, model: Model,
     )
 
 
-def write_diffusers(out: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any], readme: str) -> None:
-    def write(partial):
-        partial.mkdir()
-        (partial / "README.md").write_text(readme)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        files.write_safetensors(partial / "diffusion_pytorch_model.safetensors", state)
-
-    files.write_new(out, write)
+def no_pipeline(autoencoder: Autoencoder | None) -> str:
+    """Why no DiTPipeline can be made; "" if it can."""
+    if autoencoder is None:
+        return "a DiTPipeline needs the autoencoder of the latents, --vae=DIR"
+    if autoencoder.identity["config"]["shift_factor"]:
+        return "a DiTPipeline does not know the shift_factor of this autoencoder"
+    return ""
 
 
 # Both ways

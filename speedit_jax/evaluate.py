@@ -41,7 +41,7 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all sett
 _SAVE_STATISTICS = flags.DEFINE_string("save_statistics", None, "Where to write the reference's statistics, an npz as ADM's.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of --reference, digits or tfds: as data.split; of the digits also held_out.")
 _SIZE = flags.DEFINE_list(
-    "size", None, "Of folder:, tfds:, synthetic: SIDE, or HEIGHT,WIDTH,CHANNELS. Default: that of --images."
+    "size", None, "Of folder:, tfds:, synthetic: SIDE, or HEIGHT,WIDTH[,CHANNELS]. Default: that of --images."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
@@ -165,11 +165,13 @@ def parse_size() -> tuple[int, int, int] | None:
         return None
     try:
         numbers = [int(n) for n in _SIZE.value]
-        height, width, channels = {1: [*numbers * 2, 3], 3: numbers}[len(numbers)]
+        height, width, channels = {1: [*numbers * 2, 3], 2: [*numbers, 3], 3: numbers}[len(numbers)]
     except (ValueError, KeyError):
         height = width = channels = 0
     if min(height, width) < 1 or channels not in (1, 3):
-        raise UserError(f"--size={','.join(_SIZE.value)}: give pixels, SIDE or HEIGHT,WIDTH,CHANNELS with 1 or 3 channels")
+        raise UserError(
+            f"--size={','.join(_SIZE.value)}: give pixels, SIDE or HEIGHT,WIDTH or HEIGHT,WIDTH,CHANNELS, the latter 1 or 3"
+        )
     return height, width, channels
 
 

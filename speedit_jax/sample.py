@@ -19,7 +19,7 @@ from speedit_jax import cli
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import builders, sharding
-from speedit_jax.training.autoencoder import Autoencoder
+from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.run import config_of
 from speedit_jax.training.sampling import Settings, make_sampler, parse_labels, resolve
@@ -79,7 +79,7 @@ def sample() -> None:
     settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
     diffusion = builders.make_diffusion(config)
     settings = resolve(settings, diffusion)
-    autoencoder = open_autoencoder(meta.get("latents"), meta["image_shape"][2], mesh)
+    autoencoder = open_autoencoder(_VAE.value, meta.get("latents"), meta["image_shape"][2], mesh)
     classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
@@ -161,29 +161,6 @@ def open_guide(meta: dict, mesh) -> Guide | None:
 def restore(checkpoints: Checkpoints, step: int, model: Model, mesh):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     return checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
-
-
-def open_autoencoder(latents: dict | None, channels: int, mesh) -> Autoencoder | None:
-    """What decodes a run's latents; None for a run on images.
-
-    Args:
-      latents: of what autoencoder the run's data were, as far as it knows.
-      channels: of what the run draws.
-
-    Raises:
-      UserError: it is not there, or it is another one.
-    """
-    if latents is None and not _VAE.value:
-        return None
-    try:
-        autoencoder = Autoencoder(_VAE.value or latents["vae"], mesh)
-    except UserError as e:
-        raise UserError(str(e) if _VAE.value else f"{e}, with --vae") from e
-    if latents:
-        autoencoder.check(latents)
-    elif autoencoder.channels != channels:
-        raise UserError(f"--vae={_VAE.value} has latents of {autoencoder.channels} channels, but this run draws {channels}")
-    return autoencoder
 
 
 def draw(run, params, labels: np.ndarray, mesh, autoencoder: Autoencoder | None) -> np.ndarray:

@@ -19,8 +19,12 @@ from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
 from vae_weights import write_vae
 
 from configs.base import get_config
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.samplers import sample
+from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.interop import dit
 from speedit_jax.models.build import build
+from speedit_jax.models.vae import load_vae
 from speedit_jax.training import sharding
 from speedit_jax.training.checkpoint import Checkpoints
 
@@ -168,6 +172,58 @@ def test_diffusers_round_trip(run, imported, tmp_path):
     assert {key: theirs[key] for key in ours} == ours
     assert "Exact" in (out / "README.md").read_text()
     assert_fails(run("convert", f"--workdir={workdir}", f"--to={out}/"), "--to", "exists")
+
+
+@pytest.fixture(scope="module")
+def exported(run, imported, tmp_path_factory):
+    """(autoencoder, pipeline) of the diffusers fixture's network."""
+    root = tmp_path_factory.mktemp("pipeline")
+    vae = write_vae(root / "vae", "four")
+    result = run("convert", f"--workdir={imported('diffusers_dit')[2]}", f"--to={root / 'out'}/", f"--vae={vae}")
+    assert_works(result)
+    assert "A DiTPipeline" in result.out
+    return vae, root / "out"
+
+
+def test_a_pipeline_goes_out_and_in(run, imported, exported, tmp_path):
+    vae, out = exported
+    assert [path.read_bytes() for path in sorted((out / "vae").iterdir())] == [p.read_bytes() for p in sorted(vae.iterdir())]
+    index = json.loads((out / "model_index.json").read_text())
+    assert (index["_class_name"], index["id2label"]["7"], len(index["id2label"])) == ("DiTPipeline", "7", 1000)
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    np.testing.assert_array_equal(scheduler["trained_betas"], make_schedule("linear", 1000).betas)
+    assert_works(run("convert", f"--from={out}", f"--workdir={tmp_path / 'run'}"))
+    assert_computes(tmp_path / "run", imported("diffusers_dit")[0])
+
+
+def test_a_pipeline_wants_its_autoencoder(run, imported, tmp_path):
+    export = ["convert", f"--workdir={imported('diffusers_dit')[2]}", f"--to={tmp_path / 'out'}/"]
+    assert_fails(run(*export, f"--vae={write_vae(tmp_path / 'vae', 'small')}"), "latents of 16 channels", "draws 4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pipeline_draws_what_we_draw(imported, exported):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    vae, out = exported
+    pipeline = diffusers.DiTPipeline.from_pretrained(out)
+    labels, generator = np.array([3, 999]), torch.Generator().manual_seed(0)
+    noise = nhwc(torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0)).numpy())
+    theirs = pipeline(labels.tolist(), guidance_scale=1, generator=generator, num_inference_steps=10, output_type="np").images
+    model, params, _ = restored(imported("diffusers_dit")[2])
+    diffusion = GaussianDiffusion(make_schedule("linear", 1000), "learned_range")
+
+    def draw(noise):
+        def denoise(x, t):
+            return model.apply(params, x, t, labels)
+
+        return sample(denoise, noise, diffusion, lambda k: 0 * noise, sampler="ddim", num_steps="ddim10")
+
+    latents = jax.jit(draw)(noise)
+    autoencoder, weights = load_vae(str(vae))
+    ours = np.clip(jax.jit(autoencoder.decode)(weights, latents) / 2 + 0.5, 0, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert ours.std() > 0.1
 
 
 def test_the_published_embedding_is_approximate_in_diffusers(run, imported, tmp_path):

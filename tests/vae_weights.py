@@ -28,6 +28,8 @@ CONFIGS = {
         "use_post_quant_conv": False,
     },
 }
+# The first one's kind of latents, from a network as small as the second.
+CONFIGS["four"] = CONFIGS["small"] | {"latent_channels": 4, "scaling_factor": 0.5, "shift_factor": None}
 # (height, width) of images. The border cuts some tiles; in the small image, the last row to less than an overlap. The large image
 # is one column of tiles, because each shape of tile compiles for seconds.
 SIZES = {"full": (64, 64), "small": (20, 28)}

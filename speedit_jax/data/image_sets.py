@@ -98,7 +98,7 @@ def open_images(where: str, shape: tuple[int, int, int] | None = None, split: st
     if where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds"):
         # The digits have a size of their own.
         if shape is None and where != "digits":
-            raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH,CHANNELS")
+            raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH[,CHANNELS]")
         return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split))
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")

@@ -36,6 +36,7 @@ class Autoencoder:
       identity: JSON that says whose latents these are: {"vae": where, "weights": checksum, "config": of the architecture}.
       dtype: of activations.
       channels: of latents.
+      directory: where its files are.
     """
 
     def __init__(self, where: str, mesh: Mesh, dtype: str = "auto", tile: bool = False):
@@ -44,7 +45,8 @@ class Autoencoder:
         self._mesh, self.dtype, self.channels = mesh, dtype, vae.config.latent_channels
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._rows = sharding.batch_sharding(mesh)
-        with (find_vae(where) / WEIGHTS).open("rb") as file:
+        self.directory = find_vae(where)
+        with (self.directory / WEIGHTS).open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
         config = json.loads(json.dumps(dataclasses.asdict(vae.config)))  # as it will be read again: lists for tuples
         self.identity: dict[str, Any] = {"vae": where, "weights": checksum, "config": config}
@@ -80,6 +82,30 @@ class Autoencoder:
         """Images [B, H, W, 3] float32 on the host, of latents as the diffusion model sees them; the mesh divides B."""
         with jax.set_mesh(self._mesh):
             return np.asarray(self._decode(self._params, sharding.from_host(self._rows, latents)))
+
+
+def open_autoencoder(given: str | None, latents: dict[str, Any] | None, channels: int, mesh: Mesh) -> Autoencoder | None:
+    """What decodes a run's latents; None where neither the run nor the user knows of any.
+
+    Args:
+      given: --vae, in place of where it was in training.
+      latents: of what autoencoder the run's data were, as far as it knows.
+      channels: of what the run draws.
+
+    Raises:
+      UserError: it is not there, or it is another one.
+    """
+    if latents is None and not given:
+        return None
+    try:
+        autoencoder = Autoencoder(given or latents["vae"], mesh)
+    except UserError as e:
+        raise UserError(str(e) if given else f"{e}, with --vae") from e
+    if latents:
+        autoencoder.check(latents)
+    elif autoencoder.channels != channels:
+        raise UserError(f"--vae={given} has latents of {autoencoder.channels} channels, but this run draws {channels}")
+    return autoencoder
 
 
 def latents_of(identity: dict[str, Any], key: jax.Array, moments: jax.Array) -> jax.Array:
