@@ -98,7 +98,7 @@ def main():
     results = {"real": real_baseline(), "runs": []}
     with tempfile.TemporaryDirectory() as scratch:
         for i, workdir in enumerate(args.workdirs):
-            images, labels, settings = sample(workdir, Path(scratch) / "samples", args.flag)
+            images, labels, settings = sample(workdir, Path(scratch) / f"samples{i}", args.flag)
             name = Path(settings.pop("workdir")).name
             results["runs"].append({"run": name, "settings": settings, **score(images, labels)})
             if i == 0:

@@ -2,17 +2,18 @@
 
   python -m speedit_jax.sample --workdir=runs/digits --class_labels=0,1,2,3 --num_images=64 --out=samples.png
 
-Writes a PNG grid, an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 labels) and a JSON of all settings.
+Writes an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 labels), a PNG grid of the first images and a JSON of all
+settings; --png_files also each image. Stop it at any time and run the same command again: finished batches stay, and the
+result is the same to the byte. With --multihost the processes share every batch, and the first writes.
 """
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from speedit_jax import cli
@@ -22,13 +23,18 @@ from speedit_jax.training import builders, sharding
 from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.run import config_of
-from speedit_jax.training.sampling import Settings, make_sampler, parse_labels, resolve
-from speedit_jax.training.telemetry import image_grid, magnification, to_uint8, write_png
+from speedit_jax.training.sampled import GRID, Output, checksum, claim
+from speedit_jax.training.sampling import Settings, make_sampler, parse_labels, random_labels, resolve
+from speedit_jax.training.telemetry import to_uint8
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write: PATH.png, PATH.npz and PATH.json. Default: WORKDIR/sampled.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
-_CLASS_LABELS = flags.DEFINE_list("class_labels", None, "Classes, by name or number, taken in turn. Default: all.")
+_PNG_FILES = flags.DEFINE_bool("png_files", False, "Also each image, PATH/CLASS/NUMBER.png, for folder:PATH to read.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images of other settings at --out, once these are drawn.")
+_CLASS_LABELS = flags.DEFINE_list(
+    "class_labels", None, "Classes, by name or number, taken in turn; or random. Default: all, in turn."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
@@ -80,40 +86,64 @@ def sample() -> None:
     diffusion = builders.make_diffusion(config)
     settings = resolve(settings, diffusion)
     autoencoder = open_autoencoder(_VAE.value, meta.get("latents"), meta["image_shape"][2], mesh)
-    classes = parse_labels(_CLASS_LABELS.value, meta["class_names"])
+    labels, asked = choose_labels(meta["class_names"])
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
-    if jax.process_index() == 0:
-        cli.check_writable(out)
     run = make_sampler(model, diffusion, settings, mesh, guide and guide.model)
     params = restore(checkpoints, step, model, mesh)
     params = (params, restore(guide.checkpoints, guide.step, guide.model, mesh)) if guide else params
-    count = _NUM_IMAGES.value
-    labels = classes[np.arange(count) % len(classes)].astype(np.int32)
-    images = draw(run, params, labels, mesh, autoencoder)
-
+    batch = min(_BATCH_SIZE.value, len(labels))
+    batch += -batch % sharding.batch_devices(mesh)
     record = {
         "workdir": str(workdir),
         "checkpoint_step": step,
         "weights": _WEIGHTS.value,
+        "weights_sha256": checksum(params),
         "seed": _SEED.value,
-        "num_images": count,
-        "class_labels": classes.tolist(),
+        "num_images": len(labels),
+        "class_labels": asked,
         "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
         **dataclasses.asdict(settings),
-        "latents": meta.get("latents"),
+        "dtype": model.dtype,
+        "latents": autoencoder and {**autoencoder.identity, "dtype": autoencoder.dtype},
         "batch_size": _BATCH_SIZE.value,
         "devices": mesh.size,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "png_files": _PNG_FILES.value,
         "versions": meta["versions"] | {"sampled_with_jax": jax.__version__},
     }
-    if jax.process_index() == 0:
+    # Directories that folder: takes for classes; without classes it wants none.
+    folders = tuple(name.replace("/", "_") for name in meta["class_names"]) or ("",)
+    output = Output(out, record, labels, batch, folders if _PNG_FILES.value else None)
+    finished = claim(output, _OVERWRITE.value)
+    if finished is not None:
         try:
-            write(out, images, labels, columns_for(len(classes), count), record)
+            draw(run, params, mesh, autoencoder, output, finished)
+            if jax.process_index() == 0:
+                output.finish(None if asked == "random" else columns_for(len(asked), min(len(labels), GRID)))
         except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
-        print(f"{count} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
+            raise UserError(f"cannot write to {out}: {e.strerror}; mend that and run the same command again") from e
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("all is written")
+    if jax.process_index() == 0:
+        if finished is None:
+            print("Already there, nothing to do:")
+        print(f"{len(labels)} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
         print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
+
+
+def choose_labels(class_names: list[str]) -> tuple[np.ndarray, list[int] | str]:
+    """(int32 [N], classes that are taken in turn, or "random").
+
+    Raises:
+      UserError: no such class.
+    """
+    count, names = _NUM_IMAGES.value, _CLASS_LABELS.value
+    if class_names and names == ["random"] and "random" not in class_names:
+        return random_labels(jax.random.key(_SEED.value), count, len(class_names)), "random"
+    classes = parse_labels(names, class_names)
+    return classes[np.arange(count) % len(classes)].astype(np.int32), classes.tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,30 +193,34 @@ def restore(checkpoints: Checkpoints, step: int, model: Model, mesh):
     return checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
 
 
-def draw(run, params, labels: np.ndarray, mesh, autoencoder: Autoencoder | None) -> np.ndarray:
-    """All images as uint8 [N, H, W, C], decoded where they are latents, in batches of one size so that one compilation serves."""
-    devices = sharding.batch_devices(mesh)
-    batch = min(_BATCH_SIZE.value, len(labels))
-    batch += -batch % devices
-    key = jax.random.key(_SEED.value)
-    parts = []
-    with tqdm(total=len(labels), unit="image", disable=jax.process_index() != 0) as bar:
-        for first in range(0, len(labels), batch):
-            indices = np.arange(first, first + batch)
-            # The last batch is filled with images that nobody asked for, and that are dropped.
+def draw(run, params, mesh, autoencoder: Autoencoder | None, output: Output, finished: np.ndarray) -> None:
+    """Draws the batches that are not finished, decoded where they are latents; process 0 writes them.
+
+    All have one size, so that one compilation serves: the last is filled with images that nobody asked for. A batch is
+    written while the devices draw the next.
+    """
+    key, labels = jax.random.key(_SEED.value), output.labels
+    writes = jax.process_index() == 0
+    there = min(int(finished.sum()) * output.batch, len(labels))
+    if writes and there and not finished.all():
+        print(f"Going on: {there} of {len(labels)} images are there.")
+    with tqdm(total=len(labels), initial=there, unit="image", disable=not writes) as bar:
+
+        def write(i: int, images: jax.Array) -> None:
+            jax.block_until_ready(images)
+            if writes:
+                bar.update(output.write(i, to_uint8(images)))
+
+        begun = None
+        for i in np.flatnonzero(~finished).tolist():
+            indices = np.arange(i * output.batch, (i + 1) * output.batch)
             images = run(params, key, indices, labels[indices % len(labels)])
-            images = to_uint8(autoencoder.decode(images) if autoencoder else images)[: len(labels) - first]
-            parts.append(images)
-            bar.update(len(images))
-    return np.concatenate(parts)
-
-
-def write(out: Path, images: np.ndarray, labels: np.ndarray, columns: int | None, record: dict) -> None:
-    partial = out.with_name(out.name + ".partial.npz")
-    np.savez(partial, images, labels)
-    os.replace(partial, out.with_name(out.name + ".npz"))
-    write_png(out.with_name(out.name + ".png"), image_grid(images, columns), magnification(images.shape[1]))
-    out.with_name(out.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
+            images = autoencoder.decode(images) if autoencoder else images
+            if begun:
+                write(*begun)
+            begun = i, images
+        if begun:
+            write(*begun)
 
 
 if __name__ == "__main__":

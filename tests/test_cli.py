@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, run_alone
+from PIL import Image
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -345,8 +346,13 @@ def test_samples_come_from_the_workdir_alone(ten, trained):
         "clip": True,
         "batch_size": 64,
         "devices": 1,
+        "device_kind": "cpu",
+        "dtype": "float32",
+        "latents": None,
+        "png_files": False,
     }
     assert {name: settings[name] for name in expected} == expected
+    assert len(settings["weights_sha256"]) == 64
     assert settings["guidance_scale"] > 1
     assert {"jax", "speedit_jax", "sampled_with_jax"} <= settings["versions"].keys()
 
@@ -408,3 +414,34 @@ def test_images_do_not_depend_on_their_batch(sample, ten):
     images, labels, _ = sample("--batch_size=4")
     assert np.abs(images.astype(int) - ten[0]).max() <= 1
     np.testing.assert_array_equal(labels, ten[1])
+
+
+def test_images_that_are_there_stay(run, trained, tmp_path):
+    flags = [f"--workdir={trained}", "--num_images=4", f"--out={tmp_path / 'x'}"]
+    assert_works(run("sample", *flags))
+    before = checksums(tmp_path)
+    again = run("sample", *flags)
+    assert_works(again)
+    assert "Already there" in again.out
+    other = run("sample", *flags, "--seed=1", "--guidance_scale=3")
+    assert_fails(
+        other, f"{tmp_path / 'x'}.npz holds images of other settings", "seed was 0, now 1", "guidance_scale", "--overwrite"
+    )
+    assert checksums(tmp_path) == before
+    assert_works(run("sample", *flags, "--seed=1", "--overwrite"))
+    assert json.loads((tmp_path / "x.json").read_text())["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png"]
+
+
+def test_random_classes_and_a_file_for_each_image(run, trained, tmp_path):
+    flags = [f"--workdir={trained}", "--num_images=30", "--batch_size=16", "--class_labels=random", "--png_files"]
+    assert_works(run("sample", *flags, f"--out={tmp_path / 'x'}"))
+    with np.load(tmp_path / "x.npz") as data:
+        images, labels = data["arr_0"], data["arr_1"]
+    assert json.loads((tmp_path / "x.json").read_text())["class_labels"] == "random"
+    assert len(set(labels.tolist())) > 5 and labels.tolist() != [i % 10 for i in range(30)]
+    files = {int(path.stem): path for path in (tmp_path / "x").rglob("*.png")}
+    assert sorted(files) == list(range(30))
+    for i, path in files.items():
+        assert path.parent.name == str(labels[i])
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), images[i, :, :, 0])

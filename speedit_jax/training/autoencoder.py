@@ -1,7 +1,6 @@
 """The autoencoder around a latent diffusion model: one set of weights, jitted over the batch of a mesh."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from typing import Any
@@ -55,8 +54,11 @@ class Autoencoder:
             return jnp.concatenate(vae.encode(params, images, tile=tile), axis=-1)
 
         self._encode = jax.jit(encode, in_shardings=(None, self._rows), out_shardings=self._rows)
-        decode = functools.partial(vae.decode, tile=tile)
-        self._decode = jax.jit(decode, in_shardings=(None, self._rows), out_shardings=sharding.replicated(mesh))
+
+        def decode(params, latents):
+            return vae.decode(params, jax.lax.with_sharding_constraint(latents, self._rows), tile=tile)
+
+        self._decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
     def check(self, latents: dict[str, Any]) -> None:
         """Raises a UserError unless `latents`, an identity, is this autoencoder's."""
@@ -78,10 +80,13 @@ class Autoencoder:
         with jax.set_mesh(self._mesh):
             return self._encode(self._params, images)
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Images [B, H, W, 3] float32 on the host, of latents as the diffusion model sees them; the mesh divides B."""
+    def decode(self, latents: jax.Array | np.ndarray) -> jax.Array:
+        """Images [B, H, W, 3] float32, of latents as the diffusion model sees them; the mesh divides B.
+
+        Both are whole on every device; it returns before they are computed.
+        """
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._decode(self._params, sharding.from_host(self._rows, latents)))
+            return self._decode(self._params, latents)
 
 
 def open_autoencoder(given: str | None, latents: dict[str, Any] | None, channels: int, mesh: Mesh) -> Autoencoder | None:

@@ -19,6 +19,8 @@ from speedit_jax.training import sharding
 
 Diffusion = GaussianDiffusion | FlowMatching
 
+_LABELS = np.uint32(2**32 - 1)  # the stream of an image's random label; those of its noise count from 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -102,6 +104,15 @@ def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, sha
     return jax.vmap(one)(indices)
 
 
+def random_labels(key: jax.Array, count: int, classes: int) -> np.ndarray:
+    """int32 [count] in 0..classes - 1, independent and uniform; label i depends only on (key, i)."""
+
+    def one(index):
+        return jax.random.randint(jax.random.fold_in(jax.random.fold_in(key, index), _LABELS), (), 0, classes)
+
+    return np.asarray(jax.vmap(one)(np.arange(count)))
+
+
 def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
@@ -169,8 +180,10 @@ def lower_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: 
 
 def make_sampler(
     model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
-) -> Callable[..., np.ndarray]:
-    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32 on the host.
+) -> Callable[..., jax.Array]:
+    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32, whole on every device.
+
+    It returns before they are computed.
 
     Args:
       model, diffusion: of training.
@@ -192,6 +205,6 @@ def make_sampler(
     def run(params, key, indices, labels):
         indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))
         with jax.set_mesh(mesh):
-            return np.asarray(jitted(params, key, indices, labels))
+            return jitted(params, key, indices, labels)
 
     return run

@@ -10,7 +10,7 @@ import pytest
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
 from speedit_jax.training import sharding
-from speedit_jax.training.sampling import Settings, image_noise, make_sampler, parse_labels, resolve
+from speedit_jax.training.sampling import Settings, image_noise, make_sampler, parse_labels, random_labels, resolve
 
 from . import tiny
 from .tiny import CLASSES, IMAGE, ONE
@@ -37,7 +37,7 @@ def sampler(shape, settings=SETTINGS):
 
 def test_samples():
     images = sampler(EIGHT)(INDICES, LABELS)
-    assert isinstance(images, np.ndarray)
+    assert images.is_fully_replicated
     assert images.shape == (8, *IMAGE) and images.dtype == np.float32
     assert np.abs(images).max() <= 1 and np.std(images) > 0.1
 
@@ -103,6 +103,18 @@ def test_noise_is_equal_to_the_bit_on_any_devices_and_in_any_batch():
     assert len(np.unique(whole)) > 0.99 * whole.size
     assert np.abs(noise(ONE)(np.arange(16), stream=1) - whole).max() > 1
     np.testing.assert_allclose([whole.mean(), whole.std()], [0, 1], atol=5 / whole.size**0.5)
+
+
+def test_random_labels_are_uniform_and_go_with_their_index():
+    labels = random_labels(KEY, 10_000, 7)
+    assert labels.dtype == np.int32
+    tiny.assert_same(random_labels(KEY, 100, 7), labels[:100])
+    assert (random_labels(jax.random.key(6), 100, 7) != labels[:100]).any()
+    # Chi squared of six degrees of freedom: above 38 once in a million.
+    counts = np.bincount(labels, minlength=7)
+    assert len(counts) == 7 and ((counts - 10_000 / 7) ** 2 / (10_000 / 7)).sum() < 38
+    # Neighbours say nothing of each other.
+    assert abs((labels[1:] == labels[:-1]).mean() - 1 / 7) < 5 * (6 / 49 / 10_000) ** 0.5
 
 
 def test_settings_come_from_the_config():
