@@ -130,7 +130,8 @@ def sample() -> None:
         if finished is None:
             print("Already there, nothing to do:")
         print(f"{len(labels)} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
-        print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz, settings in {out}.json")
+        files = f", each in {out}/" if _PNG_FILES.value else ""
+        print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz{files}, settings in {out}.json")
 
 
 def choose_labels(class_names: list[str]) -> tuple[np.ndarray, list[int] | str]:
