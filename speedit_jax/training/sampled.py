@@ -107,7 +107,7 @@ class Output:
     def _refuse(self, found: dict | None, where: Path, what: str) -> None:
         if found is not None and (different := self._differences(found)):
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise UserError(f"{where} holds {what} of other settings ({'; '.join(different[:3])}{more}); {_WAYS_OUT}")
+            raise UserError(f"{where} holds {what} of other settings ({'; '.join(different[:3])}{more}); use those, {_WAYS_OUT}")
 
     def _differences(self, found: dict) -> list[str]:
         old, new = flat(found), flat(json.loads(json.dumps(self.settings)))
@@ -172,7 +172,7 @@ class Output:
                 np.lib.format.write_array(file, self.labels)
 
 
-_WAYS_OUT = "use these settings again, name another --out, or give --overwrite"
+_WAYS_OUT = "name another --out, or give --overwrite"
 
 
 def _short(value: Any) -> str:
