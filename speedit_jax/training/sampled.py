@@ -90,7 +90,7 @@ class Output:
             self._refuse(done, self._file(".npz"), "images")
             self._refuse(begun, self.partial, "the beginning of images")
             foreign = [path for path in (self._file(".npz"), self._file(".png")) if done is None and path.exists()]
-            foreign += [path for path in self.partial.glob("*") if begun is None and path.name != "settings.partial"]
+            foreign += [path for path in self.partial.glob("*") if begun is None and not path.match("settings.*.partial")]
             if foreign and not goes_on:
                 raise UserError(f"{foreign[0]} is there, and no settings of these images beside it; {_WAYS_OUT}")
         if not goes_on:
