@@ -117,6 +117,18 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 
+    c.evaluation = evaluation = ml_collections.ConfigDict()  # of the EMA weights during training: docs/evaluation.md
+    evaluation.every = 0  # steps; such a step is saved, too, and so is the last; 0 never evaluates
+    evaluation.num_images = 1_000  # drawn as `sampling` says; published FIDs are of 50,000, and are lower for it
+    evaluation.batch_size = 64  # images at a time, over all devices; as many as sampling.grid_images: compiled once for both
+    evaluation.metrics = "fid"  # of fid, sfid, is, kid, pr, commas between
+    evaluation.best = "fid"  # the checkpoint with the best of this is kept: fid, sfid, is, kid, precision or recall
+    evaluation.features = "inception"  # or pixels: for tiny images, and without weights
+    evaluation.inception = ""  # weights of FID's Inception-v3
+    evaluation.reference = ""  # compare with: "" is the images of training; else as evaluate's --reference, an npz or images
+    evaluation.split = "train"  # of a reference that is digits or tfds:NAME, as data.split
+    evaluation.seed = 0  # of the noise, which is the same each time, and of random parts of the metrics
+
     c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
     mesh.data = -1  # batch only
     mesh.fsdp = 1  # batch and parameters: for models that do not fit one device

@@ -39,7 +39,7 @@ _FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or 
 _TO = flags.DEFINE_string("to", None, "Export: OUT.pt, OUT.safetensors, or OUT/ for a diffusers directory.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Import: a new directory. Export: the directory of a run.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "Export: ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
-_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Export: default is the newest.")
+_CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "Export: newest, best, or a number.")
 _VAE = flags.DEFINE_string("vae", None, "Export to diffusers: where the autoencoder is. Default: where it was in training.")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Import: --config.KEY=VALUE replaces what the file says or leaves open.", lock_config=True

@@ -37,7 +37,7 @@ _CLASS_LABELS = flags.DEFINE_list(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
-_CHECKPOINT_STEP = flags.DEFINE_integer("checkpoint_step", None, "Default: the newest.")
+_CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpm++; of flows euler, heun, sde. Default: the run's, as below.")

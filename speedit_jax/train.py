@@ -5,13 +5,13 @@
 Run the same command again after an interruption and it goes on from the last checkpoint, to the same result.
 """
 
+import dataclasses
 import signal
 import time
 from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 from absl import flags
 from clu import parameter_overview
 from jax.experimental import multihost_utils
@@ -24,16 +24,16 @@ from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import GLA_PAYS_FROM
 from speedit_jax.models.build import Model, parse_name
 from speedit_jax.training import builders, deviceless, run, sharding
-from speedit_jax.training.autoencoder import Autoencoder
 from speedit_jax.training.checkpoint import Checkpoints, newest_step
 from speedit_jax.training.curves import write_curves
 from speedit_jax.training.environment import Environment
+from speedit_jax.training.evaluation import Evaluation
 from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.report import write_report
-from speedit_jax.training.sampling import Settings, make_sampler
+from speedit_jax.training.sampling import Pictures, Settings, make_sampler, resolve
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
-from speedit_jax.training.telemetry import PEAK_FLOPS, Profiler, Telemetry, to_uint8
+from speedit_jax.training.telemetry import PEAK_FLOPS, Profiler, Telemetry
 from speedit_jax.training.wandb_board import open_board
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
@@ -86,23 +86,23 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
     say(f"devices    {mesh.size} {mesh.devices.flat[0].device_kind}, {jax.process_count()} processes: {devices}")
 
 
-class Grids:
-    """The image grids of training: the same noise and labels each time, from the EMA weights."""
+def make_drawings(
+    config: ml_collections.ConfigDict, source: Source, model: Model, diffusion, mesh, autoencoder
+) -> tuple[Pictures | None, Evaluation | None]:
+    """(the grids', the evaluation): what training draws of the EMA weights, as far as the config wants it."""
+    if not config.training.sample_every and not config.evaluation.every:
+        return None, None
+    settings = resolve(Settings.from_config(config.sampling, model), diffusion)
+    sampler = make_sampler(model, diffusion, settings, mesh)
 
-    def __init__(self, config, model: Model, diffusion, mesh, autoencoder: Autoencoder | None):
-        self._autoencoder = autoencoder
-        self._sampler = make_sampler(model, diffusion, Settings.from_config(config.sampling, model), mesh)
-        self._count = config.sampling.grid_images
-        # The batch must divide over the devices; the images too many are drawn and dropped.
-        batch = self._count + -self._count % sharding.batch_devices(mesh)
-        self._indices = np.arange(batch)
-        self._labels = self._indices % max(1, model.num_classes)
-        self._key = jax.random.key(config.seed)
-        self.columns = model.num_classes if 1 < model.num_classes <= 16 else None
+    def pictures(seed, count):
+        return Pictures(sampler, autoencoder, model.num_classes, jax.random.key(seed), count, sharding.batch_devices(mesh))
 
-    def draw(self, params) -> np.ndarray:
-        images = self._sampler(params, self._key, self._indices, self._labels)
-        return to_uint8(self._autoencoder.decode(images) if self._autoencoder else images)[: self._count]
+    grids = pictures(config.seed, config.sampling.grid_images) if config.training.sample_every else None
+    if not config.evaluation.every:
+        return grids, None
+    drawn = pictures(config.evaluation.seed, config.evaluation.num_images)
+    return grids, Evaluation(config, source, drawn, dataclasses.asdict(settings), mesh)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
@@ -123,7 +123,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     num_steps, batch_size = config.training.num_steps, config.training.batch_size
     with jax.set_mesh(mesh):
         shapes, shardings = state_shardings(mesh, model, optimizer, strategy, config.training.extra_ema_decays)
-        grids = Grids(config, model, diffusion, mesh, autoencoder) if config.training.sample_every else None
+    grids, evaluation = make_drawings(config, source, model, diffusion, mesh, autoencoder)
     weights, lines = {}, []
     if config.init_from and newest_step(workdir) is None:
         weights, lines = starting_weights(config.init_from, model, diffusion.prediction, shapes.params, mesh)
@@ -133,6 +133,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     report(config, model, shapes.params, strategy, source, mesh)
     for line in lines:
         say(f"init from  {line}")
+    if evaluation:
+        say(f"evaluation {evaluation}")
     if latents:
         pictures = "" if autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
         say(f"latents    {model.image_shape} of {latents['vae']}, {'encoded at each step' if online else 'stored'}{pictures}")
@@ -179,7 +181,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     step = checkpoints.latest() or 0
     if step >= num_steps:
         say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
-        return say_next(workdir, model)
+        return say_next(workdir, model, checkpoints.best())
+    if evaluation:
+        evaluation.prepare(workdir)
     if step:
         state = checkpoints.restore(step, shapes, shardings)
         say(f"Going on from the checkpoint of step {step}.")
@@ -205,6 +209,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     )
     parameters = int(parameter_overview.count_parameters(shapes.params))
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=int(3 * model.forward_flops * batch_size))
+    columns = model.num_classes if 1 < model.num_classes <= 16 else None  # of the grids
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
 
     for batch in telemetry.waiting_for(batches(step)):
@@ -215,20 +220,30 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         profiler.after(step, metrics)
         telemetry.step(step)
         last = step == num_steps
-        if step % config.training.log_every == 0 or last:
+        evaluating = evaluation is not None and (step % config.evaluation.every == 0 or last)
+        if step % config.training.log_every == 0 or evaluating or last:
             check_finite(telemetry.metrics(step, metrics), config)
         stopping = stop(step)
         drawing = grids is not None and (step % config.training.sample_every == 0 or last)
-        saving = step % config.checkpoint.every == 0 or last or stopping
+        saving = step % config.checkpoint.every == 0 or evaluating or last or stopping
         if drawing or saving:
             # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.
-            check_finite(telemetry.flush(), config)
             jax.block_until_ready(metrics)  # what the device still computes is not part of the pause
+            evaluated = {}
+            if evaluating:
+                since = time.perf_counter()
+                values = evaluation(state.ema)
+                telemetry.also({f"eval_{name}": value for name, value in values.items()})
+                telemetry.say(f"Step {step}: {spelled(values)}.")
+                evaluated = {"evaluation": evaluation.record(values)}
+                telemetry.paused(since)
+            check_finite(telemetry.flush(), config)
             since = time.perf_counter()
             if drawing:
-                telemetry.images(workdir / "samples" / f"step_{step:07d}.png", step, grids.draw(state.ema), grids.columns)
+                (images,) = grids.draw(state.ema, grids.count)
+                telemetry.images(workdir / "samples" / f"step_{step:07d}.png", step, images, columns)
             if saving:
-                checkpoints.save(step, state, meta)
+                checkpoints.save(step, state, meta | evaluated)
                 environment.write(step)
             telemetry.paused(since)
         if stopping and not last:
@@ -236,6 +251,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
 
     profiler.close()
     checkpoints.wait()
+    best = checkpoints.best()
     checkpoints.close()
     telemetry.close()
     environment.write(step)
@@ -245,7 +261,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     if step < num_steps:
         say(f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
         return INTERRUPTED
-    return say_next(workdir, model)
+    return say_next(workdir, model, best)
 
 
 def check_finite(written: dict[str, float] | None, config: ml_collections.ConfigDict) -> None:
@@ -258,10 +274,17 @@ def check_finite(written: dict[str, float] | None, config: ml_collections.Config
         )
 
 
-def say_next(workdir: Path, model: Model) -> None:
+def spelled(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def say_next(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | None) -> None:
     say(f"\nCheckpoints      {workdir}/checkpoints")
     say(f"Metrics          {workdir}/metrics.jsonl, {workdir}/curves.png, tensorboard --logdir={workdir}/tensorboard")
     say(f"Samples          {workdir}/samples")
+    if best:
+        step, values = best
+        say(f"Best             step {step}, {spelled(values)}; --checkpoint_step=best draws from it")
     say(f"All on one page  {workdir}/report.html; python -m speedit_jax.report --workdir={workdir} makes it again")
     labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     say(f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png")

@@ -106,7 +106,7 @@ MISTAKES = {
     "unknown metric": (["--metrics=fid,foo"], ["--metrics", "foo", "sfid"]),
     "metric of Inception": (["--metrics=fid,sfid"], ["sfid needs --features=inception"]),
     "unknown features": (["--features=clip"], ["features", "clip", "pixels"]),
-    "no weights": (["--features=inception"], ["pt_inception-2015-12-05-6726825d.pth", "https://", "--inception="]),
+    "no weights": (["--features=inception"], ["pt_inception-2015-12-05-6726825d.pth", "https://", "--inception: "]),
     "weights that are not there": (["--features=inception", "--inception=/no/such.pth"], ["/no/such.pth", "https://"]),
     "images that are not there": (["--images=/no/such"], ["/no/such", "FILE.npz"]),
     "other sizes": (["--reference=synthetic", "--size=8,8"], ["8x8x1", "8x8x3", "folder:PATH"]),

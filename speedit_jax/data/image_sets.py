@@ -61,6 +61,24 @@ class NpzImages:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """`count` of a source's records, evenly spaced: of a set that is sorted by class some of each."""
+
+    source: Source
+    count: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.source.image_shape
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.source[index * len(self.source) // self.count]
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceImages:
     """All of a data source, in its order."""
 
@@ -76,6 +94,22 @@ class SourceImages:
     def batches(self, size: int, threads: int) -> Iterator[np.ndarray]:
         for batch in loader.in_order(self.source, 0, len(self), size, threads):
             yield np.round((batch["image"] + 1) * 127.5).astype(np.uint8)
+
+
+def some(images: NpzImages | SourceImages, count: int) -> NpzImages | SourceImages:
+    """At most `count` of them: of an npz the first, of a source evenly spaced."""
+    count = min(count, len(images))
+    if isinstance(images, NpzImages):
+        return dataclasses.replace(images, count=count)
+    return SourceImages(Spread(images.source, count))
+
+
+def fingerprint(images: NpzImages | SourceImages) -> str:
+    """Equal for equal images, as far as can be told without reading them all."""
+    if isinstance(images, SourceImages):
+        return images.source.fingerprint
+    stat = images.path.stat()
+    return f"{images.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def open_images(where: str, shape: tuple[int, int, int] | None = None, split: str = "train") -> Images | None:

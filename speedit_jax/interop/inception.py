@@ -40,14 +40,14 @@ def read_inception(where: str | None) -> dict[str, np.ndarray]:
       UserError: there is no such file (the message says where to get it), or it cannot be read.
     """
     if not where:
-        raise UserError(f"Inception needs its weights: download {URL} and give --inception={NAME}; --features=pixels needs none")
+        raise UserError(f"Inception needs its weights: download {URL} and give {NAME}; features of pixels need none")
     path = Path(where).expanduser()
     if not path.is_file():
-        raise UserError(f"--inception={where}: no such file; download {URL}")
+        raise UserError(f"{where}: no such file; download {URL}")
     try:
         return _read(path)
     except UserError as e:
-        raise UserError(f"--inception={where}: {e}") from e
+        raise UserError(f"{where}: {e}") from e
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -59,5 +59,5 @@ def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], int
             raise UserError(f"{path}: mu{suffix} and sigma{suffix} are no finite mean [D] and covariance [D, D]; make it again")
         statistics[name] = Gaussian(mean, covariance)
     if statistics and made_with != features:
-        raise UserError(f"{path} holds statistics of {made_with} features, not of {features}; give --features={made_with}")
+        raise UserError(f"{path} holds statistics of {made_with} features, not of {features}; give features={made_with}")
     return statistics, count

@@ -75,6 +75,11 @@ class Autoencoder:
         _, h, w, channels = jax.eval_shape(self._encode.__wrapped__, self._params, shape).shape
         return h, w, channels // 2
 
+    def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(h, w, C) -> (H, W, 3)."""
+        shape = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
+        return jax.eval_shape(self._decode.__wrapped__, self._params, shape).shape[1:]
+
     def moments(self, images: jax.Array) -> jax.Array:
         """The posterior of a batch that is on the mesh."""
         with jax.set_mesh(self._mesh):

@@ -106,6 +106,10 @@ _LEAST = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 0,
     "sampling.grid_images": 1,
+    "evaluation.every": 0,
+    "evaluation.num_images": 2,
+    "evaluation.batch_size": 1,
+    "evaluation.seed": 0,
 }
 
 

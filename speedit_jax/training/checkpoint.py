@@ -1,8 +1,9 @@
 """Checkpoints: the only owner of orbax.
 
 A checkpoint is the directory WORKDIR/checkpoints/STEP with two items: `state`, every array of the train state, and
-`meta`, JSON with the whole config, the data's fingerprint and class names, and the versions that wrote it. Orbax writes
-to a temporary name and renames when all is on disk, so a checkpoint that is listed is whole.
+`meta`, JSON with the whole config, the data's fingerprint and class names, the versions that wrote it, and its own
+evaluation, if it had one. Orbax writes to a temporary name and renames when all is on disk, so a checkpoint that is listed
+is whole.
 """
 
 import contextlib
@@ -57,8 +58,31 @@ def _check(saved: Any, wanted: Any, where: str) -> None:
         raise UserError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
 
 
+def _best(evaluations: dict[int, dict[str, Any]]) -> int | None:
+    """The step of the lowest score, the earliest of equals, among those evaluated as the newest was: others do not compare."""
+    if not evaluations:
+        return None
+    how = evaluations[max(evaluations)]["how"]
+    return min((of["score"], step) for step, of in evaluations.items() if of["how"] == how)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Best:
+    """Preserves the best of the evaluated checkpoints; `evaluations` is read when orbax asks, which is after each save."""
+
+    evaluations: dict[int, dict[str, Any]]
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = _best({step: self.evaluations[step] for step in steps if step in self.evaluations})
+        return [step == best for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one run.
+
+    The best of those that were evaluated is kept, too.
 
     Args:
       workdir: of the run.
@@ -71,7 +95,8 @@ class Checkpoints:
         self.directory = Path(workdir).absolute() / "checkpoints"
         if not create and not self.directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}; train there first, or name another --workdir")
-        policies = [keep.LatestN(keep_last)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        self._evaluations: dict[int, dict[str, Any]] = {}
+        policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -83,12 +108,14 @@ class Checkpoints:
             item_names=("state", "meta"),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
+        if create:
+            self._evaluations |= self._read_evaluations()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def choose(self, step: int | None) -> int:
-        """`step`, or the newest.
+    def choose(self, step: int | str | None) -> int:
+        """`step`, a number, "newest" (as None) or "best".
 
         Raises:
           UserError: there is none, or not that one.
@@ -96,11 +123,26 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise UserError(f"no finished checkpoint in {self.directory}; train longer first")
-        if step is None:
+        if step in (None, "newest"):
             return steps[-1]
-        if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; there are {', '.join(map(str, steps))}")
-        return step
+        there = f"there are {', '.join(map(str, steps))}"
+        if step == "best":
+            if best := self.best():
+                return best[0]
+            raise UserError(f"no checkpoint in {self.directory} was evaluated (evaluation.every), so none is the best; {there}")
+        if str(step) not in map(str, steps):
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; {there}; or say newest or best")
+        return int(step)
+
+    def best(self) -> tuple[int, dict[str, float]] | None:
+        """(step, numbers) of the best of the evaluated checkpoints; None where none was."""
+        evaluations = self._read_evaluations()
+        step = _best(evaluations)
+        return None if step is None else (step, evaluations[step]["values"])
+
+    def _read_evaluations(self) -> dict[int, dict[str, Any]]:
+        found = {step: self.meta(step).get("evaluation") for step in self._manager.all_steps()}
+        return {step: evaluation for step, evaluation in found.items() if evaluation}
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Starts writing; returns when the arrays are copied and may be donated.
@@ -119,6 +161,8 @@ class Checkpoints:
         self._save(step, {"step": np.int32(step), "params": params, "ema": ema}, meta)
 
     def _save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        if evaluation := meta.get("evaluation"):
+            self._evaluations[step] = evaluation
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         with _named_failure(self.directory):
             self._manager.save(step, args=items)

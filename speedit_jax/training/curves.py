@@ -35,13 +35,14 @@ def write_curves(workdir: Path) -> Path | None:
 
     metrics = read_metrics(workdir)
     names = [name for name in SHOWN if name in metrics]
+    names += sorted(name for name in metrics if name.startswith("eval_") and not name.endswith("_std"))
     if not names:
         return None
     figure, axes = plt.subplots(2, (len(names) + 1) // 2, figsize=(11, 5.5), squeeze=False, layout="constrained")
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        axis.plot(*metrics[name], linewidth=0.8)
+        axis.plot(*metrics[name], linewidth=0.8, marker="." if name.startswith("eval_") else "")
         axis.set_title(name.removeprefix("time_").replace("_", " "))
         axis.set_xlabel("step")
         if name in ("loss", "mse", "grad_norm"):

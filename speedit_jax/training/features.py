@@ -35,8 +35,7 @@ class Pixels:
         self.outputs = {"pool": int(np.prod(shape))}
         if self.outputs["pool"] > MOST_PIXELS:
             raise UserError(
-                f"--features=pixels: images of {'x'.join(map(str, shape))} are more than {MOST_PIXELS} numbers;"
-                " --features=inception takes any size"
+                f"images of {'x'.join(map(str, shape))} are more than {MOST_PIXELS} numbers; features of inception take any size"
             )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from speedit_jax.errors import UserError
 # Sections and keys that may differ between a run and its continuation: they do not change what is computed.
 _MAY_CHANGE = (
     "checkpoint",
+    "evaluation",
     "mesh",
     "sampling",
     "data.threads",

@@ -1,7 +1,7 @@
-"""The sharded, jitted sampling function that train.py's grids and sample.py share."""
+"""The sharded, jitted sampling function that training and sample.py share, and the pictures that training draws with it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import sharding
+from speedit_jax.training.autoencoder import Autoencoder
+from speedit_jax.training.telemetry import to_uint8
 
 Diffusion = GaussianDiffusion | FlowMatching
 
@@ -208,3 +210,33 @@ def make_sampler(
             return jitted(params, key, indices, labels)
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What training draws of the weights of the moment: each time from the same noise, the classes in turn.
+
+    Attributes:
+      sampler: of `make_sampler`.
+      autoencoder: what decodes; None where images are drawn, or latents are to be shown as they are.
+      num_classes: of the model.
+      key: of the noise.
+      count: of images.
+      devices: that share a batch.
+    """
+
+    sampler: Callable[..., np.ndarray]
+    autoencoder: Autoencoder | None
+    num_classes: int
+    key: jax.Array
+    count: int
+    devices: int
+
+    def draw(self, params, batch: int) -> Iterator[np.ndarray]:
+        """uint8 [batch, H, W, C] each, the last one smaller."""
+        for first in range(0, self.count, batch):
+            # Images too many are drawn and dropped: the devices divide the batch, and one compilation serves.
+            indices = np.arange(first, first + batch + -batch % self.devices)
+            images = self.sampler(params, self.key, indices, indices % max(1, self.num_classes))
+            images = to_uint8(self.autoencoder.decode(images) if self.autoencoder else images)
+            yield images[: min(batch, self.count - first)]

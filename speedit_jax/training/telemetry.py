@@ -178,6 +178,11 @@ class Telemetry:
         self._pending = (step, values)
         return written
 
+    def also(self, values: dict[str, float]) -> None:
+        """More numbers of the step whose metrics were handed over last, for its line."""
+        step, pending = self._pending
+        self._pending = (step, pending | values)
+
     def flush(self) -> dict[str, float] | None:
         """Writes what is pending, waiting for the device; call before anything that a resumed run starts from."""
         if self._pending is None:

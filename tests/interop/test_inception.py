@@ -58,7 +58,7 @@ def test_tensor_name():
 
 
 def test_where_to_get_it(tmp_path):
-    assert_one_line(lambda: read_inception(None), URL, f"--inception={NAME}")
+    assert_one_line(lambda: read_inception(None), URL, NAME)
     assert_one_line(lambda: read_inception(str(tmp_path / "none.pth")), "none.pth", URL)
 
 

@@ -44,7 +44,7 @@ def test_files_of_other_programs(tmp_path):
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, "mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "finite"),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.full(2, np.inf), "sigma_s": np.eye(2)}, "mu_s and sigma_s"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.array("pixels")}, "--features=pixels"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.array("pixels")}, "features=pixels"),
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "cannot be read"),
     ],
 )

@@ -52,10 +52,13 @@ def saved(small, tmp_path_factory):
     return workdir
 
 
-def save(workdir, trainer, steps, **options):
+def save(workdir, trainer, steps, evaluations=None, **options):
+    """`evaluations`: step -> (score, how) of those that were evaluated."""
     checkpoints = Checkpoints(workdir, create=True, **options)
     for step in steps:
-        checkpoints.save(step, tiny.random_state(trainer, step), META | {"step": step})
+        score, how = (evaluations or {}).get(step, (None, None))
+        evaluation = {} if how is None else {"evaluation": {"score": score, "how": how, "values": {"fid": score}}}
+        checkpoints.save(step, tiny.random_state(trainer, step), META | {"step": step} | evaluation)
     checkpoints.wait()
     checkpoints.close()
 
@@ -165,12 +168,44 @@ def test_what_is_kept(small, tmp_path, options, kept):
     assert Checkpoints(tmp_path).latest() == 7
 
 
+@pytest.mark.parametrize(
+    ("evaluations", "kept", "best"),
+    [
+        ({2: 0.5, 4: 0.7}, ["2", "7"], 2),
+        ({2: 0.5, 4: 0.3, 6: 0.4}, ["4", "7"], 4),
+        ({2: -1.0, 4: -1.0, 6: 0.0}, ["2", "7"], 2),  # the earlier of equals
+        ({2: 0.5, 7: 0.1}, ["7"], 7),
+        ({2: 0.1, 4: (0.5, "b"), 6: (0.6, "b")}, ["4", "7"], 4),  # what was measured otherwise does not compare
+    ],
+    ids=str,
+)
+def test_the_best_is_kept(small, tmp_path, evaluations, kept, best):
+    evaluations = {step: of if isinstance(of, tuple) else (of, "a") for step, of in evaluations.items()}
+    save(tmp_path / "whole", small, range(1, 8), evaluations, keep_last=1)
+    # A run that goes on knows what was best before.
+    for steps in ((1, 2), (3, 4, 5), (6, 7)):
+        save(tmp_path / "parts", small, steps, evaluations, keep_last=1)
+    for workdir in (tmp_path / "whole", tmp_path / "parts"):
+        assert names(workdir) == kept
+        checkpoints = Checkpoints(workdir)
+        assert checkpoints.choose("best") == best and checkpoints.best() == (best, {"fid": evaluations[best][0]})
+        assert checkpoints.latest() == 7
+        tiny.assert_same(restore(workdir, small, best), tiny.random_state(small, best))
+
+
 def test_choose(saved):
     checkpoints = Checkpoints(saved)
-    assert checkpoints.choose(None) == 3
-    assert checkpoints.choose(2) == 2
-    with pytest.raises(UserError, match=r"no checkpoint of step 9 in .*checkpoints; there are 1, 2, 3"):
-        checkpoints.choose(9)
+    assert checkpoints.choose(None) == checkpoints.choose("newest") == 3
+    assert checkpoints.choose(2) == checkpoints.choose("2") == 2
+    for step in (9, "9", "last"):
+        with pytest.raises(
+            UserError, match=rf"no checkpoint of step {step} in .*checkpoints; there are 1, 2, 3; or say newest or best"
+        ):
+            checkpoints.choose(step)
+    assert checkpoints.best() is None
+    with pytest.raises(UserError, match=r"none is the best; there are 1, 2, 3") as error:
+        checkpoints.choose("best")
+    assert "evaluation.every" in one_line(error)
 
 
 def test_no_checkpoints(tmp_path):
