@@ -4,8 +4,8 @@
 
 Trains a small digits model once without interruption. Then, for each experiment, starts the same command in a fresh
 directory, strikes it at a random moment, runs the same command again to the end, and compares with the uninterrupted
-run: every array of every kept checkpoint, every logged number but the times, every sample image's bytes, and that
-nothing half-written is left. The experiments:
+run: which checkpoints are kept and which is the best, every array of every one, every logged number but the times,
+evaluations included, every sample image's bytes, and that nothing half-written is left. The experiments:
   kill       SIGKILL, aimed in turn at the start, compilation, training steps, saves and sampling
   kill x 5   five SIGKILLs in a row, each of the resumed run, before it may finish
   SIGINT     Ctrl-C (and SIGTERM, in turn), after which the run must save and exit with 130
@@ -38,7 +38,7 @@ from speedit_jax.training.checkpoint import Checkpoints, arrays
 from speedit_jax.training.state import make_optimizer, state_shardings
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE_EVERY, SAMPLE_EVERY, LOG_EVERY = 20, 40, 5
+SAVE_EVERY, SAMPLE_EVERY, LOG_EVERY, EVALUATE_EVERY = 20, 40, 5, 10
 # Saves and grids are where a kill can do most harm: most of the kills aim there.
 AIMS = ("stepping", "saving", "sampling", "saving", "compiling", "sampling", "stepping", "saving", "sampling", "starting")
 INTERRUPTED = 130
@@ -60,6 +60,9 @@ def train_command(steps: int) -> list[str]:
         "training.sample_every": SAMPLE_EVERY,
         "checkpoint.every": SAVE_EVERY,
         "sampling.num_steps": 10,
+        "evaluation.every": EVALUATE_EVERY,
+        "evaluation.num_images": 80,
+        "evaluation.metrics": "fid,pr",
     }
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     return [sys.executable, "-m", "speedit_jax.train", "--config=configs/digits.py", *flags]
@@ -168,6 +171,8 @@ def evidence(workdir: Path) -> dict[str, object]:
     for step in steps:
         for name, array in arrays(restore(checkpoints, step)).items():
             found[f"checkpoint {step}: {name}"] = (array.dtype.str, array.shape, array.tobytes())
+        found[f"evaluation {step}"] = json.dumps(checkpoints.meta(step).get("evaluation"))
+    found["best"] = checkpoints.choose("best")
     checkpoints.close()
     for i, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
         record = {name: value for name, value in json.loads(line).items() if not name.startswith("time_")}

@@ -17,6 +17,8 @@ import pytest
 from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, run_alone
 from PIL import Image
 
+import configs.digits
+
 
 def checksums(directory: Path) -> dict[str, str]:
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
@@ -26,7 +28,8 @@ def checksums(directory: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def trained(run, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    result = run("train", *TINY, f"--workdir={workdir}", "--config.training.sample_every=6")
+    flags = ["--config.training.sample_every=6", "--config.evaluation.every=3"]
+    result = run("train", *TINY, f"--workdir={workdir}", *flags)
     assert_works(result)
     assert f"python -m speedit_jax.sample --workdir={workdir}" in result.out
     return workdir
@@ -59,6 +62,7 @@ BAD_TRAIN_FLAGS = {
     "dual of losses": (["--config.timesteps.strategy=clts", "--config.timesteps.dual=true"], ["timesteps.dual", "clts"]),
     "unknown learning rate": (["--config.optim.schedule=foo"], ["optim.schedule", "foo", "cosine"]),
     "unknown sampler": (["--config.sampling.sampler=foo", "--config.training.sample_every=3"], ["sampler", "foo", "ddim"]),
+    "unknown best": (["--config.evaluation.best=foo", "--config.evaluation.every=3"], ["evaluation.best=foo", "fid"]),
     "unknown source": (["--config.data.source=foo"], ["data.source", "foo", "digits"]),
     "folder that is not there": (["--config.data.source=folder:/no/such"], ["data.source", "/no/such"]),
     "workdir that cannot be": (["--workdir=/dev/null/run"], ["--workdir", "/dev/null/run"]),
@@ -84,6 +88,7 @@ BAD_NUMBERS = {
     "training.max_skipped_in_a_row": 0,
     "checkpoint.keep_every": -1,
     "sampling.grid_images": 0,
+    "evaluation.num_images": 1,
 }
 
 
@@ -259,7 +264,8 @@ BAD_SAMPLE_FLAGS = {
     "class name": (["--class_labels=cat"], ["--class_labels", "cat"]),
     "negative class": (["--class_labels=-1"], ["--class_labels", "-1"]),
     "no class": (["--class_labels="], ["--class_labels"]),
-    "step": (["--checkpoint_step=5"], ["step 5", "3, 6"]),
+    "step": (["--checkpoint_step=5"], ["step 5", "3, 6", "newest or best"]),
+    "no step": (["--checkpoint_step=last"], ["step last", "3, 6", "newest or best"]),
     "out": (["--out=/dev/null/x.png"], ["/dev/null/x", "--out"]),
     "sampler": (["--sampler=foo"], ["sampler", "foo", "dpm++"]),
     "steps": (["--num_steps=1001"], ["1001", "1000"]),
@@ -355,6 +361,29 @@ def test_samples_come_from_the_workdir_alone(ten, trained):
     assert len(settings["weights_sha256"]) == 64
     assert settings["guidance_scale"] > 1
     assert {"jax", "speedit_jax", "sampled_with_jax"} <= settings["versions"].keys()
+
+
+def test_evaluations_are_those_of_sample_and_evaluate(run, trained, tmp_path):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 3, 4, 6], "a step that is evaluated is logged, too"
+    measured = {record["step"]: record["eval_fid"] for record in records if "eval_fid" in record}
+    assert measured.keys() == {3, 6}
+    best = min(measured, key=measured.get)
+    config = configs.digits.get_config().evaluation
+    sampled = [f"--num_images={config.num_images}", f"--batch_size={config.batch_size}", f"--out={tmp_path / 'x'}"]
+    assert_works(run("sample", f"--workdir={trained}", "--checkpoint_step=best", *sampled))
+    assert json.loads((tmp_path / "x.json").read_text())["checkpoint_step"] == best
+    flags = [f"--images={tmp_path / 'x.npz'}", "--features=pixels", "--metrics=fid", f"--out={tmp_path / 'fid.json'}"]
+    (statistics,) = trained.glob("reference_*.npz")
+    for reference in ("digits", statistics):
+        assert_works(run("evaluate", *flags, f"--reference={reference}"))
+        found = json.loads((tmp_path / "fid.json").read_text())
+        np.testing.assert_allclose(found["metrics"]["fid"], measured[best], rtol=1e-6)
+        assert found["reference"]["n"] == 1442
+
+
+def test_no_best_of_a_run_that_was_not_evaluated(run, without_null_label):
+    assert_fails(run("sample", f"--workdir={without_null_label}", "--checkpoint_step=best"), "evaluation.every", "there are 3")
 
 
 def test_the_same_command_gives_the_same_bits(sample, ten):

@@ -1,6 +1,7 @@
 """Killed and resumed is the same, to the bit, as left alone: benchmarks/kill_resume.py in small."""
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -56,6 +57,10 @@ def test_the_comparison_covers_the_whole_run_and_sees_one_bit(script, reference)
     parts = ("params", "ema", "opt/1/0/mu", "opt/1/0/nu", "opt/1/0/count", "step", "skipped", "skipped_in_a_row")
     for part in parts:
         assert any(name.startswith(f"checkpoint {STEPS}: {part}") for name in reference), part
+    evaluated = [json.loads(line) for name, line in reference.items() if name.startswith("metrics") and "eval_fid" in line]
+    assert [record["step"] for record in evaluated] == list(range(script.EVALUATE_EVERY, STEPS + 1, script.EVALUATE_EVERY))
+    best = min(evaluated, key=lambda record: record["eval_fid"])
+    assert reference["best"] == best["step"] and f'"fid": {best["eval_fid"]}' in reference[f"evaluation {best['step']}"]
     assert f"samples/step_{STEPS:07d}.png" in reference and f"metrics.jsonl line {STEPS // script.LOG_EVERY}" in reference
     for name, value in reference.items():
         if name.startswith("checkpoint"):

@@ -56,6 +56,18 @@ def test_metrics_are_written_one_hand_over_late(tmp_path):
     assert [record["loss"] for record in lines(tmp_path)] == [0.5, 1.0, 1.5]
 
 
+def test_more_numbers_of_a_step_are_in_its_line(tmp_path):
+    t = telemetry(tmp_path)
+    for step in (1, 2):
+        t.metrics(step, values(step))
+    t.also({"eval_fid": 0.25})
+    t.close()
+    assert [record.get("eval_fid") for record in lines(tmp_path)] == [None, 0.25]
+    scalars = {(v.tag, e.step): v.simple_value for e in events(tmp_path) for v in e.summary.value if v.HasField("simple_value")}
+    assert scalars[("eval_fid", 2)] == 0.25 and ("eval_fid", 1) not in scalars
+    assert scalars[("loss", 2)] == 1.0
+
+
 def test_time_fields_are_marked(tmp_path):
     t = Telemetry(tmp_path, first_step=0, num_steps=10, batch_size=4, mfu_per_image=1e-4)
     for step in t.waiting_for((2, 4, 6)):
@@ -292,3 +304,13 @@ def test_curves(tmp_path):
     assert write_curves(tmp_path) == tmp_path / "curves.png"
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 500 and len(image.convert("L").getcolors()) > 10
+        without = np.asarray(image)
+    records = [json.dumps(record | {"eval_fid": record["loss"]}) for record in lines(tmp_path)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records))
+    write_curves(tmp_path)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert (np.asarray(image) != without).any(), "evaluations have a curve"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records).replace("eval_fid", "another"))
+    write_curves(tmp_path)
+    with Image.open(tmp_path / "curves.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), without)
