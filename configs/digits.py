@@ -32,7 +32,7 @@ def get_config(model_name="DiT-tiny/2"):
     c.sampling.guidance_scale = 1.25  # 1.5 is a little cleaner and less varied
     c.sampling.grid_images = 80
 
-    c.evaluation.every = 500
+    # Off; --config.evaluation.every=500 turns it on, each at the price of five grids.
     c.evaluation.num_images = 400
     c.evaluation.batch_size = 80
     c.evaluation.features = "pixels"

@@ -30,7 +30,6 @@ TINY = [
     "--config.training.batch_size=16",
     "--config.training.log_every=2",
     "--config.training.sample_every=0",
-    "--config.evaluation.every=0",
     "--config.checkpoint.every=3",
     "--config.sampling.num_steps=3",
 ]

@@ -59,8 +59,10 @@ def test_the_comparison_covers_the_whole_run_and_sees_one_bit(script, reference)
         assert any(name.startswith(f"checkpoint {STEPS}: {part}") for name in reference), part
     evaluated = [json.loads(line) for name, line in reference.items() if name.startswith("metrics") and "eval_fid" in line]
     assert [record["step"] for record in evaluated] == list(range(script.EVALUATE_EVERY, STEPS + 1, script.EVALUATE_EVERY))
-    best = min(evaluated, key=lambda record: record["eval_fid"])
-    assert reference["best"] == best["step"] and f'"fid": {best["eval_fid"]}' in reference[f"evaluation {best['step']}"]
+    best = max(evaluated, key=lambda record: record["eval_recall"])
+    assert reference["best"] == best["step"] and f'"recall": {best["eval_recall"]}' in reference[f"evaluation {best['step']}"]
+    kept = {int(name.split()[1]) for name in reference if name.startswith("evaluation ")}
+    assert kept == {10, 30, 40}, "the best, and the two newest"
     assert f"samples/step_{STEPS:07d}.png" in reference and f"metrics.jsonl line {STEPS // script.LOG_EVERY}" in reference
     for name, value in reference.items():
         if name.startswith("checkpoint"):

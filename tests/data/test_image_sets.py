@@ -5,7 +5,7 @@ import pytest
 from errors import assert_one_line
 from PIL import Image
 
-from speedit_jax.data.image_sets import open_images
+from speedit_jax.data.image_sets import fingerprint, open_images, some
 from speedit_jax.data.sources import load_digits
 
 SHAPE = (6, 10, 3)
@@ -33,6 +33,18 @@ def test_npz_is_streamed(tmp_path, save):
     assert len(images) == 11 and images.shape == SHAPE
     for size in (4, 11, 64):
         np.testing.assert_array_equal(together(images, size), PIXELS)
+
+
+def test_some(tmp_path):
+    np.savez(tmp_path / "x.npz", PIXELS)
+    write_folder(tmp_path / "x", PIXELS)
+    whole = {where: open_images(str(where)) for where in (tmp_path / "x.npz", tmp_path / "x")}
+    first, spread = (together(some(images, 5)) for images in whole.values())
+    np.testing.assert_array_equal(first, PIXELS[:5])
+    np.testing.assert_array_equal(spread, np.concatenate([PIXELS[::2], PIXELS[1::2]])[[0, 2, 4, 6, 8]])
+    for images in whole.values():
+        np.testing.assert_array_equal(together(some(images, 12)), together(images))
+    assert len({fingerprint(images) for images in whole.values()}) == 2
 
 
 def test_a_directory_as_it_is(tmp_path):
