@@ -225,7 +225,7 @@ class Pictures:
       devices: that share a batch.
     """
 
-    sampler: Callable[..., np.ndarray]
+    sampler: Callable[..., jax.Array]
     autoencoder: Autoencoder | None
     num_classes: int
     key: jax.Array
