@@ -3,7 +3,7 @@
   pip install -e '.[aot-gpu]' && python -m benchmarks.gpu_kernels --out=docs/results/gpu_kernels.json
 
 Compiles forward and backward for DiG-S/2's heads (K = 32, V = 64, 6 heads, bfloat16) for GPUs that are not there, and asks ptxas
-about the PTX that XLA dumps. A proxy, for comparing kernels and versions: it predicts no speed.
+about the PTX that XLA dumps; spills are bytes of one thread. A proxy, for comparing kernels and versions: it predicts no speed.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def kernels(dump: Path, architecture: str) -> dict[str, dict[str, int]]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spilled, read_back = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
         found[entry[1].strip("_")] = {
+            "threads": int(re.search(r"\.(?:reqntid|maxntid) (\d+)", text)[1]),
             "registers": int(re.search(r"Used (\d+) registers", said)[1]),
             "spill_stores": int(spilled),
             "spill_loads": int(read_back),
@@ -84,7 +85,7 @@ def main() -> None:
             "shape": {"K": K, "V": V, "heads": HEADS, "chunk": 64},
             "kernels": kernels(Path(dump), ARCHITECTURES[args.topology]),
         }
-    if len(record["kernels"]) != 3:
+    if len(record["kernels"]) != 4:
         raise SystemExit(f"error: XLA's dump does not name the kernels as it did: {', '.join(record['kernels'])}")
     print(json.dumps(record, indent=1))
     if args.out:

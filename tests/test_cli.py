@@ -215,7 +215,8 @@ def test_the_name_of_the_model_after_a_colon(run, tmp_path):
     config = ["--config=configs/digits.py:DiG-tiny/2", *TINY[1:], "--config.model.remat=lean"]
     result = run("train", *config, f"--workdir={workdir}")
     assert_works(result)
-    assert "DiG-tiny/2" in result.out and "remat lean" in result.out
+    assert "DiG-tiny/2" in result.out and "remat lean" in result.out and "xla mixer" in result.out
+    assert "at 16 tokens DiT is as fast or faster" in result.out
     assert_works(run("sample", f"--workdir={workdir}", "--num_images=4", f"--out={tmp_path / 'new'}"))
     assert np.load(tmp_path / "new.npz")["arr_0"].shape == (4, 8, 8, 1)
     # The other backbone would be another run.

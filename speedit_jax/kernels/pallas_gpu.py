@@ -5,8 +5,12 @@ state passes over the chunks outside, in an associative scan (eq. 4 and 9):
   1. each chunk's own contribution to the state
   2. the scan                                          backward: 1 and 2 again, then the same two against the order of chunks
   3. each chunk's outputs, from the state before it    backward: each chunk's gradients, from the state and its gradient
-Operands are [B H, T, K] and [B H, T, V], padded to powers of two, as Triton wants. The 0/1 matrices are those of chunked.py,
-given as operands; levels are a loop, which keeps the registers from spilling.
+Operands are [B H, T, K] and [B H, T, V], padded to powers of two, as Triton wants. The 0/1 matrices that sum the gates are
+chunked.py's, given as operands.
+
+The registers hold a program's matrices without spilling because the levels are a loop, dV has a kernel of its own, and the
+features of K, which do not meet in the gradients of q, k and g once dP is known, are spread over programs. In the gradients'
+kernel the order of reading matters, too. With eight warps instead of four each product would be computed twice.
 """
 
 import functools
@@ -21,7 +25,8 @@ from speedit_jax.kernels.chunked import masks
 from speedit_jax.kernels.tiles import INNER, LEFT, RIGHT, dot, terms
 
 CHUNK = 64
-_LEAST = 16  # a side of a matrix that Triton multiplies
+_LEAST = 16  # a side of a matrix that Triton multiplies; also the features of K that a program of the gradients has
+_WARPS = 4
 
 
 def _gate_sums(matrix, g, axes, dtype):
@@ -36,102 +41,115 @@ def _state_kernel(sums_ref, x_ref, y_ref, g_ref, out_ref):
     out_ref[...] = dot(x_ref[...].astype(jnp.float32) * decay, y_ref[...], LEFT, dtype)
 
 
-def _scores(pairs_ref, sums_ref, q, k, g, dtype):
+def _apart(reverse: bool) -> jax.Array:
+    """[C, C]: >> level it is 1 where that level computes the attention of row to column, the pairs of chunked.masks."""
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
+    return jnp.where(rows < columns if reverse else rows > columns, rows ^ columns, 0)
+
+
+def _scores(sums_ref, q, k, g, dtype, reverse):
     """P of eq. (3): [C, C]."""
-    chunk = q.shape[0]
-    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in range(2))
+    rows, columns = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in range(2))
     diagonal = jnp.where(rows == columns, (q * k).sum(axis=1)[:, None], 0.0)
 
     def level(i, scores):
         decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
-        return jnp.where(pairs_ref[i] > 0, dot(q * decay, k * decay, RIGHT, dtype), scores)
+        return jnp.where(_apart(reverse) >> i == 1, dot(q * decay, k * decay, RIGHT, dtype), scores)
 
-    return jax.lax.fori_loop(0, chunk.bit_length() - 1, level, diagonal)
+    return jax.lax.fori_loop(0, sums_ref.shape[0], level, diagonal)
 
 
-def _output_kernel(pairs_ref, sums_ref, entry_ref, q_ref, k_ref, v_ref, g_ref, state_ref, out_ref, *, scale):
+def _output_kernel(sums_ref, entry_ref, q_ref, k_ref, v_ref, g_ref, state_ref, out_ref, *, scale, reverse):
     dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
     q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
-    scores = _scores(pairs_ref, sums_ref, q, k, g, dtype)
+    scores = _scores(sums_ref, q, k, g, dtype, reverse)
     entry = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype))
     out = dot(q * entry, state_ref[...], INNER, dtype) + dot(scores, v, INNER, dtype)
     out_ref[...] = (scale * out).astype(out_ref.dtype)
 
 
+def _values_kernel(sums_ref, exit_ref, q_ref, k_ref, g_ref, d_state_ref, d_out_ref, dv_ref, *, scale, reverse):
+    """Eq. (6); d_out comes with the scale left out, d_state with it."""
+    dtype, g = q_ref.dtype, g_ref[...]
+    q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
+    scores = _scores(sums_ref, q, k, g, dtype, reverse)
+    leave = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype))
+    d_out = scale * d_out_ref[...].astype(jnp.float32)
+    dv_ref[...] = (dot(scores, d_out, LEFT, dtype) + dot(k * leave, d_state_ref[...], INNER, dtype)).astype(dv_ref.dtype)
+
+
 def _gradient_kernel(
-    pairs_ref,
     sums_ref,
     entry_ref,
     exit_ref,
+    v_ref,
+    d_out_ref,
     q_ref,
     k_ref,
-    v_ref,
     g_ref,
     state_ref,
     d_state_ref,
-    d_out_ref,
     dq_ref,
     dk_ref,
-    dv_ref,
     dg_ref,
     *,
     scale,
+    reverse,
 ):
-    """Eq. (6) to (8); d_out comes with the scale left out, d_state with it."""
+    """Eq. (7) and (8) of some features of K; d_out comes with the scale left out, d_state with it."""
     dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
     q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
-    state, d_state = state_ref[...], d_state_ref[...]
     d_out = scale * d_out_ref[...].astype(jnp.float32)
-    entry = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype))
-    leave = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype))
-
-    scores = _scores(pairs_ref, sums_ref, q, k, g, dtype)
-    dv_ref[...] = (dot(scores, d_out, LEFT, dtype) + dot(k * leave, d_state, INNER, dtype)).astype(dv_ref.dtype)
-
-    diagonal = (d_out * v.astype(jnp.float32)).sum(axis=1)[:, None]
-    dq_entry = dot(d_out, state, RIGHT, dtype) * entry
-    dk_leave = dot(v, d_state, RIGHT, dtype) * leave
-    dg = _gate_sums(entry_ref[...], q * dq_entry, LEFT, dtype) + _gate_sums(exit_ref[...], k * dk_leave, LEFT, dtype)
-    dg += (jnp.exp(g.sum(axis=0)) * (state * d_state).sum(axis=1))[None, :]
     d_scores = dot(d_out, v, RIGHT, dtype)
+    diagonal = (d_out * v.astype(jnp.float32)).sum(axis=1)[:, None]
+    entry, state = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype)), state_ref[...]
+    dq_entry = dot(d_out, state, RIGHT, dtype) * entry
+    dg = _gate_sums(entry_ref[...], q * dq_entry, LEFT, dtype)
+    leave, d_state = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype)), d_state_ref[...]
+    dk_leave = dot(v, d_state, RIGHT, dtype) * leave
+    dg += _gate_sums(exit_ref[...], k * dk_leave, LEFT, dtype)
+    dg += (jnp.exp(g.sum(axis=0)) * (state * d_state).sum(axis=1))[None, :]
 
     def level(i, grads):
         dq, dk, dg = grads
         decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
-        d_level = jnp.where(pairs_ref[i] > 0, d_scores, 0.0)
+        d_level = jnp.where(_apart(reverse) >> i == 1, d_scores, 0.0)
         dq_level = dot(d_level, k * decay, INNER, dtype) * decay
         dk_level = dot(d_level, q * decay, LEFT, dtype) * decay
         return dq + dq_level, dk + dk_level, dg + _gate_sums(sums_ref[i], q * dq_level + k * dk_level, LEFT, dtype)
 
     start = (dq_entry + diagonal * k, dk_leave + diagonal * q, dg)
-    dq, dk, dg = jax.lax.fori_loop(0, q.shape[0].bit_length() - 1, level, start)
+    dq, dk, dg = jax.lax.fori_loop(0, sums_ref.shape[0], level, start)
     dq_ref[...] = dq.astype(dq_ref.dtype)
     dk_ref[...] = dk.astype(dk_ref.dtype)
     dg_ref[...] = dg
 
 
-def _call(kernel, constants, inputs, outputs, *, warps, interpret):
-    """Runs `kernel` over (B H, chunks).
+def _call(kernel, constants, inputs, outputs, *, interpret, parts=1, whole=0):
+    """Runs `kernel` over (B H, chunks, parts).
 
     Args:
       constants: arrays that every program sees whole.
       inputs: [B H, T, D], of which a program sees a chunk [C, D], or [B H, N, K, V], of which it sees its chunk's [K, V].
       outputs: shapes likewise.
+      parts: of D and K, of which a program sees one; of the first `whole` inputs it sees all.
     """
 
-    def block(array):
-        if len(array.shape) == 4:
-            return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, n: (b, n, 0, 0))
-        return pl.BlockSpec((None, CHUNK, array.shape[2]), lambda b, n: (b, n, 0))
+    def block(array, parts):
+        shape = array.shape
+        if len(shape) == 4:
+            return pl.BlockSpec((None, None, shape[2] // parts, shape[3]), lambda b, n, p: (b, n, p if parts > 1 else 0, 0))
+        return pl.BlockSpec((None, CHUNK, shape[2] // parts), lambda b, n, p: (b, n, p if parts > 1 else 0))
 
     tokens = next(x.shape[1] for x in inputs if len(x.shape) == 3)
     return pl.pallas_call(
         kernel,
-        grid=(inputs[0].shape[0], tokens // CHUNK),
-        in_specs=[pl.BlockSpec(c.shape, lambda b, n, rank=c.ndim: (0,) * rank) for c in constants] + [block(x) for x in inputs],
-        out_specs=[block(x) for x in outputs],
+        grid=(inputs[0].shape[0], tokens // CHUNK, parts),
+        in_specs=[pl.BlockSpec(c.shape, lambda b, n, p, rank=c.ndim: (0,) * rank) for c in constants]
+        + [block(x, 1 if i < whole else parts) for i, x in enumerate(inputs)],
+        out_specs=[block(x, parts) for x in outputs],
         out_shape=outputs,
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
     )(*constants, *inputs)
 
@@ -148,9 +166,9 @@ def _scan(whole: jax.Array, own: jax.Array, reverse: bool) -> jax.Array:
 
 
 def _constants(reverse: bool):
-    """pairs, sums, entry and exit."""
+    """sums, entry and exit."""
     m = masks(CHUNK, reverse)
-    return jnp.asarray(m.pairs, jnp.float32), *(jnp.asarray(x, jnp.bfloat16) for x in (m.sums, m.entry, m.exit))
+    return [jnp.asarray(x, jnp.bfloat16) for x in (m.sums, m.entry, m.exit)]
 
 
 def _size(d: int) -> int:
@@ -177,18 +195,18 @@ def _whole(g: jax.Array) -> jax.Array:
 
 def _own(sums, x, y, g, interpret):
     shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // CHUNK, x.shape[2], y.shape[2]), jnp.float32)
-    return _call(_state_kernel, [sums], [x, y, g], [shape], warps=4, interpret=interpret)[0]
+    return _call(_state_kernel, [sums], [x, y, g], [shape], interpret=interpret)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _gla(q, k, v, log_g, scale, reverse, interpret):
-    pairs, sums, entry, leave = _constants(reverse)
+    sums, entry, leave = _constants(reverse)
     shape = v.shape
     q, k, v, g = (_heads_first(x) for x in (q, k, v, log_g))
     states = _scan(_whole(g), _own(leave, k, v, g, interpret), reverse)
     outputs = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
-    kernel = functools.partial(_output_kernel, scale=scale)
-    (out,) = _call(kernel, [pairs, sums, entry], [q, k, v, g, states], outputs, warps=4, interpret=interpret)
+    kernel = functools.partial(_output_kernel, scale=scale, reverse=reverse)
+    (out,) = _call(kernel, [sums, entry], [q, k, v, g, states], outputs, interpret=interpret)
     return _tokens_first(out, shape)
 
 
@@ -197,20 +215,28 @@ def _gla_forward(q, k, v, log_g, scale, reverse, interpret):
 
 
 def _gla_backward(scale, reverse, interpret, saved, d_out):
-    pairs, sums, entry, leave = _constants(reverse)
+    sums, entry, leave = _constants(reverse)
     q, k, v, g, d_out = (_heads_first(x) for x in (*saved, d_out))
     whole = _whole(g)
     states = _scan(whole, _own(leave, k, v, g, interpret), reverse)
     d_states = scale * _scan(whole, _own(entry, q, d_out, g, interpret), not reverse)
-    grads = _call(
-        functools.partial(_gradient_kernel, scale=scale),
-        [pairs, sums, entry, leave],
-        [q, k, v, g, states, d_states, d_out],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, g)],
-        warps=8,
+    (dv,) = _call(
+        functools.partial(_values_kernel, scale=scale, reverse=reverse),
+        [sums, leave],
+        [q, k, g, d_states, d_out],
+        [jax.ShapeDtypeStruct(v.shape, v.dtype)],
         interpret=interpret,
     )
-    return tuple(_tokens_first(x, original.shape) for x, original in zip(grads, saved, strict=True))
+    dq, dk, dg = _call(
+        functools.partial(_gradient_kernel, scale=scale, reverse=reverse),
+        [sums, entry, leave],
+        [v, d_out, q, k, g, states, d_states],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)],
+        interpret=interpret,
+        parts=q.shape[2] // _LEAST,
+        whole=2,
+    )
+    return tuple(_tokens_first(x, original.shape) for x, original in zip((dq, dk, dv, dg), saved, strict=True))
 
 
 _gla.defvjp(_gla_forward, _gla_backward)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from speedit_jax.errors import UserError
+from speedit_jax.kernels import chunked, pallas_gpu
 from speedit_jax.kernels.gla import choose_gla, gla
 from speedit_jax.training import deviceless
 
@@ -22,7 +23,7 @@ def test_lowers_for_cuda(heads, dk, dv, dtype):
         return gla(*x, implementation="pallas_gpu")
 
     gradient = jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=range(4))
-    for f, kernels in ((forward, 2), (gradient, 3)):
+    for f, kernels in ((forward, 2), (gradient, 4)):
         text = jax.jit(f).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("custom_call @__gpu$xla.gpu.triton") == kernels
 
@@ -45,6 +46,24 @@ def test_compiles_for_gpu(topology, dk, dv, dtype):
     with jax.set_mesh(mesh):
         text = jax.jit(jax.value_and_grad(loss, argnums=range(4))).lower(*shapes).compile().as_text()
     assert text.count("triton") >= 4
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_features_over_programs(reverse):
+    """More of them than one program of the gradients' kernel has, padded; test_gla.py has fewer."""
+    rng = np.random.default_rng(0)
+    q, k, v, x, d_out = (jnp.asarray(rng.normal(size=(1, 70, 1, d)), jnp.float32) for d in (24, 24, 16, 24, 16))
+
+    def output_and_gradients(f, **kwargs):
+        def both(d_out, *x):
+            out, pullback = jax.vjp(lambda *x: f(*x, scale=0.5, reverse=reverse, **kwargs), *x)
+            return out, *pullback(d_out)
+
+        return jax.jit(both)(d_out, q, k, v, jax.nn.log_sigmoid(x))
+
+    got, expected = output_and_gradients(pallas_gpu.gla, interpret=True), output_and_gradients(chunked.gla)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
 
 
 def test_choice():
