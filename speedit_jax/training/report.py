@@ -24,7 +24,7 @@ from speedit_jax.training.environment import read_environment
 from speedit_jax.training.markup import Html, byte_size, duration, image, join, pairs, table, tag
 
 _GRIDS = 12  # shown at most, evenly chosen
-_RESULTS = 12  # files of samples and of evaluations shown at most, the newest
+_RESULTS = 12  # files of each kind of result shown at most, the newest
 _SIDE = 1024  # pixels to which larger pictures are reduced
 _LARGE = 200_000  # bytes from which a picture is reduced and compressed
 _HUGE = 64_000_000  # pixels from which it is left out: it would have to be decoded
@@ -120,6 +120,7 @@ def last(metrics: panels.Metrics, name: str, share: float = 0.0) -> float | None
 def key_numbers(metrics: panels.Metrics, sessions: list[dict[str, Any]]) -> Html:
     newest = sessions[-1] if sessions else {}
     total, goodput, mfu = (last(metrics, f"time_{name}") for name in ("total", "goodput", "mfu"))
+    skipped = last(metrics, "skipped")
     found = [(name.replace("_", " "), last(metrics, name)) for name in metrics if panels.is_evaluation(name)]
     found += [
         ("loss", last(metrics, "loss", 0.05)),
@@ -129,12 +130,12 @@ def key_numbers(metrics: panels.Metrics, sessions: list[dict[str, Any]]) -> Html
         ("model FLOPs utilisation", mfu and f"{mfu:.1%}"),
         ("goodput", goodput and f"{goodput:.1%}"),
         ("time spent", total and duration(total)),
-        ("skipped steps", (skipped := last(metrics, "skipped")) is not None and f"{skipped:.0f}"),
+        ("skipped steps", None if skipped is None else f"{skipped:.0f}"),
         ("parameters", newest.get("parameters") and f"{newest['parameters']:,}"),
         ("device memory, peak", byte_size(newest.get("device_peak_bytes"))),
         ("host memory, peak", byte_size(newest.get("host_peak_bytes"))),
     ]
-    return tag("section", pairs((name, value) for name, value in found if value not in (None, False)), class_="key")
+    return tag("section", pairs((name, value) for name, value in found if value is not None), class_="key")
 
 
 def curves(metrics: panels.Metrics) -> Html:
@@ -182,20 +183,24 @@ def embedded(path: Path, alt: str) -> Html | None:
 
 
 def results(workdir: Path) -> Html:
-    """What sample and evaluate left in the workdir: their settings, pictures and numbers."""
+    """What sample, evaluate and likelihood left in the workdir: their settings, pictures and numbers."""
     apart = {workdir / name for name in ("checkpoints", "tensorboard", "samples")} | {workdir / "run.json", workdir / ENVIRONMENT}
     paths = [path for path in (*workdir.glob("*.json"), *workdir.glob("*/*.json")) if not {path, path.parent} & apart]
-    sampled, evaluated = [], []
+    sampled, evaluated, measured = [], [], []
     for path in sorted(filter(Path.is_file, paths), key=lambda path: (-path.stat().st_mtime, path)):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             record = json.loads(path.read_text())
             if isinstance(record.get("metrics"), dict):
                 evaluated.append((path.relative_to(workdir), record))
-            elif "checkpoint_step" in record:
+            elif "total_bpd" in record:
+                measured.append((path.relative_to(workdir), record))
+            # The settings of a drawing that goes on lie in OUT.partial.
+            elif "checkpoint_step" in record and path.parent.suffix != ".partial":
                 sampled.append((path.relative_to(workdir), record))
     parts = []
     for title, found, show in (
         ("Evaluated", evaluated, show_evaluated),
+        ("Bits per dimension", measured, show_measured),
         ("Sampled", sampled, lambda f: show_sampled(workdir, f)),
     ):
         if found:
@@ -212,6 +217,16 @@ def show_evaluated(found: list[tuple[Path, dict[str, Any]]]) -> Html:
         of = [cell for side in sides for cell in (side.get("from"), side.get("n"))]
         rows.append([str(path), *of, record.get("features"), *(record["metrics"].get(name) for name in names)])
     head = ["file", "images", "n", "reference", "n", "features", *names]
+    return join([table(head, rows), *(all_settings(path, record) for path, record in found)])
+
+
+def show_measured(found: list[tuple[Path, dict[str, Any]]]) -> Html:
+    rows = []
+    for path, record in found:
+        images = images if isinstance(images := record.get("images"), dict) else {}
+        cells = (images.get(name) for name in ("from", "split", "n"))
+        rows.append([str(path), *cells, *(record.get(name) for name in ("checkpoint_step", "total_bpd", "standard_error"))])
+    head = ["file", "images", "split", "n", "checkpoint step", "at most", "standard error"]
     return join([table(head, rows), *(all_settings(path, record) for path, record in found)])
 
 

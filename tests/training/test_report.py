@@ -41,7 +41,7 @@ def write_metrics(workdir, steps, tail=""):
         record = {"step": step, "loss": 1 / step + random.random() / 50, "learning_rate": 1e-4, "param_norm": 5.0, "skipped": 0.0}
         record |= {f"mse_q{i}": random.random() / i for i in (1, 2, 3, 4)} if step > 1 else {}
         record |= {"time_per_step": 0.5, "time_images_per_second": 32.0, "time_total": 0.6 * step, "time_goodput": 0.8}
-        record |= {"eval_fid": 100 / step, "eval_<b>kid": 0.5} if step % 50 == 0 else {}
+        record |= {"eval_fid": 100 / step, "eval_<b>kid": 0.5, "eval_precision": 0.0} if step % 50 == 0 else {}
         lines.append(json.dumps(record) + "\n")
     (workdir / "metrics.jsonl").write_text("".join(lines) + tail)
 
@@ -73,6 +73,10 @@ def workdir(tmp_path_factory):
     evaluated = {"images": {"from": "new.npz", "n": 64}, "reference": {"from": "digits", "n": 1442}, "features": "pixels"}
     (workdir / "sub").mkdir()
     (workdir / "sub" / "e.json").write_text(json.dumps(evaluated | {"metrics": {"fid": 12.3456, "kid": 0.125}}))
+    bits = {"images": {"from": "digits", "split": "held_out", "n": 71, "of": 355}, "checkpoint_step": 150}
+    (workdir / "bits.json").write_text(json.dumps(bits | {"total_bpd": 6.5, "standard_error": 0.05}))
+    (workdir / "begun.partial").mkdir()
+    (workdir / "begun.partial" / "settings.json").write_text(json.dumps(sampled))
     (workdir / "other.json").write_text("[1, 2]")
     (workdir / "gone.json").symlink_to("nowhere")
     (workdir / "broken.json").write_text('{"metrics": {')
@@ -151,6 +155,8 @@ def test_what_the_page_says(read):
         "12 of 20 grids are shown",
         "learning_rate 0.0003 default 0.0001",
         "sub/e.json new.npz 64 digits 1442 pixels 12.35 0.125",
+        "eval precision 0 ",
+        "bits.json digits held_out 71 150 6.5 0.05",
         "new.json 150 ema 64",
         "eta 0.25",
         "8 x cpu",
@@ -158,7 +164,9 @@ def test_what_the_page_says(read):
     ]
     for words in said:
         assert words in read.text, words
-    assert "other.json" not in read.text and "broken.json" not in read.text
+    for name in ("other.json", "broken.json", "begun.partial"):
+        assert name not in read.text
+    assert "bits.json 150" not in read.text, "no images were drawn"
 
 
 def test_only_what_differs_from_the_defaults_is_marked(page):
