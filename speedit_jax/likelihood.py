@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from speedit_jax import __version__, cli
 from speedit_jax.data import loader
+from speedit_jax.data.image_sets import Spread
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
@@ -37,7 +38,7 @@ from speedit_jax.training.sampling import image_noise
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _SOURCE = flags.DEFINE_string("source", None, "The images, as data.source. Default: the run's.")
 _SPLIT = flags.DEFINE_string("split", None, "Of digits or tfds: as data.split; of the digits also held_out. Default: the run's.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, one of every len // num_images. Default: all.", lower_bound=1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, evenly spaced. Default: all.", lower_bound=1)
 _UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Do not tell the network the images' classes.")
 _NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
@@ -197,8 +198,8 @@ def filled_batches(source: Source, count: int, mesh: Mesh) -> Iterator[tuple[np.
     """(numbers, images, labels) of `count` evenly spaced records, in batches of one size; the last is filled up with repeats."""
     batch = min(_BATCH_SIZE.value, count)
     batch += -batch % sharding.batch_devices(mesh)
-    every, first = len(source) // count, 0
-    for records in loader.in_order(source, 0, every * count, batch, _THREADS.value, every):
+    first = 0
+    for records in loader.in_order(Spread(source, count), 0, count, batch, _THREADS.value):
         rows = np.arange(batch) % len(records["label"])
         yield np.arange(first, first + batch, dtype=np.int32), records["image"][rows], records["label"][rows].astype(np.int32)
         first += batch

@@ -70,10 +70,8 @@ def batches(
     return iter(stream.to_iter_dataset(options))
 
 
-def in_order(
-    source: Source, first: int, last: int, batch_size: int, threads: int, every: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
-    """Records first..last-1, or every so many of them, in batches, the last one smaller, loaded ahead in threads."""
-    records = grain.MapDataset.source(source)[first:last:every].batch(batch_size)
+def in_order(source: Source, first: int, last: int, batch_size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
+    """Records first..last-1 in batches, the last one smaller, loaded ahead in threads."""
+    records = grain.MapDataset.source(source)[first:last].batch(batch_size)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2)
     return iter(records.to_iter_dataset(options))
