@@ -26,6 +26,7 @@ from speedit_jax.interop import files
 from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
 from speedit_jax.training import sharding
 from speedit_jax.training.comparison import (
+    FEATURES,
     METRICS,
     Extractor,
     Options,
@@ -40,7 +41,7 @@ from speedit_jax.training.comparison import (
 _IMAGES = flags.DEFINE_string("images", None, "What to measure.")
 _REFERENCE = flags.DEFINE_string("reference", None, "What to compare with: images, or an npz with mu and sigma.")
 _METRICS = flags.DEFINE_list("metrics", None, "Of fid, sfid, is, kid and pr. Default: all that features and reference allow.")
-_FEATURES = flags.DEFINE_enum("features", "inception", ["inception", "pixels"], "pixels need no weights, for tiny images.")
+_FEATURES = flags.DEFINE_enum("features", "inception", FEATURES, "pixels need no weights, for tiny images.")
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of FID's Inception-v3: .pth, .safetensors or .npz.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings, JSON.")
 _SAVE_STATISTICS = flags.DEFINE_string("save_statistics", None, "Where to write the reference's statistics, an npz as ADM's.")

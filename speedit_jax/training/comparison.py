@@ -23,6 +23,7 @@ from speedit_jax.training import sharding
 from speedit_jax.training.features import Collected, Inception, Pixels, collect
 
 Extractor = Pixels | Inception
+FEATURES = ("inception", "pixels")  # names of what extracts them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Gaussian
 from speedit_jax.metrics.statistics_file import STATISTICS, read_statistics, write_statistics
 from speedit_jax.training.comparison import (
+    FEATURES,
     HIGH_IS_BETTER,
     METRICS,
     Extractor,
@@ -33,7 +34,6 @@ from speedit_jax.training.comparison import (
 from speedit_jax.training.features import Collected
 from speedit_jax.training.sampling import Pictures
 
-FEATURES = ("inception", "pixels")
 PREFIX = "evaluation."
 
 
@@ -176,10 +176,11 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
 
 
 def _identity(reference: Reference, extractor: Extractor) -> str:
-    """Equal for equal features of equal references."""
+    """Equal for equal features of equal references, and on all hosts: whose copies of a file have times of their own."""
     digest = hashlib.sha256(f"{extractor.name} {(extractor.identity or {}).get('sha256')}".encode())
     for name, gaussian in sorted(reference.statistics.items()):
         digest.update(name.encode() + gaussian.mean.tobytes() + gaussian.covariance.tobytes())
     if images := reference.images:
         digest.update(f"{images.shape} {len(images)} {fingerprint(images)}".encode())
-    return digest.hexdigest()[:12]
+    of_first = multihost_utils.broadcast_one_to_all(np.frombuffer(digest.digest()[:6], np.uint8))
+    return of_first.tobytes().hex()
