@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,10 +50,14 @@ def fail(message: str) -> None:
     """Prints one line and exits with 1."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     if jax.distributed.is_initialized():
-        # sys.exit would wait for the other processes, and they perhaps for this one: five minutes, and then all abort.
-        sys.stdout.flush()
-        os._exit(1)
+        _leave_others()
     sys.exit(1)
+
+
+def _leave_others() -> None:
+    """Exits with 1. sys.exit would wait for the other processes, and they perhaps for this one: five minutes, then all abort."""
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
@@ -78,10 +83,13 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             return main()
         except UserError as e:
             fail(str(e))
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            fail(f"{e.strerror}; make room and run the same command again")
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                fail(f"{e.strerror}; make room and run the same command again")
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                _leave_others()
+            raise
 
     app.run(guarded, flags_parser=_parse)
 

@@ -117,3 +117,18 @@ def test_one_process_goes_on_where_two_stopped(runs):
         assert values[:2] == expected[name][:2]
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, err_msg=name)
     assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_crash_ends_its_process_at_once():
+    """The other one would be waited for."""
+    code = "import jax, time; from speedit_jax import cli; cli.run(lambda: 1 / 0 if jax.process_index() else time.sleep(200))"
+    command = [sys.executable, "-c", code, "--multihost"]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in envs]
+    try:
+        _, said = processes[1].communicate(timeout=100)
+        assert processes[1].returncode == 1 and "ZeroDivisionError" in said and processes[0].poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
