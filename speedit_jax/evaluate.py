@@ -1,7 +1,7 @@
 """Measures how good images are, by comparing them with a reference set.
 
   python -m speedit_jax.evaluate --images=runs/digits/new.npz --reference=digits --features=pixels
-  python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=samples.json
+  python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=fid.json
   python -m speedit_jax.evaluate --reference=folder:/path/to/images --size=256 --inception=FILE.pth --save_statistics=ref.npz
 
 --images and --reference are FILE.npz with arr_0 (uint8 [n, H, W, C], as sample and ADM write it), a directory of images,
@@ -66,6 +66,8 @@ def evaluate() -> None:
     out, save = (Path(flag.value).expanduser() if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
     for path in filter(None, (out, save)):
         cli.check_writable(path)
+    if out and _IMAGES.value and out.absolute() == Path(f"{_IMAGES.value.removesuffix('.npz')}.json").expanduser().absolute():
+        raise UserError(f"--out={_OUT.value} is where sample keeps the settings of --images; name another file")
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)
     names = []

@@ -137,6 +137,7 @@ def test_mistakes_of_files(run, samples, tmp_path):
     np.savez(path, mu=np.zeros(5), sigma=np.eye(5), features=np.array("pixels"))
     fails(path, str(path), "5 features", "64")
     fails(path, "kid needs the reference's images", flags=["--metrics=kid"])
+    fails(path, "--out", "the settings of --images", flags=[f"--out={samples.with_suffix('.json')}"])
     fails(path, "holds statistics already", flags=[f"--save_statistics={tmp_path / 'y.npz'}"])
     np.savez(path, digits("train")[:3])
     fails(path, "pr needs at least 4 images", "--reference has 3")
