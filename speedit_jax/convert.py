@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
@@ -34,6 +33,7 @@ from speedit_jax.models.layers import sincos_position_table
 from speedit_jax.training import builders, run, sharding
 from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.diffusers_export import diffusers_label, no_pipeline, refuse_diffusers
 
 _FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or a diffusers directory.")
 _TO = flags.DEFINE_string("to", None, "Export: OUT.pt, OUT.safetensors, or OUT/ for a diffusers directory.")
@@ -315,53 +315,6 @@ def network_of(config: ml_collections.ConfigDict, model: Model, state_shapes: Ma
     network = (dig if dig.is_dig(state) else dit).describe(state)
     tokens = height * width // network.patch**2
     return dataclasses.replace(network, heads=model.heads, tokens=tokens)
-
-
-def refuse_diffusers(model: Model, network: Network, prediction: str) -> None:
-    """Raises a UserError that names all that diffusers' DiT does not have."""
-    height, width, _ = model.image_shape
-    reasons = {
-        "its backbone is DiG": network.backbone != "DiT",
-        f"it has {model.num_classes} classes, not 1000": model.num_classes != 1000,
-        "it has no null label": model.null_label is None,
-        f"it predicts {prediction}, not epsilon": prediction != "epsilon",
-        "its variance is not learned": network.out_channels != 2 * network.channels,
-        f"its images are {height} x {width}, not square": height != width,
-        f"its model.mlp_ratio is {network.mlp_ratio:g}, not 4": network.mlp_ratio != 4,
-    }
-    if any(reasons.values()):
-        why = "; ".join(reason for reason, applies in reasons.items() if applies)
-        raise UserError(f"diffusers' DiT cannot hold this model: {why}; export to .pt or .safetensors instead")
-
-
-def diffusers_label(config: ml_collections.ConfigDict, mesh: Mesh, model: Model, params: Any) -> str:
-    """Whether diffusers computes the same network."""
-    if config.model.time_freq_shift == 1:
-        return "Exact: model.time_freq_shift is 1, as in diffusers; outputs agree to rounding."
-    shifted = ml_collections.ConfigDict(config)
-    shifted.model.time_freq_shift = 1
-    other = builders.make_model(shifted, mesh, model.image_shape, model.num_classes)
-    t = jnp.array([50, 250, 500, 999])
-    x = jax.random.normal(jax.random.key(0), (len(t), *model.image_shape))
-    y = jnp.arange(len(t))
-    with jax.set_mesh(mesh):
-        ours, theirs = (np.asarray(jax.jit(m.apply)(params, x, t, y), np.float64) for m in (model, other))
-    norms, errors = (np.sqrt((a**2).sum((1, 2, 3))) for a in (ours, theirs - ours))
-    errors = errors / np.maximum(norms, np.finfo(float).tiny)
-    listed = ", ".join(f"{error:.1%} at t = {step}" for step, error in zip(t.tolist(), errors, strict=True))
-    return (
-        "Approximate: the weights were trained with model.time_freq_shift 0, and diffusers embeds timesteps with 1, which"
-        f" changes the network's output by {listed} (relative L2 on noise)."
-    )
-
-
-def no_pipeline(autoencoder: Autoencoder | None) -> str:
-    """Why no DiTPipeline can be made; "" if it can."""
-    if autoencoder is None:
-        return "a DiTPipeline needs the autoencoder of the latents, --vae=DIR"
-    if autoencoder.identity["config"]["shift_factor"]:
-        return "a DiTPipeline does not know the shift_factor of this autoencoder"
-    return ""
 
 
 # Both ways
