@@ -350,6 +350,8 @@ def convert() -> None:
         raise UserError("--config: cannot be read, or its get_config() does not return a ConfigDict")
     given = config_flags.get_override_values(flags.FLAGS["config"])
     if _FROM.value:
+        if _VAE.value:
+            raise UserError("--vae goes with --to; an import is told its autoencoder by --config.data.vae=DIR")
         import_weights(Path(_FROM.value).expanduser(), workdir, given)
         return
     if given:

@@ -336,6 +336,7 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
         ([new], ["--from", "--to"]),
         ([new, f"--from={source}", "--to=x.pt"], ["--from", "--to"]),
         ([new, "--from=/no/such.safetensors"], ["/no/such.safetensors"]),
+        ([new, f"--from={source}", "--vae=x"], ["--vae", "--config.data.vae=DIR"]),
         ([new, f"--from={tmp_path / 'x.safetensors'}"], ["x.safetensors", "cannot be read", "no .safetensors"][:1]),
         ([new, f"--from={tmp_path / 'empty'}"], ["empty", "config.json"]),
         ([new, f"--to={tmp_path / 'y.safetensors'}"], ["no checkpoints"]),
