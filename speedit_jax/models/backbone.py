@@ -122,3 +122,11 @@ def remat(block: type[nn.Module], policy: str, period: int) -> type[nn.Module]:
     if policy == "none":
         return block
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=policy == "full" and period > 1)
+
+
+def remat_part(part: Callable, policy: str, period: int) -> Callable:
+    """A part of a block under `remat`, a function of the block and arrays, which has the same trouble within a block.
+
+    Between its barriers of its own only what matrix products made waits for the backward pass to come to the part.
+    """
+    return nn.remat(part, policy=REMAT_POLICIES["lean"]) if policy == "full" and period > 1 else part

@@ -14,7 +14,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
 from speedit_jax.models import dig
 from speedit_jax.models.attention import attention, choose_attention
-from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat
+from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
 from speedit_jax.models.dit import DiTBlock
 from speedit_jax.models.flops import mixer_flops, weights_flops
 
@@ -195,8 +195,9 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
-        order = dig.ORDERS[config.directions][i]
-        block = remat(dig.DiGBlock, config.remat, len(dig.ORDERS[config.directions]))
-        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, constrain, dtype)
+        order, period = dig.ORDERS[config.directions][i], len(dig.ORDERS[config.directions])
+        block = remat(dig.DiGBlock, config.remat, period)
+        part = functools.partial(remat_part, policy=config.remat, period=period)
+        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, part, constrain, dtype)
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

@@ -24,6 +24,8 @@ from speedit_jax.models.layers import RMSNorm, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
+# A function of a block and arrays -> the same, as backbone.remat_part
+RematPart = Callable[[Callable], Callable]
 
 # How many scan orders: 1 is causal, 2 both ways along rows, 4 columns too; the i-th is (columns first?, reversed?).
 ORDERS = {
@@ -122,24 +124,30 @@ class DiGBlock(nn.Module):
     norm: str
     convolution: str
     gla: GlaFn
+    remat_part: RematPart
     constrain: layers.Constrain
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
-        columns, reverse = self.order
-
-        y = layers.modulate(self._norm("norm1")(x), shift1, scale1)
-        y = _transpose_grid(y, self.grid) if columns else y
-        y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
-        y = _transpose_grid(y, self.grid[::-1]) if columns else y
-        x = x + gate1[:, None] * y
-        y = layers.modulate(self._norm("norm2")(x), shift2, scale2)
-        x = x + gate2[:, None] * SwiGLU(self.dtype, name="mlp")(y)
+        x = self.remat_part(DiGBlock._mix)(self, x, shift1, scale1, gate1)
+        x = self.remat_part(DiGBlock._mlp)(self, x, shift2, scale2, gate2)
         if self.convolution != "none":
             x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
         return self.constrain(x, ACTIVATIONS), None
+
+    def _mix(self, x, shift, scale, gate):
+        columns, reverse = self.order
+        y = layers.modulate(self._norm("norm1")(x), shift, scale)
+        y = _transpose_grid(y, self.grid) if columns else y
+        y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
+        y = _transpose_grid(y, self.grid[::-1]) if columns else y
+        return x + gate[:, None] * y
+
+    def _mlp(self, x, shift, scale, gate):
+        y = layers.modulate(self._norm("norm2")(x), shift, scale)
+        return x + gate[:, None] * SwiGLU(self.dtype, name="mlp")(y)
 
     def _norm(self, name):
         return RMSNorm(name=name) if self.norm == "rms" else layers.layer_norm
