@@ -126,7 +126,7 @@ def report(runs: dict[str, list[dict[str, float]]], images: int, checks: dict[st
         "python": platform.python_version(),
         "machine": f"{_processor()}, {args.threads} threads",
         "load": os.getloadavg()[0],
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path)},
         **checks,
         "medians": rows,
         "rounds": runs,
@@ -138,8 +138,8 @@ def report(runs: dict[str, list[dict[str, float]]], images: int, checks: dict[st
     print("| | images/s | range | CPU seconds an image | ours over it | range | by CPU seconds |\n|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         cells = [
-            f"{row['images_per_second']:.2f}",
-            "{:.2f} to {:.2f}".format(*row["range"]),
+            f"{row['images_per_second']:.3g}",
+            "{:.3g} to {:.3g}".format(*row["range"]),
             f"{row['cpu_seconds_per_image']:.3f}",
         ]
         if "ours_over_it" in row:
