@@ -95,7 +95,8 @@ def turned_tokens(params, x, t, y, depth, directions):
             assert not reverse
             return gla(q, k, v, log_g, implementation="reference")
 
-        module = dig.DiGBlock(2, grid, (False, False), "layer", "identity", causal, lambda x, names: x, jnp.float32)
+        part, constrain = (lambda part: part), (lambda x, names: x)
+        module = dig.DiGBlock(2, grid, (False, False), "layer", "identity", causal, part, constrain, jnp.float32)
         tokens, _ = module.apply({"params": block}, tokens, c)
         tokens = tokens[:, ::-1]
         if directions == 4 and i % 2:
