@@ -165,10 +165,8 @@ def trajectories():
     return load("sampling")
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
-def test_sampling(trajectories, network, sampler, eta, clip, scale):
+def assert_same_trajectory(arrays, network, sampler, eta, clip, scale, tolerance):
+    """Our sampler with our network against the recorded x of sampling_fixture, in fixtures/make_pytorch_fixtures.py."""
     model, params = network
     entered = {}  # timestep -> x that the network saw there
 
@@ -176,28 +174,35 @@ def test_sampling(trajectories, network, sampler, eta, clip, scale):
         entered[int(t)] = np.asarray(x)
 
     # Three guided channels, as in the published samples.
-    denoise = guided(lambda x, t, y: model.apply(params, x, t, y), trajectories["y"], model.null_label, scale, 3)
+    denoise = guided(lambda x, t, y: model.apply(params, x, t, y), arrays["y"], model.null_label, scale, 3)
 
     def recording(x, t):
         jax.debug.callback(record, t[0], x)
         return denoise(x, t)
 
-    noise = jnp.asarray(nhwc(trajectories["noise"]))
-    steps = trajectories["timestep_map"]
+    noise = jnp.asarray(nhwc(arrays["noise"]))
+    steps = arrays["timestep_map"]
     diffusion = GaussianDiffusion(make_schedule("linear", 1000))
     run = jax.jit(
         lambda x: sample(recording, x, diffusion, lambda k: noise[k], sampler=sampler, num_steps=len(steps), eta=eta, clip=clip)
     )
-    final = run(nhwc(trajectories["x"]))
+    final = run(nhwc(arrays["x"]))
     jax.effects_barrier()
 
-    theirs = nhwc(trajectories[f"{sampler}/eta={eta}/clip={clip}/scale={scale}"])
-    *kept, last = trajectories["kept"]
+    theirs = nhwc(arrays[f"{sampler}/eta={eta}/clip={clip}/scale={scale}"])
+    *kept, last = arrays["kept"]
     assert last == len(steps)
     ours = [entered[steps[len(steps) - 1 - taken]] for taken in kept] + [final]
-    # Ten networks one after the other: ten times the forward's tolerance.
     for a, b in zip(ours, theirs, strict=True):
-        assert_close(a, b, 1e-4)
+        assert_close(a, b, tolerance)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+def test_sampling(trajectories, network, sampler, eta, clip, scale):
+    # Ten networks one after the other: ten times the forward's tolerance.
+    assert_same_trajectory(trajectories, network, sampler, eta, clip, scale, 1e-4)
 
 
 def test_schedules():
