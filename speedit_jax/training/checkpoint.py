@@ -2,13 +2,14 @@
 
 A checkpoint is the directory WORKDIR/checkpoints/STEP with two items: `state`, every array of the train state, and
 `meta`, JSON with the whole config, the data's fingerprint and class names, the versions that wrote it, and its own
-evaluation, if it had one. Orbax writes to a temporary name and renames when all is on disk, so a checkpoint that is listed
-is whole.
+evaluation, if it had one. Orbax writes to a temporary name and renames when all is on disk, and renames again what is to go, so
+a checkpoint that is listed is whole.
 """
 
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from speedit_jax.errors import UserError
 from speedit_jax.training.state import TrainState
 
 _RAW = "params"
+
+# Where checkpoints that are not kept wait to be removed: a kill in the midst of that leaves none half there.
+_REMOVED = "removed"
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
@@ -104,11 +108,13 @@ class Checkpoints:
                 create=create,
                 # What a killed run left half-written would otherwise stay and eat space.
                 cleanup_tmp_directories=create,
+                todelete_subdir=_REMOVED,
             ),
             item_names=("state", "meta"),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
         if create:
+            self._remove()
             self._evaluations |= self._read_evaluations()
 
     def latest(self) -> int | None:
@@ -164,6 +170,7 @@ class Checkpoints:
         if evaluation := meta.get("evaluation"):
             self._evaluations[step] = evaluation
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        self.wait()
         with _named_failure(self.directory):
             self._manager.save(step, args=items)
 
@@ -175,6 +182,11 @@ class Checkpoints:
         """
         with _named_failure(self.directory):
             self._manager.wait_until_finished()
+        self._remove()
+
+    def _remove(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step."""

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -328,6 +329,22 @@ def test_what_a_killed_save_left_is_ignored_and_removed(saved, small, tmp_path):
     save(tmp_path, small, [4], keep_last=4)
     assert names(tmp_path) == ["1", "2", "3", "4"]
     tiny.assert_same(restore(tmp_path, small, 4), tiny.random_state(small, 4))
+
+
+def test_a_kill_in_a_removal_leaves_none_half_there(small, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed(path, *args, **options):
+        for part in Path(path).rglob("meta"):
+            remove(part)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        save(tmp_path, small, [1, 2], keep_last=1)
+    assert names(tmp_path)[0] == "2", "the first was to go"
+    save(tmp_path, small, [3], keep_last=2)
+    assert names(tmp_path) == ["2", "3"]
 
 
 @pytest.fixture
