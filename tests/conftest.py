@@ -1,10 +1,13 @@
-"""Eight CPU devices for every test; `-m tpu` and `-m gpu` run on the accelerator that is there."""
+"""Eight CPU devices for every test; `-m tpu` and `-m gpu` run on the accelerator that is there.
+
+Most of the time would go to compilation: what XLA has compiled is kept in pytest's cache, for tests and commands that compile
+the same, and CPUs compile without optimisation.
+"""
 
 import os
 
 import pytest
 from absl import flags
-from commands import server
 
 ACCELERATORS = ("tpu", "gpu")
 
@@ -14,9 +17,14 @@ flags.FLAGS.mark_as_parsed()
 
 def pytest_configure(config):
     """Before jax is imported, which the test files do."""
+    if hasattr(config, "cache"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    from commands import EIGHT_DEVICES, FAST_COMPILATION  # a module that takes the environment as it is now
+
     if config.option.markexpr not in ACCELERATORS:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] = f"{FAST_COMPILATION} {EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,5 +41,7 @@ def accelerator(request):
 @pytest.fixture(scope="session")
 def run():
     """run(command, *flags, xla_flags="") -> commands.Result."""
+    from commands import server
+
     with server() as run:
         yield run

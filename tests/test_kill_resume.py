@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from commands import ONE_DEVICE
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_resume.py"
 STEPS = 40
@@ -28,23 +28,17 @@ def scratch(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def env(scratch):
-    """One device, and one compilation for all runs."""
-    return os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(scratch / "cache")}
+def reference(script, scratch):
+    return script.uninterrupted(scratch / "uninterrupted", STEPS, ONE_DEVICE)[0]
 
 
-@pytest.fixture(scope="module")
-def reference(script, scratch, env):
-    return script.uninterrupted(scratch / "uninterrupted", STEPS, env)[0]
-
-
-def test_a_struck_run_ends_in_the_same_bits(script, scratch, env, reference):
+def test_a_struck_run_ends_in_the_same_bits(script, scratch, reference):
     experiments = {
         "kill in a save": [script.Strike("saving", 1, 0.01)],
         "kill in sampling": [script.Strike("sampling", STEPS, 0.1)],
         "Ctrl-C": [script.Strike("compiling", 0, 0.1, signal.SIGINT)],
     }
-    rows = {row["name"]: row for row in script.study(experiments, reference, scratch, STEPS, env=env)}
+    rows = {row["name"]: row for row in script.study(experiments, reference, scratch, STEPS, env=ONE_DEVICE)}
     assert {name: row["problems"] for name, row in rows.items()} == {name: [] for name in experiments}
     assert all(row["hits"][0]["phase"] != "finished" for row in rows.values())
     log = (scratch / "Ctrl-C.0.log").read_text()

@@ -31,7 +31,7 @@ def trainer(shape, accumulation: int = 1):
         "training__accumulation": accumulation,
     }
     made = tiny.make_trainer(shape, model=model, **changes)
-    return made, made.train_step(tiny.QUICK_COMPILE)
+    return made, made.train_step()
 
 
 def warm_state(made):

@@ -39,7 +39,6 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
             make_gradient(make_loss(trainer.model, trainer.diffusion), accumulation),
             in_shardings=(trainer.shardings.params, trainer.rows),
             out_shardings=(trainer.shardings.params, None, None),
-            compiler_options=tiny.QUICK_COMPILE,
         )
         with jax.set_mesh(trainer.mesh):
             result = jax.tree.map(np.asarray, function(params, jax.device_put(batch, trainer.rows)))
@@ -96,7 +95,7 @@ def twenty_adam_steps(shape):
         trainer = tiny.make_trainer(shape, optim__learning_rate=1e-3, training__num_steps=20)
         before = tiny.random_like(trainer.shapes.params, dtype=np.float64)
         state = trainer.state(before)
-        step = trainer.train_step(tiny.QUICK_COMPILE)
+        step = trainer.train_step()
         batch, key = tiny.random_batch(dtype=np.float64), jax.random.key(0)
         losses = []
         for _ in range(20):

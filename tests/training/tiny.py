@@ -23,9 +23,6 @@ IMAGE = (8, 8, 1)
 CLASSES = 10
 BATCH = 16
 
-# For LLVM only: halves the compilation. What is tested, how XLA divides a program over devices, is decided before.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-
 TINY = {
     "data.height": IMAGE[0],
     "data.width": IMAGE[1],
