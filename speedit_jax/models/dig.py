@@ -24,8 +24,8 @@ from speedit_jax.models.layers import RMSNorm, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
-# A function of a block and arrays -> the same, as backbone.remat_part
-RematPart = Callable[[Callable], Callable]
+# (a function of a block and arrays, save_products=) -> the same, as backbone.remat_part
+RematPart = Callable[..., Callable]
 
 # How many scan orders: 1 is causal, 2 both ways along rows, 4 columns too; the i-th is (columns first?, reversed?).
 ORDERS = {
@@ -131,8 +131,9 @@ class DiGBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
-        x = self.remat_part(DiGBlock._mix)(self, x, shift1, scale1, gate1)
-        x = self.remat_part(DiGBlock._mlp)(self, x, shift2, scale2, gate2)
+        # Of two parts that wait together, the mixer is the cheaper one to compute again.
+        x = self.remat_part(DiGBlock._mix, save_products=False)(self, x, shift1, scale1, gate1)
+        x = self.remat_part(DiGBlock._mlp, save_products=True)(self, x, shift2, scale2, gate2)
         if self.convolution != "none":
             x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
         return self.constrain(x, ACTIVATIONS), None
