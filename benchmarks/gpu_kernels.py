@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import tempfile
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 
 K, V, HEADS, TOKENS = 32, 64, 6, 1024
@@ -43,11 +43,14 @@ def compile_kernels(topology: str) -> None:
         jax.jit(lambda d_out, *x: jax.vjp(forward, *x)[1](d_out)).lower(shape(V), *inputs).compile()
 
 
-def ptxas() -> str:
-    """The path of the assembler, of the wheel or of a CUDA that is installed."""
-    if util.find_spec("nvidia") and (nvcc := util.find_spec("nvidia.cuda_nvcc")):
-        return str(Path(next(iter(nvcc.submodule_search_locations))) / "bin" / "ptxas")
-    return "ptxas"
+def ptxas(*arguments: str) -> str:
+    """What the assembler says, of the wheel or of a CUDA that is installed."""
+    from speedit_jax.training import deviceless
+
+    toolkit = deviceless.cuda_toolkit()
+    command = [str(Path(toolkit) / "bin" / "ptxas") if toolkit else "ptxas", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return ran.stdout + ran.stderr
 
 
 def kernels(dump: Path, architecture: str) -> dict[str, dict[str, int]]:
@@ -58,8 +61,7 @@ def kernels(dump: Path, architecture: str) -> dict[str, dict[str, int]]:
         entry = re.search(r"\.entry (\w+)", text)
         if not entry or not entry[1].endswith("_kernel"):
             continue
-        command = [ptxas(), "-v", f"-arch={architecture}", "-o", os.devnull, str(path)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = ptxas("-v", f"-arch={architecture}", "-o", os.devnull, str(path))
         spilled, read_back = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
         found[entry[1].strip("_")] = {
             "threads": int(re.search(r"\.(?:reqntid|maxntid) (\d+)", text)[1]),
@@ -81,7 +83,7 @@ def main() -> None:
         compile_kernels(args.topology)
         record = {
             "jax": metadata.version("jax"),
-            "cuda_nvcc": metadata.version("nvidia-cuda-nvcc-cu12"),
+            "ptxas": re.search(r"V([\d.]+)", ptxas("--version"))[1],
             "shape": {"K": K, "V": V, "heads": HEADS, "chunk": 64},
             "kernels": kernels(Path(dump), ARCHITECTURES[args.topology]),
         }

@@ -2,14 +2,17 @@
 
   python -m benchmarks.resolution --out=docs/results/resolution
 
-For each resolution, the train step (SpeeDiT, AdamW, EMA, batch 1, random latents of an eighth of the pixels) of
-  DiG            gated linear attention, chunked
+For each resolution, the train step (SpeeDiT, AdamW, EMA, random latents of an eighth of the pixels) of
+  DiG            gated linear attention, as model.gla=auto takes it
   DiT            softmax attention by its formula, which holds T x T logits a head
   DiT, chunked   the same, 256 queries at a time
-all with S/2 sizes, the same scan over layers and the same full remat. The three are compiled, stepped once to warm up, and
+  DiT, flash     cuDNN's or Pallas', as model.attention=auto takes it on an accelerator in bfloat16
+all of one size and batch, with the same scan over layers and the same remat. The sides are compiled, stepped once to warm up, and
 then timed in turn; --skip leaves out what would take too long. Bytes are XLA's own count of the compiled step. Writes
 OUT.json after every resolution, adding to what it holds, and OUT.png. On two CPU cores it takes about an hour and, for DiT at
-1792 pixels, 24 GiB.
+1792 pixels, 24 GiB. On a GPU:
+
+  python -m benchmarks.resolution --sides DiG DiT "DiT, flash" --dtype=bfloat16 --remat=none --steps=20 --out=OUT
 """
 
 import argparse
@@ -23,14 +26,17 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import base
+from speedit_jax.models.backbone import REMAT_POLICIES
+from speedit_jax.models.build import SIZES
 from speedit_jax.training import builders, sharding
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
 SIDES = {
-    "DiG": {"name": "DiG-S/2"},
-    "DiT": {"name": "DiT-S/2", "attention": "xla"},
-    "DiT, chunked": {"name": "DiT-S/2", "attention": "chunked"},
+    "DiG": {"name": "DiG"},
+    "DiT": {"name": "DiT", "attention": "xla"},
+    "DiT, chunked": {"name": "DiT", "attention": "chunked"},
+    "DiT, flash": {"name": "DiT", "attention": "auto"},
 }
 PIXELS_PER_TOKEN = 16  # a side: 8 by the autoencoder, 2 by the patch
 CLASSES = 1000
@@ -39,10 +45,11 @@ CLASSES = 1000
 class Side:
     """One alternative at one resolution, compiled."""
 
-    def __init__(self, pixels: int, overrides: dict):
+    def __init__(self, pixels: int, overrides: dict, args: argparse.Namespace):
         config = base.get_config()
-        config.model.update({"remat": "full", **overrides})
-        config.training.batch_size = 1
+        name = f"{overrides['name']}-{args.size}/2"
+        config.model.update({**overrides, "name": name, "remat": args.remat, "dtype": args.dtype})
+        config.training.batch_size = args.batch_size
         shape = (pixels // 8, pixels // 8, 4)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
         model = builders.make_model(config, mesh, shape, CLASSES)
@@ -50,8 +57,8 @@ class Side:
         strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
         self._key = jax.random.key(0)
         self._batch = {
-            "image": np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32),
-            "label": np.zeros(1, np.int32),
+            "image": np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32),
+            "label": np.zeros(args.batch_size, np.int32),
         }
         with jax.set_mesh(mesh):
             shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
@@ -72,13 +79,20 @@ class Side:
         return time.perf_counter() - since
 
 
-def measure(pixels: int, sides: dict[str, dict], steps: int) -> dict:
-    """{"pixels", "tokens", side: {"seconds": [of each step], "mib": {...}}}, the sides in turn."""
-    compiled = {name: Side(pixels, overrides) for name, overrides in tqdm(sides.items(), f"{pixels} px: compiling")}
-    for side in tqdm(compiled.values(), f"{pixels} px: warming up"):
-        side.step()
+def measure(pixels: int, sides: list[str], args: argparse.Namespace) -> dict:
+    """{"pixels", "tokens", side: {"seconds": [of each step], "mib": {...}}}, the sides in turn, without those that do not fit."""
+    compiled = {}
+    for name in tqdm(sides, f"{pixels} px: compiling and warming up"):
+        try:
+            side = Side(pixels, SIDES[name], args)
+            side.step()
+            compiled[name] = side
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            print(f"{pixels} px: {name} does not fit", flush=True)
     seconds = {name: [] for name in compiled}
-    for _ in tqdm(range(steps), f"{pixels} px: timing"):
+    for _ in tqdm(range(args.steps), f"{pixels} px: timing"):
         for name, side in compiled.items():
             seconds[name].append(side.step())
     tokens = (pixels // PIXELS_PER_TOKEN) ** 2
@@ -104,7 +118,8 @@ def draw(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in SIDES:
-        shown = [row for row in rows if name in row]
+        if not (shown := [row for row in rows if name in row]):
+            continue
         tokens = [row["tokens"] for row in shown]
         axes[0].loglog(tokens, [np.mean(row[name]["seconds"]) for row in shown], marker="o", label=name)
         axes[1].loglog(tokens, [row[name]["mib"]["temporaries"] for row in shown], marker="o", label=name)
@@ -122,25 +137,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="OUT.json and OUT.png are written")
     parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 768, 1024, 1280, 1536, 1792], help="sides of images")
+    parser.add_argument("--sides", nargs="+", default=["DiG", "DiT", "DiT, chunked"], choices=list(SIDES))
+    parser.add_argument("--size", default="S", choices=list(SIZES["DiT"]))
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of activations")
+    parser.add_argument("--remat", default="full", choices=list(REMAT_POLICIES))
     parser.add_argument("--steps", type=int, default=2, help="timed steps of each")
     parser.add_argument("--skip", nargs="*", default=[], metavar="SIDE:PIXELS", help="for example 'DiT:1536'")
     args = parser.parse_args()
 
     path = args.out.with_suffix(".json")
-    rows = {row["pixels"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    settings = {name: getattr(args, name) for name in ("size", "batch_size", "dtype", "remat")}
+    known = json.loads(path.read_text()) if path.exists() else {"settings": settings, "rows": []}
+    if known["settings"] != settings:
+        raise SystemExit(f"error: {path} was measured with {known['settings']}; choose another --out")
+    rows = {row["pixels"]: row for row in known["rows"]}
     for pixels in args.pixels:
-        sides = {name: overrides for name, overrides in SIDES.items() if f"{name}:{pixels}" not in args.skip}
-        row = measure(pixels, sides, args.steps)
+        row = measure(pixels, [name for name in args.sides if f"{name}:{pixels}" not in args.skip], args)
         rows[pixels] = rows.get(pixels, {}) | row
-        times = {name: float(np.mean(row[name]["seconds"])) for name in sides}
-        print(
-            f"{pixels} px:", ", ".join(f"{name} {s:.3g} s ({s / times['DiG']:.2f}x DiG)" for name, s in times.items()), flush=True
-        )
+        times = {name: float(np.mean(side["seconds"])) for name, side in row.items() if name in SIDES}
+        ratios = {name: f" ({s / times['DiG']:.2f}x DiG)" if "DiG" in times else "" for name, s in times.items()}
+        print(f"{pixels} px:", ", ".join(f"{name} {s:.3g} s{ratios[name]}" for name, s in times.items()), flush=True)
         record = {
             "jax": jax.__version__,
+            "settings": settings,
             "machine": f"{platform.machine()}, {jax.device_count()} {jax.devices()[0].device_kind}",
             "rows": (ordered := [rows[p] for p in sorted(rows)]),
-            "exponents": {name: exponent(ordered, name) for name in SIDES},
+            "exponents": {name: exponent(ordered, name) for name in SIDES if any(name in row for row in ordered)},
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
     draw(ordered, args.out.with_suffix(".png"))

@@ -113,18 +113,27 @@ def _tpus(topology: str) -> list[Any]:
 
 
 def _gpus(gpu: str, count: int) -> list[Any]:
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    if not any(importlib.util.find_spec(f"jax_{cuda}_plugin") for cuda in ("cuda12", "cuda13")):
         raise UserError("the GPU compiler is missing: pip install -e '.[aot-gpu]'")
-    # No GPU, so no timing of candidates; ptxas and libdevice come in a wheel of their own.
+    # No GPU, so no timing of candidates; ptxas and libdevice come in wheels of their own.
     flags = ["--xla_gpu_autotune_level=0"]
-    if importlib.util.find_spec("nvidia") and (nvcc := importlib.util.find_spec("nvidia.cuda_nvcc")):
-        flags.append(f"--xla_gpu_cuda_data_dir={next(iter(nvcc.submodule_search_locations))}")
+    if toolkit := cuda_toolkit():
+        flags.append(f"--xla_gpu_cuda_data_dir={toolkit}")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
     shape = f"1x1x{count}"
     text = _GPU_TEXT.format(**GPUS[gpu])
     found = _describe(gpu, platform="cuda", topology_name=shape, topology=shape, target_config=text)
     _let_cudnn_attention_lower()
     return found
+
+
+def cuda_toolkit() -> str | None:
+    """The folder of ptxas and libdevice among the wheels that are installed, as CUDA 12 and 13 name it."""
+    if importlib.util.find_spec("nvidia"):
+        for name in ("nvidia.cuda_nvcc", "nvidia.cu13"):
+            if found := importlib.util.find_spec(name):
+                return next(iter(found.submodule_search_locations))
+    return None
 
 
 def _describe(name: str, **kwargs) -> list[Any]:
