@@ -43,8 +43,7 @@ _gla_init = nn.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")  # x
 
 def _projection(features, axes, dtype, name, init=_gla_init, axis=-1):
     """A linear layer without bias."""
-    kernel_init = nn.with_logical_partitioning(init, axes)
-    return nn.DenseGeneral(features, axis=axis, use_bias=False, dtype=dtype, kernel_init=kernel_init, name=name)
+    return dense(features, init, axes, None, dtype, name, axis=axis)
 
 
 class GatedLinearAttention(nn.Module):

@@ -21,12 +21,27 @@ normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
 
+def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):
+    """lax.dot_general for [B, T, ...] whose last axes are contracted, with batch and tokens as one axis of rows.
+
+    So the gradient of the kernel is a plain product over the rows; over two axes XLA:CPU makes one by copying an operand first.
+    """
+    (contracted, rows_of_kernel), batch = dimension_numbers
+    leading = x.shape[: contracted[0]]
+    x = x.reshape(-1, *x.shape[contracted[0] :])
+    contracted = tuple(range(1, x.ndim))
+    out = jax.lax.dot_general(x, kernel, ((contracted, rows_of_kernel), batch), **kwargs)
+    return out.reshape(*leading, *out.shape[1:])
+
+
 def dense(features, kernel_init, kernel_axes, bias_axes, dtype, name, axis=-1) -> nn.DenseGeneral:
-    """A linear layer with named kernel axes; parameters float32, arithmetic in `dtype`."""
+    """A linear layer with named kernel axes, without bias if `bias_axes` is None; parameters float32, arithmetic in `dtype`."""
     return nn.DenseGeneral(
         features,
         axis=axis,
+        use_bias=bias_axes is not None,
         dtype=dtype,
+        dot_general=_rows_dot_general,
         kernel_init=nn.with_logical_partitioning(kernel_init, kernel_axes),
         bias_init=nn.with_logical_partitioning(zeros, bias_axes),
         name=name,

@@ -99,4 +99,5 @@ def test_no_token_travels(topology, name):
     text = lowered("train", devices, name, WIDE, model, data=-1, fsdp=2, tensor=2).compile().as_text()
     gathered = [dims for kind, arrays in deviceless.collectives(text) if kind == "all-gather" for _, dims in arrays]
     assert gathered, "fsdp gathers parameters"
-    assert not any(tokens in dims for dims in gathered for tokens in TOKENS), gathered
+    # Tokens have an axis of their own or, in the linear layers, one with the batch.
+    assert not any(dim % tokens == 0 for dims in gathered for dim in dims for tokens in TOKENS), gathered
