@@ -5,8 +5,8 @@ state passes over the chunks outside, in an associative scan (eq. 4 and 9):
   1. each chunk's own contribution to the state
   2. the scan                                          backward: 1 and 2 again, then the same two against the order of chunks
   3. each chunk's outputs, from the state before it    backward: each chunk's gradients, from the state and its gradient
-Operands are [B H, T, K] and [B H, T, V], padded to powers of two, as Triton wants. The 0/1 matrices that sum the gates are
-chunked.py's, given as operands.
+Operands stay [B, T, H, K] and [B, T, H, V]: a program reads a chunk of one head where it lies. Only to whole chunks and to
+powers of two, as Triton wants, are they padded. The 0/1 matrices that sum the gates are chunked.py's, given as operands.
 
 The registers hold a program's matrices without spilling because the levels are a loop, dV has a kernel of its own, and the
 features of K, which do not meet in the gradients of q, k and g once dP is known, are spread over programs. In the gradients'
@@ -130,21 +130,23 @@ def _call(kernel, constants, inputs, outputs, *, interpret, parts=1, whole=0):
 
     Args:
       constants: arrays that every program sees whole.
-      inputs: [B H, T, D], of which a program sees a chunk [C, D], or [B H, N, K, V], of which it sees its chunk's [K, V].
+      inputs: [B, T, H, D], of which a program sees one head's chunk [C, D], and the first is one, or [B H, N, K, V], of which it
+        sees its chunk's [K, V].
       outputs: shapes likewise.
       parts: of D and K, of which a program sees one; of the first `whole` inputs it sees all.
     """
+    _, tokens, heads, _ = inputs[0].shape
 
     def block(array, parts):
-        shape = array.shape
-        if len(shape) == 4:
-            return pl.BlockSpec((None, None, shape[2] // parts, shape[3]), lambda b, n, p: (b, n, p if parts > 1 else 0, 0))
-        return pl.BlockSpec((None, CHUNK, shape[2] // parts), lambda b, n, p: (b, n, p if parts > 1 else 0))
+        _, n, k, d = array.shape
+        if n == tokens:
+            shape = (None, CHUNK, None, d // parts)
+            return pl.BlockSpec(shape, lambda b, n, p: (b // heads, n, b % heads, p if parts > 1 else 0))
+        return pl.BlockSpec((None, None, k // parts, d), lambda b, n, p: (b, n, p if parts > 1 else 0, 0))
 
-    tokens = next(x.shape[1] for x in inputs if len(x.shape) == 3)
     return pl.pallas_call(
         kernel,
-        grid=(inputs[0].shape[0], tokens // CHUNK, parts),
+        grid=(inputs[0].shape[0] * heads, tokens // CHUNK, parts),
         in_specs=[pl.BlockSpec(c.shape, lambda b, n, p, rank=c.ndim: (0,) * rank) for c in constants]
         + [block(x, 1 if i < whole else parts) for i, x in enumerate(inputs)],
         out_specs=[block(x, parts) for x in outputs],
@@ -175,26 +177,27 @@ def _size(d: int) -> int:
     return max(_LEAST, 1 << (d - 1).bit_length())
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    """[B, T, H, D] -> [B H, T, D], T padded to whole chunks and D to a power of two with zeros, which change nothing."""
-    b, t, h, d = x.shape
-    x = x.swapaxes(1, 2).reshape(b * h, t, d)
-    return jnp.pad(x, ((0, 0), (0, -t % CHUNK), (0, _size(d) - d)))
+def _pad(x: jax.Array) -> jax.Array:
+    """[B, T, H, D], T to whole chunks and D to a power of two with zeros, which change nothing."""
+    _, t, _, d = x.shape
+    return jnp.pad(x, ((0, 0), (0, -t % CHUNK), (0, 0), (0, _size(d) - d)))
 
 
-def _tokens_first(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _unpad(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse."""
-    b, t, h, d = shape
-    return x[:, :t, :d].reshape(b, h, t, d).swapaxes(1, 2)
+    return x[:, : shape[1], :, : shape[3]]
 
 
 def _whole(g: jax.Array) -> jax.Array:
-    """The decay over each chunk: [B H, T, K] -> [B H, N, K]."""
-    return jnp.exp(g.reshape(g.shape[0], -1, CHUNK, g.shape[2]).sum(axis=2))
+    """The decay over each chunk: [B, T, H, K] -> [B H, N, K]."""
+    b, t, h, k = g.shape
+    sums = g.reshape(b, t // CHUNK, CHUNK, h, k).sum(axis=2)
+    return jnp.exp(sums.swapaxes(1, 2).reshape(b * h, -1, k))
 
 
 def _own(sums, x, y, g, interpret):
-    shape = jax.ShapeDtypeStruct((x.shape[0], x.shape[1] // CHUNK, x.shape[2], y.shape[2]), jnp.float32)
+    b, t, h, k = x.shape
+    shape = jax.ShapeDtypeStruct((b * h, t // CHUNK, k, y.shape[3]), jnp.float32)
     return _call(_state_kernel, [sums], [x, y, g], [shape], interpret=interpret)[0]
 
 
@@ -202,12 +205,12 @@ def _own(sums, x, y, g, interpret):
 def _gla(q, k, v, log_g, scale, reverse, interpret):
     sums, entry, leave = _constants(reverse)
     shape = v.shape
-    q, k, v, g = (_heads_first(x) for x in (q, k, v, log_g))
+    q, k, v, g = (_pad(x) for x in (q, k, v, log_g))
     states = _scan(_whole(g), _own(leave, k, v, g, interpret), reverse)
     outputs = [jax.ShapeDtypeStruct(v.shape, v.dtype)]
     kernel = functools.partial(_output_kernel, scale=scale, reverse=reverse)
     (out,) = _call(kernel, [sums, entry], [q, k, v, g, states], outputs, interpret=interpret)
-    return _tokens_first(out, shape)
+    return _unpad(out, shape)
 
 
 def _gla_forward(q, k, v, log_g, scale, reverse, interpret):
@@ -216,7 +219,7 @@ def _gla_forward(q, k, v, log_g, scale, reverse, interpret):
 
 def _gla_backward(scale, reverse, interpret, saved, d_out):
     sums, entry, leave = _constants(reverse)
-    q, k, v, g, d_out = (_heads_first(x) for x in (*saved, d_out))
+    q, k, v, g, d_out = (_pad(x) for x in (*saved, d_out))
     whole = _whole(g)
     states = _scan(whole, _own(leave, k, v, g, interpret), reverse)
     d_states = scale * _scan(whole, _own(entry, q, d_out, g, interpret), not reverse)
@@ -233,10 +236,10 @@ def _gla_backward(scale, reverse, interpret, saved, d_out):
         [v, d_out, q, k, g, states, d_states],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)],
         interpret=interpret,
-        parts=q.shape[2] // _LEAST,
+        parts=q.shape[3] // _LEAST,
         whole=2,
     )
-    return tuple(_tokens_first(x, original.shape) for x, original in zip((dq, dk, dv, dg), saved, strict=True))
+    return tuple(_unpad(x, original.shape) for x, original in zip((dq, dk, dv, dg), saved, strict=True))
 
 
 _gla.defvjp(_gla_forward, _gla_backward)
