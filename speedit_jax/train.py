@@ -26,7 +26,7 @@ from speedit_jax.models.build import Model, parse_name
 from speedit_jax.training import builders, deviceless, run, sharding
 from speedit_jax.training.checkpoint import Checkpoints, newest_step
 from speedit_jax.training.curves import write_curves
-from speedit_jax.training.environment import Environment
+from speedit_jax.training.environment import HUGE_PAGES, Environment, huge_pages_left_out
 from speedit_jax.training.evaluation import Evaluation
 from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.report import write_report
@@ -83,7 +83,10 @@ def report(config: ml_collections.ConfigDict, model: Model, params, strategy, so
         say(f"           at {model.tokens} tokens DiT is as fast or faster; GLA pays from about {GLA_PAYS_FROM} on (docs/gla.md)")
     say(f"timesteps  {strategy.describe(config.training.batch_size)}")
     devices = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
-    say(f"devices    {mesh.size} {mesh.devices.flat[0].device_kind}, {jax.process_count()} processes: {devices}")
+    device = mesh.devices.flat[0]
+    say(f"devices    {mesh.size} {device.device_kind}, {jax.process_count()} processes: {devices}")
+    if device.platform == "cpu" and huge_pages_left_out():
+        say(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
 
 
 def make_drawings(

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from speedit_jax.training import sharding
 
 NAME = "environment.json"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # a setting of glibc 2.35 and later, in GLIBC_TUNABLES
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -83,6 +84,18 @@ def read_environment(workdir: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+
+
+def huge_pages_left_out(transparent: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
+    """Whether Linux gives huge pages to programs that ask, and this one does not.
+
+    XLA asks for a step's temporaries anew at every step, and on a CPU their small pages may cost a third of the time.
+    """
+    try:
+        asked_for = "[madvise]" in transparent.read_text()
+    except OSError:
+        return False
+    return asked_for and platform.libc_ver()[0] == "glibc" and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _now() -> str:

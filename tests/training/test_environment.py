@@ -1,12 +1,13 @@
 """environment.json: a record for each process, whatever an earlier one left."""
 
 import json
+import platform
 import resource
 
 import jax
 import pytest
 
-from speedit_jax.training.environment import Environment, read_environment
+from speedit_jax.training.environment import HUGE_PAGES, Environment, huge_pages_left_out, read_environment
 
 from . import tiny
 
@@ -47,3 +48,21 @@ def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path, text):
     assert read_environment(tmp_path) == []
     Environment(tmp_path, tiny.make_mesh((1, 1, 1)), 5)
     assert [record["first_step"] for record in read_environment(tmp_path)] == [5]
+
+
+@pytest.mark.parametrize(
+    ("modes", "tunables", "left_out"),
+    [
+        ("always [madvise] never", "", True),
+        ("always [madvise] never", "glibc.malloc.check=1:" + HUGE_PAGES, False),
+        ("[always] madvise never", "", False),
+        ("always madvise [never]", "", False),
+        (None, "", False),
+    ],
+)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_huge_pages(tmp_path, monkeypatch, modes, tunables, left_out):
+    if modes is not None:
+        (tmp_path / "enabled").write_text(modes + "\n")
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    assert huge_pages_left_out(tmp_path / "enabled") == left_out
