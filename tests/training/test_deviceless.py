@@ -1,5 +1,7 @@
 """The step of train.py, compiled from shapes alone, what is read off it, and accelerators that are not there."""
 
+import re
+
 import pytest
 
 from configs import base
@@ -101,3 +103,15 @@ def test_no_token_travels(topology, name):
     assert gathered, "fsdp gathers parameters"
     # Tokens have an axis of their own or, in the linear layers, one with the batch.
     assert not any(dim % tokens == 0 for dims in gathered for dim in dims for tokens in TOKENS), gathered
+
+
+@pytest.mark.slow
+def test_projections_write_the_layout_of_the_kernel():
+    """On a TPU GLA wants features before tokens; XLA has the projections write that, and copies nothing to or from it."""
+    pytest.importorskip("libtpu")
+    devices, _ = deviceless.devices("v5e:2x2")
+    model = {"width": 192, "depth": 4, "heads": 4, "remat": "full"}
+    text = lowered("train", devices, "DiG-tiny/2", (32, 64, 4), model, data=-1).compile().as_text()  # 512 tokens, whole chunks
+    kernels = re.findall(r"= .*\[4,\d+,512\].* custom-call\(.*tpu_custom_call", text)
+    assert len(kernels) >= 4
+    assert not re.findall(r"= \w+\[4,\d+,512\]\S* (?:copy|transpose)\(.*", text)
