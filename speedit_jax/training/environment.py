@@ -1,6 +1,7 @@
 """environment.json: where a run was trained, a record for each process that took part in it, and what that needed.
 
-Apart from run.json, which is the same wherever a run goes on, and from metrics.jsonl, which is the same however often.
+Apart from run.json, which is the same wherever a run goes on, and from metrics.jsonl, which is the same however often. Also what
+of the system's settings a run leaves out.
 """
 
 import datetime
@@ -95,7 +96,9 @@ def huge_pages_left_out(transparent: Path = Path("/sys/kernel/mm/transparent_hug
         asked_for = "[madvise]" in transparent.read_text()
     except OSError:
         return False
-    return asked_for and platform.libc_ver()[0] == "glibc" and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", "")
+    library, version = platform.libc_ver()
+    known = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    return asked_for and known and HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _now() -> str:

@@ -60,9 +60,17 @@ def test_a_file_that_cannot_be_read_is_begun_anew(tmp_path, text):
         (None, "", False),
     ],
 )
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_huge_pages(tmp_path, monkeypatch, modes, tunables, left_out):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     if modes is not None:
         (tmp_path / "enabled").write_text(modes + "\n")
     monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     assert huge_pages_left_out(tmp_path / "enabled") == left_out
+
+
+@pytest.mark.parametrize("library", [("glibc", "2.28"), ("", "")])
+def test_huge_pages_that_the_c_library_does_not_know(tmp_path, monkeypatch, library):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: library)
+    assert not huge_pages_left_out(tmp_path / "enabled")
