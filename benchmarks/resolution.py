@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from configs import base
+from speedit_jax import sharding
+from speedit_jax.config import get_config
 from speedit_jax.models.backbone import REMAT_POLICIES
 from speedit_jax.models.build import SIZES
-from speedit_jax.training import builders, sharding
+from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -46,15 +47,15 @@ class Side:
     """One alternative at one resolution, compiled."""
 
     def __init__(self, pixels: int, overrides: dict, args: argparse.Namespace):
-        config = base.get_config()
+        config = get_config()
         name = f"{overrides['name']}-{args.size}/2"
         config.model.update({**overrides, "name": name, "remat": args.remat, "dtype": args.dtype})
         config.training.batch_size = args.batch_size
         shape = (pixels // 8, pixels // 8, 4)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        model = builders.make_model(config, mesh, shape, CLASSES)
-        diffusion = builders.make_diffusion(config)
-        strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
+        model = assembly.make_model(config, mesh, shape, CLASSES)
+        diffusion = assembly.make_diffusion(config)
+        strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
         self._key = jax.random.key(0)
         self._batch = {
             "image": np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32),

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from speedit_jax import sharding
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
-from speedit_jax.training import sharding
-from speedit_jax.training.autoencoder import latents_of
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.

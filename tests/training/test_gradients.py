@@ -12,11 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from speedit_jax.training import sharding
+import tiny
+from speedit_jax import sharding
 from speedit_jax.training.step import make_gradient, make_loss
-
-from . import tiny
-from .tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
+from tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
 
 
 @functools.cache

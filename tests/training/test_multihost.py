@@ -13,8 +13,7 @@ from commands import FAST_COMPILATION, hosts
 from PIL import Image
 
 from speedit_jax.training.checkpoint import Checkpoints
-
-from .tiny import TINY
+from tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4

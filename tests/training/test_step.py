@@ -9,15 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+import tiny
 from speedit_jax.diffusion.timesteps import TableStrategy
 from speedit_jax.models.build import Model
-from speedit_jax.training import builders
+from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import learning_rate
 from speedit_jax.training.step import by_quartile, drop_labels, ema_decay, make_loss, microbatches, stream
-
-from . import tiny
-from .tiny import BATCH, MESHES, ONE
+from tiny import BATCH, MESHES, ONE
 
 KEY = jax.random.key(7)
 
@@ -34,7 +33,7 @@ class Recording(TableStrategy):
 
 def recording(**changes) -> Recording:
     config = tiny.make_config(**changes)
-    return Recording(**vars(builders.make_strategy(config, builders.make_diffusion(config))))
+    return Recording(**vars(assembly.make_strategy(config, assembly.make_diffusion(config))))
 
 
 # What the step draws, seen through a stand-in for the network: its output for an image with label r is row r of its only
