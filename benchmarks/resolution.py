@@ -116,6 +116,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in SIDES:
@@ -124,11 +125,13 @@ def draw(rows: list[dict], path: Path) -> None:
         tokens = [row["tokens"] for row in shown]
         axes[0].loglog(tokens, [np.mean(row[name]["seconds"]) for row in shown], marker="o", label=name)
         axes[1].loglog(tokens, [row[name]["mib"]["temporaries"] for row in shown], marker="o", label=name)
-    for axis, title in zip(axes, ("seconds a training step", "MiB of temporaries"), strict=True):
+    for axis, title in zip(axes, ("seconds per training step", "MiB of temporary memory"), strict=True):
         axis.set_title(title)
         axis.set_xticks([row["tokens"] for row in rows], [row["pixels"] for row in rows], fontsize=8)
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
-        axis.set_xlabel("pixels a side, at the logarithm of the tokens")
+        axis.set_xlabel("image side in pixels (logarithmic in tokens)")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=90)
