@@ -6,7 +6,7 @@ import io
 import nbclient
 import nbformat
 import numpy as np
-from commands import ROOT
+from commands import FAST_COMPILATION, ROOT
 from PIL import Image
 
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -20,9 +20,10 @@ def pictures(cell):
 
 def test_it_trains_samples_and_plots(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)  # and one device
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:  # the same cells, fewer steps
-        cell.source = cell.source.replace("training.num_steps=600", "training.num_steps=120")
+        cell.source = cell.source.replace("training.num_steps=1000", "training.num_steps=120")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     text = "\n".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "Next             python -m speedit_jax.sample" in text and "DiT-tiny/2 speedit step 120" in text
