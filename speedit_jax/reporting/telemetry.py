@@ -37,7 +37,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 
-_QUARTILE = re.compile(r"_q[1-4]$")
+_QUARTER = re.compile(r"_q[1-4]$")
 
 
 class Profiler:
@@ -155,7 +155,7 @@ class Telemetry:
         self._pending = None
         values = {name: float(value) for name, value in values.items()}
         # A batch without timesteps of some quarter of the schedule has no loss there.
-        values = {name: value for name, value in values.items() if not (_QUARTILE.search(name) and math.isnan(value))}
+        values = {name: value for name, value in values.items() if not (_QUARTER.search(name) and math.isnan(value))}
         now = time.perf_counter() - self._paused
         if self._clock is not None and self._step > self._clock[0]:
             steps = self._step - self._clock[0]
