@@ -11,9 +11,8 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from commands import TINY, assert_fails, assert_works
+from commands import TINY, assert_fails, assert_works, checksums
 from safetensors.numpy import load_file, save_file
-from test_cli import checksums
 from test_diffusers_parity import diffusers_state
 from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
 from vae_weights import write_vae
