@@ -15,7 +15,6 @@ from commands import TINY, assert_fails, assert_works, checksums
 from safetensors.numpy import load_file, save_file
 from test_diffusers_parity import diffusers_state
 from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
-from vae_weights import write_vae
 
 from configs.base import get_config
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
@@ -24,6 +23,7 @@ from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.interop import dit
 from speedit_jax.models.build import build
 from speedit_jax.models.vae import load_vae
+from speedit_jax.testing.vae_weights import write_vae
 from speedit_jax.training import sharding
 from speedit_jax.training.checkpoint import Checkpoints
 

@@ -1,6 +1,6 @@
 """The mesh, the rule table, and who holds which rows of a batch.
 
-python -m tests.training.test_sharding writes the golden table anew.
+PYTHONPATH=tests python -m training.test_sharding writes the golden table anew.
 """
 
 from pathlib import Path
@@ -30,8 +30,8 @@ def dit_s2() -> str:
 
 
 def test_golden_table():
-    message = f"if the change is meant, write {GOLDEN.name} anew: python -m tests.training.test_sharding; and review its diff"
-    assert dit_s2() == GOLDEN.read_text(), message
+    anew = "PYTHONPATH=tests python -m training.test_sharding"
+    assert dit_s2() == GOLDEN.read_text(), f"if the change is meant, write {GOLDEN.name} anew: {anew}; and review its diff"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda'\nand more"), AssertionError()])
