@@ -29,10 +29,10 @@ from speedit_jax import sharding
 from speedit_jax.data import loader
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
+from speedit_jax.testing.vae_weights import write_vae
 from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
-from tests.vae_weights import write_vae
 
 PIXELS = 256
 THREADS = (0, 1, 2, 3, 4)

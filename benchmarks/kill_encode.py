@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from speedit_jax import __version__
-from tests.vae_weights import write_vae
+from speedit_jax.testing.vae_weights import write_vae
 
 ROOT = Path(__file__).resolve().parents[1]
 # How many hosts each of three attempts has.

@@ -1,7 +1,7 @@
 """The PyTorch original, github.com/facebookresearch/DiT, beside ours in one process: what the benchmarks against it share.
 
 They need torch, and a checkout, whose code runs as it is:  git clone https://github.com/facebookresearch/DiT
-timm is taken where it is installed; else the fixtures' stand-ins for the three modules that DiT takes from it serve.
+timm is taken where it is installed; else stand-ins for the three modules that DiT takes from it serve.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from speedit_jax.interop import dit as names
 from speedit_jax.models.build import SIZES
-from tests.fixtures.make_pytorch_fixtures import load, make_network, provide_timm
+from speedit_jax.testing.published import load, make_network, provide_timm
 
 LATENTS = (32, 32, 4)  # of 256 pixels
 CLASSES = 1000
@@ -43,7 +43,8 @@ class Original:
         provide_timm()
         self.diffusion = load("dit_diffusion", checkout / "diffusion")
         width, depth, heads = SIZES["DiT"]["S"]
-        sizes = {"hidden_size": width, "depth": depth, "num_heads": heads, "input_size": LATENTS[0], "num_classes": CLASSES}
+        sizes = {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": PATCH, "num_classes": CLASSES}
+        sizes |= {"input_size": LATENTS[0], "in_channels": LATENTS[2]}
         self.network = make_network(load("dit_models", checkout / "models.py"), **sizes)
         self.update_ema = _function(checkout / "train.py", "update_ema")
 

@@ -6,6 +6,7 @@ child for each command, which then does what `python -m` does.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -111,6 +112,12 @@ def hosts(count: int) -> list[dict[str, str]]:
         address = f"localhost:{s.getsockname()[1]}"
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     return [dict(zip(names, (address, str(count), str(host)), strict=True)) for host in range(count)]
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file in it, by path."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def assert_fails(result: Result, *words: str) -> None:

@@ -5,6 +5,7 @@ the same, and CPUs compile without optimisation.
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -45,3 +46,15 @@ def run():
 
     with server() as run:
         yield run
+
+
+@pytest.fixture(scope="session")
+def trained(run, tmp_path_factory) -> Path:
+    """The directory of a finished run, for tests that leave it as it is."""
+    from commands import TINY, assert_works
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    result = run("train", *TINY, f"--workdir={workdir}", "--config.training.sample_every=6", "--config.evaluation.every=3")
+    assert_works(result)
+    assert f"python -m speedit_jax.sample --workdir={workdir}" in result.out
+    return workdir

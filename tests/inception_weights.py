@@ -1,7 +1,8 @@
 """Random weights of Inception-v3, images and features that both sides make alike, each from its name: they need not be stored."""
 
 import numpy as np
-import vae_weights
+
+from speedit_jax.testing import vae_weights
 
 # Images of the whole network, uint8 NCHW; none has the network's own size.
 IMAGES = {"wide": (2, 3, 40, 72), "large": (1, 3, 330, 310)}

@@ -11,12 +11,10 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from commands import TINY, assert_fails, assert_works
+from commands import TINY, assert_fails, assert_works, checksums
 from safetensors.numpy import load_file, save_file
-from test_cli import checksums
 from test_diffusers_parity import diffusers_state
 from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
-from vae_weights import write_vae
 
 from speedit_jax import sharding
 from speedit_jax.config import get_config
@@ -26,6 +24,7 @@ from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.interop import dit
 from speedit_jax.models.build import build
 from speedit_jax.models.vae import load_vae
+from speedit_jax.testing.vae_weights import write_vae
 from speedit_jax.training.checkpoint import Checkpoints
 
 HEADS = "--config.model.heads=4"  # DiT's tensors do not tell

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, hosts
 from PIL import Image
-from vae_weights import write_vae
+
+from speedit_jax.testing.vae_weights import write_vae
 
 IMAGES = 23  # two classes; shards of 5, of which the last has 3
 SIZE = (16, 24)

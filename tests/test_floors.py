@@ -11,7 +11,7 @@ ROOT = Path(speedit_jax.__file__).parent
 
 # Rooms and modules directly under speedit_jax; rooms not named here may not exist, and modules not named here are commands.
 FLOORS = (
-    {"evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "models": 2}
+    {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "models": 2}
     | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
     | {"sharding": 0.3, "storage": 0.2, "config": 0.1, "errors": 0}
 )
@@ -22,9 +22,9 @@ OWNERS = {
     "orbax": ("speedit_jax.training.checkpoint",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
-    "safetensors": ("speedit_jax.interop",),
+    "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
     "huggingface_hub": ("speedit_jax.interop",),
-    "torch": ("speedit_jax.interop",),
+    "torch": ("speedit_jax.interop", "speedit_jax.testing"),
     "tensorflow": (),
     "wandb": ("speedit_jax.reporting.wandb_board",),
 }
@@ -89,6 +89,15 @@ def test_nobody_imports_a_command(folder):
     assert imported_commands("tests", "from speedit_jax import train, cli") == ["speedit_jax.train"]
 
 
+def test_benchmarks_import_nothing_of_tests():
+    """Another package's top-level `tests`, which torch-fidelity for one installs, would be imported instead."""
+    files = list((ROOT.parent / "benchmarks").glob("*.py"))
+    assert files
+    modules = {path.stem for path in (ROOT.parent / "tests").rglob("*.py")} | {"tests"}
+    found = {name for path in files for name in imports("benchmarks", path.read_text()) if name.split(".")[0] in modules}
+    assert found == set()
+
+
 def test_every_package_has_a_floor():
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages <= FLOORS.keys()
@@ -113,6 +122,7 @@ def test_every_package_has_a_floor():
         ("speedit_jax.interop.vae", "from speedit_jax.models import vae"),
         ("speedit_jax.models.vae", "from safetensors.numpy import load_file"),
         ("speedit_jax.encode", "def f():\n    import huggingface_hub"),
+        ("speedit_jax.train", "from speedit_jax.testing.vae_weights import write_vae"),
     ],
 )
 def test_what_is_forbidden_is_found(module, source):
@@ -129,6 +139,7 @@ def test_what_is_forbidden_is_found(module, source):
         ("speedit_jax.models.vae", "from speedit_jax.interop import vae"),
         ("speedit_jax.interop.vae", "def f():\n    from huggingface_hub import hf_hub_download"),
         ("speedit_jax.data.loader", "import grain, tensorflow_datasets\nfrom speedit_jax.errors import UserError"),
+        ("speedit_jax.testing.published", "import torch\nfrom speedit_jax.models.vae import build_vae"),
     ],
 )
 def test_what_is_allowed_is_not(module, source):

@@ -1,6 +1,6 @@
 """The mesh, the rule table, and who holds which rows of a batch.
 
-python -m tests.training.test_sharding writes the golden table anew.
+PYTHONPATH=tests python -m training.test_sharding writes the golden table anew.
 """
 
 from pathlib import Path
@@ -8,15 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import MESHES, ONE
 
-import tiny
 from speedit_jax import sharding
 from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import build
-from tiny import MESHES, ONE
 
 GOLDEN = Path(__file__).parent / "golden" / "dit_s2.txt"
 
@@ -29,8 +29,8 @@ def dit_s2() -> str:
 
 
 def test_golden_table():
-    message = f"if the change is meant, write {GOLDEN.name} anew: python -m tests.training.test_sharding; and review its diff"
-    assert dit_s2() == GOLDEN.read_text(), message
+    anew = "PYTHONPATH=tests python -m training.test_sharding"
+    assert dit_s2() == GOLDEN.read_text(), f"if the change is meant, write {GOLDEN.name} anew: {anew}; and review its diff"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda'\nand more"), AssertionError()])

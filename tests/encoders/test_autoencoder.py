@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import tiny
+
 from speedit_jax.encoders.autoencoder import latents_of, sample_posterior
 from speedit_jax.training.step import make_train_step, stream
 

@@ -6,9 +6,9 @@ import types
 import jax
 import numpy as np
 import pytest
+import tiny
 from errors import assert_one_line
 
-import tiny
 from speedit_jax.data.sources import load_digits, open_source
 from speedit_jax.evaluation.during_training import Evaluation
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance

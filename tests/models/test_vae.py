@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import vae_weights
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from speedit_jax.errors import UserError
 from speedit_jax.interop.vae import arrange
 from speedit_jax.models.vae import VaeConfig, build_vae, from_latents, load_vae, to_latents
+from speedit_jax.testing import vae_weights
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "vae.npz"
 ROUNDINGS = {"float32": 2e-5, "bfloat16": 4e-2}

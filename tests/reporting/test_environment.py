@@ -6,8 +6,8 @@ import resource
 
 import jax
 import pytest
-
 import tiny
+
 from speedit_jax.reporting.environment import HUGE_PAGES, Environment, huge_pages_left_out, read_environment
 
 

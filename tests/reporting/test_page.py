@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from browser import open_page
 from errors import assert_one_line
 
 import speedit_jax
-import tiny
 from speedit_jax.data.sources import open_source
 from speedit_jax.reporting.curves import read_metrics
 from speedit_jax.reporting.environment import Environment

@@ -6,14 +6,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-
 import tiny
+from tiny import CLASSES, IMAGE, ONE
+
 from speedit_jax import sharding
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.sampler import Settings, image_noise, make_sampler, resolve
-from tiny import CLASSES, IMAGE, ONE
 
 KEY = jax.random.key(5)
 EIGHT = (8, 1, 1)

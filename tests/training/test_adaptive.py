@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
-from speedit_jax.training.checkpoint import Checkpoints
 from tiny import BATCH, ONE
+
+from speedit_jax.training.checkpoint import Checkpoints
 
 KEY, STEPS, LEVELS = jax.random.key(7), 4, 25
 

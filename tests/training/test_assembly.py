@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-
 import tiny
+
 from speedit_jax.diffusion.gaussian import PREDICTIONS
 from speedit_jax.training import assembly
 

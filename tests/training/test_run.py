@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 import tiny
+
 from speedit_jax.config import complete
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 import tiny
+from tiny import BATCH, MESHES, ONE
+
 from speedit_jax.diffusion.timesteps import TableStrategy
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import learning_rate
 from speedit_jax.training.step import by_quarter, drop_labels, ema_decay, make_loss, microbatches, stream
-from tiny import BATCH, MESHES, ONE
 
 KEY = jax.random.key(7)
 

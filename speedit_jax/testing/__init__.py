@@ -1,0 +1,1 @@
+"""What tests, benchmarks and the scripts of tests/fixtures share; no command needs it."""
