@@ -157,6 +157,7 @@ def scale_warning(header: dict[str, Any]) -> str | None:
     unscaled = np.sqrt(np.mean(np.square(header["std"])))
     return (
         f"the scaled latents have a standard deviation of {std.min():.3g} to {std.max():.3g} by channel, and about 1 is expected."
-        f" Check {_scale(header['latents'])} in config.json of {header['latents']['vae']}: scaling_factor should be about one over"
-        f" {unscaled:.3g}, the unscaled one. Then run speedit_jax.encode again: it takes over the scale and encodes nothing anew"
+        f" Check {_scale(header['latents'])} in config.json of {header['latents']['vae']}: scaling_factor should be about one"
+        f" over {unscaled:.3g}, the unscaled one. Then run speedit_jax.encode again, which takes over the scale and encodes"
+        " nothing anew"
     )
