@@ -139,19 +139,9 @@ def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] =
         raise UserError(
             f"--out={out} on process {jax.process_index()} is not that of process 0: all hosts must see one directory"
         )
-    content = latents.read_json(path)
-    saved, new = identity(content), identity(what)
-    if saved.get("images.fingerprint") in older_fingerprints:
-        saved["images.fingerprint"] = new["images.fingerprint"]
-    different = sorted(key for key in saved.keys() | new.keys() if saved.get(key) != new.get(key))
-    if different and set(different) <= {"images.fingerprint", "images.count"}:
-        raise UserError(
-            f"{what['images']['source']} has changed since {out} was begun: images were added, removed or edited;"
-            " name another --out, or remove that directory to encode all images again"
-        )
-    if different:
-        raise UserError(f"{out} holds another encoding ({', '.join(different)}); name another --out")
-    if jax.process_index() == 0 and content != what:
+    saved = latents.read_json(path)
+    latents.check_same(out, saved, what, older_fingerprints)
+    if jax.process_index() == 0 and saved != what:
         write_claim(path, what)  # with today's places, scale and fingerprint
 
 
@@ -161,15 +151,6 @@ def write_claim(path: Path, what: dict[str, Any]) -> None:
         latents.write_json(path, what)
     except OSError as e:
         raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
-
-
-def identity(what: dict[str, Any]) -> dict[str, Any]:
-    """What the shards depend on: neither where images and autoencoder lie, nor the scale, which is applied in training."""
-    flat = {key: value for key, value in what.items() if not isinstance(value, dict)}
-    for section, left_out in (("latents", ("vae", "config")), ("images", ("source",))):
-        flat |= {f"{section}.{key}": value for key, value in what.get(section, {}).items() if key not in left_out}
-    config = what.get("latents", {}).get("config", {})
-    return flat | {"latents.config": {k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor")}}
 
 
 def share(paths: list[Path]) -> list[int]:

@@ -114,6 +114,37 @@ def finished_shard(path: Path) -> dict[str, Any] | None:
     return read_json(facts) if facts.exists() and path.exists() else None
 
 
+def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any], older_fingerprints: tuple[str, ...]) -> None:
+    """Whether shards of the encoding `saved` and of the encoding `what` may be mixed; both are contents of encoding.json.
+
+    Args:
+      older_fingerprints: what earlier versions called the images of `what`.
+
+    Raises:
+      UserError: they may not.
+    """
+    old, new = _identity(saved), _identity(what)
+    if old.get("images.fingerprint") in older_fingerprints:
+        old["images.fingerprint"] = new["images.fingerprint"]
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if different and set(different) <= {"images.fingerprint", "images.count"}:
+        raise UserError(
+            f"{what['images']['source']} has changed since {directory} was begun: images were added, removed or edited;"
+            " name another --out, or remove that directory to encode all images again"
+        )
+    if different:
+        raise UserError(f"{directory} holds another encoding ({', '.join(different)}); name another --out")
+
+
+def _identity(what: dict[str, Any]) -> dict[str, Any]:
+    """What shards depend on: neither where images and autoencoder lie, nor the scale, which is applied in training."""
+    flat = {key: value for key, value in what.items() if not isinstance(value, dict)}
+    for section, left_out in (("latents", ("vae", "config")), ("images", ("source",))):
+        flat |= {f"{section}.{key}": value for key, value in what.get(section, {}).items() if key not in left_out}
+    config = what.get("latents", {}).get("config", {})
+    return flat | {"latents.config": {k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor")}}
+
+
 def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
     """header.json: `what`, the shards' facts, their count and per-channel statistics of the unscaled latents.
 

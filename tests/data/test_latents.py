@@ -213,3 +213,66 @@ def test_sums_that_are_not_finite_are_refused_at_once(written):
     before = (written / "header.json").read_bytes()
     assert_one_line(lambda: latents.write_header(written, {}, header["shards"]), *words)
     assert (written / "header.json").read_bytes() == before
+
+
+ENCODING = {
+    "shape": [3, 2, 4],
+    "class_names": ["a", "b"],
+    "latents": {"vae": "/there", "weights": "abc", "config": {"scaling_factor": 0.5, "shift_factor": 0.0, "latent_channels": 4}},
+    "images": {"source": "folder:/there", "count": 10, "fingerprint": "new", "shard_size": 4, "dtype": "float32"},
+}
+
+
+def changed(path, value):
+    """ENCODING with another value at "section.key"."""
+    copied = place = json.loads(json.dumps(ENCODING))
+    *sections, key = path.split(".")
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return copied
+
+
+def check(saved, older=()):
+    latents.check_same("out", saved, ENCODING, older)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("latents.vae", "/elsewhere"),
+        ("images.source", "folder:/elsewhere"),
+        ("latents.config.scaling_factor", 1.0),
+        ("latents.config.shift_factor", 1.0),
+    ],
+)
+def test_places_and_scale_do_not_make_another_encoding(path, value):
+    check(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("shape", [3, 2, 8]),
+        ("class_names", ["b", "a"]),
+        ("latents.weights", "abd"),
+        ("latents.config.latent_channels", 8),
+        ("images.shard_size", 5),
+        ("images.dtype", "bfloat16"),
+        ("images.tile", True),
+    ],
+)
+def test_another_encoding_is_named(path, value):
+    assert_one_line(lambda: check(changed(path, value)), "another encoding", path.replace(".latent_channels", ""), "--out")
+    assert_one_line(lambda: latents.check_same("out", ENCODING, changed(path, value), ()), "another encoding")
+
+
+@pytest.mark.parametrize("path, value", [("images.fingerprint", "old"), ("images.count", 9)])
+def test_changed_images_are_called_that(path, value):
+    assert_one_line(lambda: check(changed(path, value)), "folder:/there has changed since out was begun", "edited", "--out")
+
+
+def test_a_fingerprint_of_an_earlier_version_serves():
+    check(changed("images.fingerprint", "old"), ("older", "old"))
+    assert_one_line(lambda: check(changed("images.fingerprint", "old"), ("older",)), "has changed")
+    assert_one_line(lambda: check(changed("images.fingerprint", "old") | {"shape": [1, 1, 4]}, ("old",)), "(shape)")
