@@ -95,7 +95,7 @@ def encode() -> None:
     mine = share(paths)
     size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
     encoded, since = sum(size.values()), time.perf_counter()
-    with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0) as bar:
+    with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0 or not mine) as bar:
         for i in mine:
             first = i * _SHARD_SIZE.value
             moments = examples(source, autoencoder, first, first + size[i], bar)

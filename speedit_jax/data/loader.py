@@ -3,9 +3,9 @@
 The shuffled, endless order of records is global: record i of step s is number s * B + i of it, whatever the number of
 hosts. Each host then loads only the rows that its devices hold. The position in the data is the step: nothing to save.
 
-Memory: threads read READ_AHEAD batches of examples ahead, and one more batch is there twice while it is put together, so a host
-needs at most (READ_AHEAD + 2) x rows x bytes of an example. ImageNet at 256 pixels has 768 KiB an example (float32): 0.8 GB at
-256 rows a host.
+Memory: threads read READ_AHEAD batches of examples ahead, one batch is there twice while it is put together, and one is in use:
+at most (READ_AHEAD + 3) x rows x bytes of an example on each host. ImageNet at 256 pixels has 768 KiB an example (float32), so
+1.0 GB at 256 rows a host.
 """
 
 import contextlib
