@@ -6,11 +6,13 @@
 Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
 header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
 stay, and the result is the same to the byte. With --multihost every process writes its share of the missing shards; --out must
-be a directory that all see. --verify reads what is there and compares checksums.
+be a directory that all see. --verify reads what is there, compares checksums and checks that all numbers are finite.
 """
 
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -22,14 +24,14 @@ from tqdm import tqdm
 from speedit_jax import cli, sharding
 from speedit_jax.data import latents, loader
 from speedit_jax.data.sources import Source, open_source
-from speedit_jax.encoders.autoencoder import Autoencoder
+from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
 from speedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH, tfds:NAME or synthetic, as config.data.source.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH.")
-_VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its safetensors.")
+_VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its weights.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time, over this process's devices.", lower_bound=1)
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Images a file: what a kill loses at most.", lower_bound=1)
@@ -85,17 +87,18 @@ def encode() -> None:
             "dtype": autoencoder.dtype,
         },
     }
-    claim(out, what)
+    claim(out, what, getattr(source, "older_fingerprints", ()))
 
     total = -(-len(source) // _SHARD_SIZE.value)
     paths = [out / latents.shard_name(i, total) for i in range(total)]
     mine = share(paths)
     size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
     encoded, since = sum(size.values()), time.perf_counter()
-    with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0) as bar:
+    with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0 or not mine) as bar:
         for i in mine:
             first = i * _SHARD_SIZE.value
-            latents.write_shard(paths[i], examples(source, autoencoder, first, first + size[i], bar))
+            moments = examples(source, autoencoder, first, first + size[i], bar)
+            latents.write_shard(paths[i], moments, lambda j, first=first: image_name(source, first + j))
     seconds = time.perf_counter() - since
     shards = finished(paths)
     if jax.process_index() == 0:
@@ -103,24 +106,32 @@ def encode() -> None:
         header = latents.write_header(out, what, shards)
         rate = f", {encoded / seconds:.3g} images/s here" if encoded else ""
         print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
-        print(f"per channel: mean {np.round(header['mean'], 3).tolist()}, std {np.round(header['std'], 3).tolist()}, unscaled")
+        mean, std = (np.round(values, 3).tolist() for values in scaled_statistics(header))
+        print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
+        if warning := scale_warning(header):
+            print(f"warning: {warning}", file=sys.stderr)
         print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")
         print(f"--config.data.source=latents:{out} --workdir=runs/mine")
 
 
-def claim(out: Path, what: dict) -> None:
+def image_name(source: Source, index: int) -> str:
+    files = getattr(source, "files", None)
+    # A name that is no text cannot be printed as it is.
+    return f"image {index}" + (f" ({str(files[index]).encode(errors='backslashreplace').decode()})" if files else "")
+
+
+def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] = ()) -> None:
     """Makes `out` this encoding's; shards of other images or of another autoencoder must not be mixed in.
+
+    Args:
+      older_fingerprints: what earlier versions called the same images.
 
     Raises:
       UserError: it holds another encoding, or cannot be written.
     """
     path = out / "encoding.json"
     if jax.process_index() == 0 and not path.exists():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            latents.write_json(path, what)
-        except OSError as e:
-            raise UserError(f"cannot write to --out={out}: {e.strerror}") from e
+        write_claim(path, what)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("--out is claimed")
     if not path.exists():
@@ -128,10 +139,17 @@ def claim(out: Path, what: dict) -> None:
             f"--out={out} on process {jax.process_index()} is not that of process 0: all hosts must see one directory"
         )
     saved = latents.read_json(path)
-    different = [key for key in what if saved.get(key) != what[key]]
-    different += [f"images.{key}" for key in what["images"] if saved.get("images", {}).get(key) != what["images"][key]]
-    if different:
-        raise UserError(f"{out} holds another encoding ({', '.join(d for d in different if d != 'images')}); name another --out")
+    latents.check_same(out, saved, what, older_fingerprints)
+    if jax.process_index() == 0 and saved != what:
+        write_claim(path, what)  # with today's places, scale and fingerprint
+
+
+def write_claim(path: Path, what: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        latents.write_json(path, what)
+    except OSError as e:
+        raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
 
 
 def share(paths: list[Path]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, hosts
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from speedit_jax.testing.vae_weights import write_vae
 
@@ -154,6 +156,75 @@ def test_another_encoding_is_not_mixed_in(run, encoded, folder, vae):
     assert_fails(run("encode", *flags(folder, vae, encoded), "--size=16"), "holds another encoding", "images.shape")
     assert_fails(run("encode", f"--source=latents:{encoded}", f"--vae={vae}", "--out=/tmp/x"), "latents already")
     assert contents(encoded) == before
+
+
+def remake(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def shards(directory):
+    return {name: digest for name, digest in contents(directory).items() if name.endswith(".array_record")}
+
+
+def test_moved_images_and_another_scale_encode_nothing_anew(run, encoded, folder, vae, tmp_path):
+    out, images, moved = (Path(tmp_path / name) for name in ("latents", "images", "vae"))
+    for old, new in ((encoded, out), (folder, images), (vae, moved)):
+        shutil.copytree(old, new)  # with the files' times
+    remake(moved / "config.json", lambda config: config.update(scaling_factor=100.0))
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    result = run("encode", *flags(images, moved, out))
+    assert_works(result)
+    assert (
+        "5 of 5 shards are there already" in result.out
+        and "scaled by scaling_factor=100, shift_factor=0.1159: mean" in result.out
+    )
+    (warning,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    assert "standard deviation" in warning and "scaling_factor=100" in warning
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")} == times
+    assert shards(out) == shards(encoded)
+    for name in ("header.json", "encoding.json"):
+        saved = json.loads((out / name).read_text())
+        assert (saved["latents"]["vae"], saved["images"]["source"]) == (str(moved), f"folder:{images}")
+        assert saved["latents"]["config"]["scaling_factor"] == 100
+
+
+def test_scaled_statistics_are_printed(encoded, run, folder, vae):
+    result = run("encode", *flags(folder, vae, encoded))
+    header = json.loads((encoded / "header.json").read_text())
+    (line,) = [line for line in result.out.splitlines() if line.startswith("per channel, scaled by scaling_factor=0.3611")]
+    expected = np.round(0.3611 * np.array(header["std"]), 3).tolist()
+    assert line.endswith(f"std {expected}")
+
+
+def test_other_images_are_not_mixed_in(run, encoded, folder, vae, tmp_path):
+    out = tmp_path / "latents"
+    shutil.copytree(encoded, out)
+    remake(out / "encoding.json", lambda content: content["images"].update(fingerprint="of other images"))
+    before = contents(out)
+    assert_fails(
+        run("encode", *flags(folder, vae, out)), f"folder:{folder} has changed since {out} was begun", "name another --out"
+    )
+    assert contents(out) == before
+
+
+def test_an_autoencoder_that_overflows_names_the_image(run, folder, vae, tmp_path):
+    tensors = load_file(vae / "diffusion_pytorch_model.safetensors")
+    for value, words in ((1e6, ["float16 holds at most 65504"]), (np.nan, ["not finite in encoder.conv_out.weight"])):
+        broken, out = tmp_path / f"vae {value}", tmp_path / f"latents {value}"
+        shutil.copytree(vae, broken)
+        scaled = tensors | {"encoder.conv_out.weight": tensors["encoder.conv_out.weight"] * np.float32(value)}
+        save_file(scaled, broken / "diffusion_pytorch_model.safetensors")
+        result = run("encode", *flags(folder, broken, out))
+        assert result.code == 1 and "Traceback" not in result.err
+        line = result.err.splitlines()[-1]
+        assert line.startswith("error: ") and all(word in line for word in words), result.err
+        if np.isfinite(value):
+            assert "image 0 (cat/000.png)" in line
+            assert [path.name for path in out.iterdir()] == ["encoding.json"]
+        else:
+            assert not out.exists()
 
 
 LATENTS = [flag for flag in TINY if "scan_unroll" not in flag and "configs/" not in flag and "sample_every" not in flag]

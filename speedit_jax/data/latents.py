@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def remove_partial(directory: Path) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = _partial(path)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 
 
@@ -53,30 +53,59 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_shard(path: Path, examples: Iterable[tuple[int, np.ndarray]]) -> dict[str, Any]:
+def write_shard(
+    path: Path, examples: Iterable[tuple[int, np.ndarray]], name: Callable[[int], str] = "record {}".format
+) -> dict[str, Any]:
     """Writes a shard of (label, moments [2, h, w, 2C]) under a temporary name, then gives it its own.
+
+    Args:
+      name: index in the shard -> what an error calls that example.
 
     Returns:
       What the shard's JSON holds: records, sha256, and per channel the sums of a latent and of its square.
+
+    Raises:
+      UserError: moments that are not finite, or not in float16; the shard is not written then.
     """
     partial = _partial(path)
-    writer = ArrayRecordWriter(str(partial), _ONE_BY_ONE)
-    count, first, second = 0, 0.0, 0.0
-    for label, moments in examples:
-        stored = np.asarray(moments, _MOMENTS)
-        writer.write(np.asarray(label, _LABEL).tobytes() + stored.tobytes())
-        mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
-        first = first + mean.mean(axis=(0, 1, 2))
-        second = second + (mean**2 + np.exp(logvar)).mean(axis=(0, 1, 2))
-        count += 1
-    writer.close()
-    if finished := finished_shard(path):  # by another process, meanwhile
+    try:
+        count, first, second = _write_records(partial, examples, name)
+        if finished := finished_shard(path):  # by another process, meanwhile
+            return finished
+        facts = {"records": count, "sha256": sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
+        os.replace(partial, path)
+    finally:
         partial.unlink(missing_ok=True)
-        return finished
-    facts = {"records": count, "sha256": sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
-    os.replace(partial, path)
     write_json(path.with_suffix(".json"), facts)
     return facts
+
+
+def _write_records(path: Path, examples, name) -> tuple[int, np.ndarray, np.ndarray]:
+    """(records, sum of latents, sum of their squares); the sums are per channel."""
+    writer = ArrayRecordWriter(str(path), _ONE_BY_ONE)
+    count, first, second = 0, 0.0, 0.0
+    try:
+        for label, moments in examples:
+            with np.errstate(over="ignore"):  # said below, by name
+                stored = np.asarray(moments, _MOMENTS)
+            if not np.isfinite(stored).all():
+                raise UserError(f"{name(count)}: {_not_finite(moments)}")
+            writer.write(np.asarray(label, _LABEL).tobytes() + stored.tobytes())
+            mean, logvar = np.split(stored.astype(np.float64), 2, axis=-1)
+            first = first + mean.mean(axis=(0, 1, 2))
+            second = second + (mean**2 + np.exp(logvar)).mean(axis=(0, 1, 2))
+            count += 1
+    finally:
+        writer.close()
+    return count, first, second
+
+
+def _not_finite(moments: np.ndarray) -> str:
+    """Why moments cannot be stored, and what to do."""
+    if np.isfinite(moments).all():
+        largest, limit = np.abs(moments).max(), np.finfo(_MOMENTS).max
+        return f"its latents reach {largest:.3g}, and float16 holds at most {limit:.0f}; check the VAE, or name another one"
+    return "its latents are not finite; the VAE overflows or is damaged: try --dtype=float32, or another VAE"
 
 
 def finished_shard(path: Path) -> dict[str, Any] | None:
@@ -85,8 +114,45 @@ def finished_shard(path: Path) -> dict[str, Any] | None:
     return read_json(facts) if facts.exists() and path.exists() else None
 
 
+def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any], older_fingerprints: tuple[str, ...]) -> None:
+    """Whether shards of the encoding `saved` and of the encoding `what` may be mixed; both are contents of encoding.json.
+
+    Args:
+      older_fingerprints: what earlier versions called the images of `what`.
+
+    Raises:
+      UserError: they may not.
+    """
+    old, new = _identity(saved), _identity(what)
+    if old.get("images.fingerprint") in older_fingerprints:
+        old["images.fingerprint"] = new["images.fingerprint"]
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if different and set(different) <= {"images.fingerprint", "images.count"}:
+        raise UserError(
+            f"{what['images']['source']} has changed since {directory} was begun: images were added, removed or edited;"
+            " name another --out, or remove that directory to encode all images again"
+        )
+    if different:
+        raise UserError(f"{directory} holds another encoding ({', '.join(different)}); name another --out")
+
+
+def _identity(what: dict[str, Any]) -> dict[str, Any]:
+    """What shards depend on: neither where images and autoencoder lie, nor the scale, which is applied in training."""
+    flat = {key: value for key, value in what.items() if not isinstance(value, dict)}
+    for section, left_out in (("latents", ("vae", "config")), ("images", ("source",))):
+        flat |= {f"{section}.{key}": value for key, value in what.get(section, {}).items() if key not in left_out}
+    config = what.get("latents", {}).get("config", {})
+    return flat | {"latents.config": {k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor")}}
+
+
 def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """header.json: `what`, the shards' facts, their count and per-channel statistics of the unscaled latents."""
+    """header.json: `what`, the shards' facts, their count and per-channel statistics of the unscaled latents.
+
+    Raises:
+      UserError: names shards that hold numbers that are not finite.
+    """
+    shards = [{"name": shard_name(i, len(shards)), **shard} for i, shard in enumerate(shards)]
+    _check_sums(directory, shards)
     count = sum(shard["records"] for shard in shards)
     mean = np.sum([shard["sum"] for shard in shards], axis=0) / count
     square = np.sum([shard["sum_of_squares"] for shard in shards], axis=0) / count
@@ -94,10 +160,24 @@ def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, A
         "count": count,
         "mean": list(mean),
         "std": list(np.sqrt(square - mean**2)),
-        "shards": [{"name": shard_name(i, len(shards)), **shard} for i, shard in enumerate(shards)],
+        "shards": shards,
     }
     write_json(directory / HEADER, header)
     return header
+
+
+def _check_sums(directory: Path, shards: list[dict[str, Any]]) -> None:
+    """Raises a UserError for shards with numbers that are not finite, which earlier versions wrote."""
+    bad = [shard["name"] for shard in shards if not np.isfinite([shard["sum"], shard["sum_of_squares"]]).all()]
+    if bad:
+        raise UserError(
+            f"{directory}: {_listed(bad)} with numbers that are not finite; remove them and run speedit_jax.encode again,"
+            " which names the image"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +187,7 @@ class LatentSource:
     Attributes:
       image_shape: (h, w, C), of a latent.
       latents: the header's account of them: the VAE, its scale and shift.
+      header: all of header.json.
     """
 
     image_shape: tuple[int, int, int]
@@ -114,20 +195,34 @@ class LatentSource:
     fingerprint: str
     latents: dict[str, Any]
     records: Any
+    directory: Path
+    header: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Raises a UserError for a record that is not finite, as a damaged file may hold it."""
         record = self.records[index]
         h, w, c = self.image_shape
-        moments = np.frombuffer(record, _MOMENTS, offset=_LABEL.itemsize).reshape(2, h, w, 2 * c)
-        return {"moments": moments.astype(np.float32), "label": np.frombuffer(record, _LABEL, 1)[0]}
+        moments = _moments(record).reshape(2, h, w, 2 * c)
+        if not np.isfinite(moments).all():
+            raise UserError(
+                f"record {index} of {self.directory} is not finite; --verify names its shard: remove that and run"
+                " speedit_jax.encode again"
+            )
+        return {"moments": moments, "label": np.frombuffer(record, _LABEL, 1)[0]}
+
+
+def _moments(record: bytes) -> np.ndarray:
+    """float32, flat."""
+    return np.frombuffer(record, _MOMENTS, offset=_LABEL.itemsize).astype(np.float32)
 
 
 def open_latents(directory: Path) -> LatentSource:
     """Raises a UserError where `directory` does not hold all that its header says."""
     header = read_header(directory)
+    _check_sums(directory, header["shards"])
     paths = [directory / shard["name"] for shard in header["shards"]]
     for path in paths:
         if not path.exists():
@@ -141,7 +236,9 @@ def open_latents(directory: Path) -> LatentSource:
     if found != header["count"]:
         raise UserError(f"{directory} holds {found} records, but its header says {header['count']}; check it with --verify")
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
-    return LatentSource(tuple(header["shape"]), tuple(header["class_names"]), fingerprint, header["latents"], records)
+    return LatentSource(
+        tuple(header["shape"]), tuple(header["class_names"]), fingerprint, header["latents"], records, directory, header
+    )
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -159,20 +256,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> dict[str, Any]:
-    """Reads every shard and compares checksums; returns the header.
+    """Reads every shard, compares checksums and checks that all numbers are finite; returns the header.
 
     Raises:
-      UserError: names the shards that differ.
+      UserError: names the shards that differ, or that hold other numbers.
     """
     header = read_header(directory)
+    paths = [directory / shard["name"] for shard in header["shards"]]
     bad = [
-        s["name"]
-        for s in header["shards"]
-        if not (directory / s["name"]).exists() or sha256(directory / s["name"]) != s["sha256"]
+        path.name
+        for path, shard in zip(paths, header["shards"], strict=True)
+        if not path.exists() or sha256(path) != shard["sha256"]
     ]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(
-            f"{directory}: {', '.join(bad[:3])}{more} missing or damaged; remove them and run speedit_jax.encode again"
-        )
+        raise UserError(f"{directory}: {_listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
+    for path in paths:
+        records = grain.sources.ArrayRecordDataSource(str(path))
+        for i in range(len(records)):
+            if not np.isfinite(_moments(records[i])).all():
+                raise UserError(f"{path}: record {i} is not finite; remove the file and run speedit_jax.encode again")
     return header

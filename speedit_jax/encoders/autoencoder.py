@@ -1,7 +1,6 @@
 """The autoencoder around a latent diffusion model: one set of weights, jitted over the batch of a mesh."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
@@ -12,8 +11,11 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.errors import UserError
-from speedit_jax.interop.vae import WEIGHTS, find_vae
+from speedit_jax.interop.vae import checksum, find_vae
 from speedit_jax.models.vae import VaeConfig, load_vae, to_latents
+
+# Of a channel of scaled latents. An autoencoder's scaling_factor is chosen for 1 over all of them (Rombach et al., G).
+STD_RANGE = (0.3, 3.0)
 
 
 def sample_posterior(key: jax.Array, moments: jax.Array) -> jax.Array:
@@ -26,7 +28,7 @@ class Autoencoder:
     """Images [B, H, W, 3] in [-1, 1] to moments [B, h, w, 2C], and latents [B, h, w, C] to images.
 
     Args:
-      where: a diffusers AutoencoderKL directory, or its name on the Hugging Face hub.
+      where: a diffusers AutoencoderKL, as interop/vae.py finds it: a directory, or its name on the Hugging Face hub.
       mesh: its batch axes share the images; the weights are on every device.
       dtype: of activations: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16".
       tile: in overlapping tiles, for images that do not fit.
@@ -35,7 +37,7 @@ class Autoencoder:
       identity: JSON that says whose latents these are: {"vae": where, "weights": checksum, "config": of the architecture}.
       dtype: of activations.
       channels: of latents.
-      directory: where its files are.
+      directory: where its files are, as interop/vae.py's `find_vae` gives it.
     """
 
     def __init__(self, where: str, mesh: Mesh, dtype: str = "auto", tile: bool = False):
@@ -45,10 +47,8 @@ class Autoencoder:
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._rows = sharding.batch_sharding(mesh)
         self.directory = find_vae(where)
-        with (self.directory / WEIGHTS).open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
         config = json.loads(json.dumps(dataclasses.asdict(vae.config)))  # as it will be read again: lists for tuples
-        self.identity: dict[str, Any] = {"vae": where, "weights": checksum, "config": config}
+        self.identity: dict[str, Any] = {"vae": where, "weights": checksum(self.directory), "config": config}
 
         def encode(params, images):
             return jnp.concatenate(vae.encode(params, images, tile=tile), axis=-1)
@@ -60,10 +60,20 @@ class Autoencoder:
 
         self._decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
+    @property
+    def scale(self) -> str:
+        """Its factors, for a person to read."""
+        return _scale(self.identity)
+
     def check(self, latents: dict[str, Any]) -> None:
-        """Raises a UserError unless `latents`, an identity, is this autoencoder's."""
+        """Raises a UserError unless `latents`, an identity, is this autoencoder's, with the same scale."""
         if latents["weights"] != self.identity["weights"]:
             raise UserError(f"{self.identity['vae']} is not the autoencoder of these latents, which {latents['vae']} encoded")
+        if _scale(latents) != self.scale:
+            raise UserError(
+                f"{self.identity['vae']} has {self.scale}, but these latents have {_scale(latents)}: correct its config.json,"
+                " or, for stored latents, run speedit_jax.encode again, which takes over the scale and encodes nothing anew"
+            )
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(H, W, 3) -> (h, w, C).
@@ -121,3 +131,33 @@ def open_autoencoder(given: str | None, latents: dict[str, Any] | None, channels
 def latents_of(identity: dict[str, Any], key: jax.Array, moments: jax.Array) -> jax.Array:
     """What the diffusion model trains on, [B, h, w, C]: a sample of the posterior of the autoencoder `identity`, scaled."""
     return to_latents(VaeConfig.from_diffusers(identity["config"]), sample_posterior(key, moments))
+
+
+def _scale(identity: dict[str, Any]) -> str:
+    config = VaeConfig.from_diffusers(identity["config"])
+    return f"scaling_factor={config.scaling_factor:g}, shift_factor={config.shift_factor:g}"
+
+
+def scaled_statistics(header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, standard deviation) per channel, [C] each, of what the diffusion model trains on.
+
+    Args:
+      header: of stored latents (data/latents.py), whose own statistics are before scaling.
+    """
+    config = VaeConfig.from_diffusers(header["latents"]["config"])
+    mean, std = (np.asarray(header[name], np.float64) for name in ("mean", "std"))
+    return to_latents(config, mean), abs(config.scaling_factor) * std
+
+
+def scale_warning(header: dict[str, Any]) -> str | None:
+    """One line where a channel's scaled standard deviation lies outside STD_RANGE; noise schedules expect about 1."""
+    _, std = scaled_statistics(header)
+    if STD_RANGE[0] <= std.min() and std.max() <= STD_RANGE[1]:
+        return None
+    unscaled = np.sqrt(np.mean(np.square(header["std"])))
+    return (
+        f"the scaled latents have a standard deviation of {std.min():.3g} to {std.max():.3g} by channel, and about 1 is expected."
+        f" Check {_scale(header['latents'])} in config.json of {header['latents']['vae']}: scaling_factor should be about one"
+        f" over {unscaled:.3g}, the unscaled one. Then run speedit_jax.encode again, which takes over the scale and encodes"
+        " nothing anew"
+    )

@@ -1,23 +1,39 @@
-"""Reads a VAE as diffusers stores it: a directory of config.json and diffusion_pytorch_model.safetensors.
+"""Reads a VAE as diffusers stores it: a directory of config.json and diffusion_pytorch_model.safetensors, .bin or shards.
 
 Our modules bear diffusers' names, with an underscore where it has the dot beside a number: "encoder", "down_blocks_0_resnets_1",
 "conv1", "kernel" is encoder.down_blocks.0.resnets.1.conv1.weight.
 Layouts: convolutions OIHW -> HWIO, linear [out, in] -> [in, out].
 """
 
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from speedit_jax.errors import UserError
+from speedit_jax.interop import files
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# What diffusers may call the weights, the most exact and safest first; an index names the files of a large model.
+_NAMES = (
+    WEIGHTS,
+    f"{WEIGHTS}.index.json",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.bin.index.fp16.json",
+)
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+# Stable Diffusion's own code, before diffusers.
+_ORIGINAL_NAMES = re.compile(r"first_stage_model\.|(encoder|decoder)\.(down|up|mid)\.")
+_CONVERT = "AutoencoderKL.from_single_file(FILE).save_pretrained(DIRECTORY) of diffusers writes one"
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Attention's names in older files, the published sd-vae-ft among them -> today's.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -27,19 +43,35 @@ _SHOWN = 3  # names of tensors in one message
 
 
 def find_vae(where: str) -> Path:
-    """The directory that holds both files: `where` itself, or a copy from the Hugging Face hub.
+    """Where a VAE is: a directory, a file of weights beside its config.json, or a copy from the Hugging Face hub.
 
     Args:
-      where: a directory, or a name on the hub: "owner/repository" or "owner/repository/folder". Downloads go to the hub's cache.
+      where: a directory, of a VAE or of a pipeline that has one in vae/; a file of weights; or a name on the hub:
+        "owner/repository" or "owner/repository/folder", unless a file or directory here has that name. Downloads go to the hub's
+        cache.
+
+    Returns:
+      A directory with a config.json and weights of one of diffusers' names, or the file.
 
     Raises:
       UserError: no such directory, a file is missing, or it cannot be downloaded.
     """
     path = Path(where).expanduser()
     if path.is_dir():
-        if missing := [name for name in (CONFIG, WEIGHTS) if not (path / name).is_file()]:
+        if not (path / CONFIG).is_file() and (path / "vae").is_dir():
+            return find_vae(str(path / "vae"))
+        missing = [] if (path / CONFIG).is_file() else [CONFIG]
+        missing += [] if _name_of_weights(path) else [WEIGHTS]
+        if missing:
             raise UserError(f"{where!r} has no {' and no '.join(missing)}; place both files of a diffusers VAE there")
         return path
+    if path.exists():
+        if path.suffix in _PICKLES | {".safetensors"} and (path.parent / CONFIG).is_file():
+            return path
+        raise UserError(
+            f"{where!r} is one file, but a VAE is a directory: the weights and a {CONFIG}, which holds the scaling_factor;"
+            f" {_CONVERT}"
+        )
     place = f"place {CONFIG} and {WEIGHTS} of a diffusers VAE in a directory and give its path"
     if not _HUB_NAME.fullmatch(where):
         raise UserError(f"no VAE directory {where!r}; {place}")
@@ -55,47 +87,105 @@ def find_vae(where: str) -> Path:
 
     try:
         try:
-            files = get(local_files_only=True)
+            paths = get(local_files_only=True)
         except FileNotFoundError:
             # Asked for once: where there is no network hf_hub_download goes on trying, with lines of its own, up to minutes.
             get_hf_file_metadata(hf_hub_url(repository, CONFIG, subfolder=folder), timeout=_TIMEOUT)
-            files = get()
+            paths = get()
     except Exception as error:  # no network, no such name, no permission, no space: each has a class of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"no VAE directory {where!r}, and its download failed: {place} ({reason[:200]})") from error
-    return Path(files[0]).parent
+    return Path(paths[0]).parent
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is.
+def read_config(place: Path) -> dict[str, Any]:
+    """config.json of what `find_vae` found, as it is.
 
     Raises:
       UserError: not JSON, or not an object.
     """
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-    except ValueError as error:
-        raise UserError(f"{directory / CONFIG} is not JSON: {error}") from error
+    path = _config_path(place)
+    config = _read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{directory / CONFIG} is not the config of a model: it holds no names")
+        raise UserError(f"{path} is not the config of a model: it holds no names")
     return config
 
 
-def read_params(directory: Path, like: Any) -> dict:
-    """The weights in the layout of `like`, float32.
+def read_params(place: Path, like: Any) -> dict:
+    """The weights of what `find_vae` found, in the layout of `like`, float32.
 
     Args:
       like: our parameter tree, arrays or shapes.
 
     Raises:
-      UserError: unreadable, or tensors that are missing, not expected or of another shape.
+      UserError: unreadable, or tensors that are missing, not expected, of another shape or not finite.
     """
-    path = directory / WEIGHTS
+    paths = weights_files(place)
+    return arrange(_read_tensors(paths), like, str(paths[0] if len(paths) == 1 else place))
+
+
+def weights_files(place: Path) -> list[Path]:
+    """The files that hold the weights of what `find_vae` found.
+
+    Raises:
+      UserError: an index that names files that are missing.
+    """
+    if not place.is_dir():
+        return [place]
+    path = place / (_name_of_weights(place) or WEIGHTS)
+    if path.suffix != ".json":
+        return [path]
+    index = _read_json(path)
+    names = sorted(set(index["weight_map"].values())) if isinstance(index, dict) and "weight_map" in index else []
+    if not names:
+        raise UserError(f"{path} is not an index of weights: it has no weight_map")
+    if missing := [name for name in names if not (place / name).is_file()]:
+        raise UserError(f"{place} has no {_listed(missing)}, which {path.name} names; place all files of the VAE there")
+    return [place / name for name in names]
+
+
+def checksum(place: Path) -> str:
+    """SHA-256 of the file of weights; of several, of their checksums."""
+    sums = []
+    for path in weights_files(place):
+        with path.open("rb") as file:
+            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def copy(place: Path, directory: Path) -> None:
+    """Writes config.json and WEIGHTS to `directory`, whatever the names and the format of the original."""
+    shutil.copyfile(_config_path(place), directory / CONFIG)
+    paths = weights_files(place)
+    if [path.suffix for path in paths] == [".safetensors"]:
+        shutil.copyfile(paths[0], directory / WEIGHTS)
+    else:
+        files.write_safetensors(directory / WEIGHTS, _read_tensors(paths))
+
+
+def _config_path(place: Path) -> Path:
+    return (place if place.is_dir() else place.parent) / CONFIG
+
+
+def _name_of_weights(directory: Path) -> str | None:
+    return next((name for name in _NAMES if (directory / name).is_file()), None)
+
+
+def _read_json(path: Path) -> Any:
     try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    return arrange(state, like, str(path))
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
+    state = {}
+    for path in paths:
+        try:
+            state |= files.arrays(files.read_pt(path)) if path.suffix in _PICKLES else files.read_safetensors(path)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    return state
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -113,7 +203,7 @@ def arrange(state: dict[str, np.ndarray], like: Any, source: str) -> dict:
       source: where `state` comes from, for messages.
 
     Raises:
-      UserError: tensors are missing, not expected or of another shape.
+      UserError: tensors are missing, not expected, of another shape or not finite.
     """
     state = {_current_name(name): array for name, array in state.items()}
     expected, missing, misshapen = set(), [], []
@@ -138,7 +228,13 @@ def arrange(state: dict[str, np.ndarray], like: Any, source: str) -> dict:
     faults = {"lacks": missing, "has the unknown": sorted(state.keys() - expected), "has the wrong shape of": misshapen}
     if any(faults.values()):
         text = "; ".join(f"{verb} {_listed(names)}" for verb, names in faults.items() if names)
+        if any(_ORIGINAL_NAMES.match(name) for name in state):
+            raise UserError(f"{source} has the names of the original Stable Diffusion code, not of a diffusers VAE; {_CONVERT}")
         raise UserError(f"{source} is not the VAE of its {CONFIG}: it {text}; place the two files of one diffusers VAE there")
+    if broken := [name for name, value in state.items() if not np.isfinite(value).all()]:
+        raise UserError(
+            f"{source} has numbers that are not finite in {_listed(broken)}; download it again, or take its float32 version"
+        )
     return params
 
 

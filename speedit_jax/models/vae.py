@@ -185,14 +185,14 @@ def build_vae(config: VaeConfig, dtype: str = "float32") -> Vae:
 
 
 def load_vae(where: str, dtype: str = "float32") -> tuple[Vae, Any]:
-    """The autoencoder of a diffusers directory, or of a name on the Hugging Face hub, and its parameters, NumPy arrays.
+    """The autoencoder that interop/vae.py finds at `where`, a directory or a name on the hub, and its parameters, NumPy arrays.
 
     Raises:
       UserError: see interop/vae.py, `VaeConfig.from_diffusers` and `build_vae`.
     """
-    directory = files.find_vae(where)
-    vae = build_vae(VaeConfig.from_diffusers(files.read_config(directory)), dtype)
-    return vae, files.read_params(directory, jax.eval_shape(vae.init, jax.random.key(0)))
+    place = files.find_vae(where)
+    vae = build_vae(VaeConfig.from_diffusers(files.read_config(place)), dtype)
+    return vae, files.read_params(place, jax.eval_shape(vae.init, jax.random.key(0)))
 
 
 def _conv(features: int, size: int, dtype, name: str) -> nn.Conv:

@@ -1,9 +1,12 @@
 """Latents on disk: what is written is read, what is missing or damaged is named, mirror images are chosen."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from errors import assert_one_line
 
 from speedit_jax.config import get_config
 from speedit_jax.data import latents, loader
@@ -149,3 +152,127 @@ def test_a_shard_is_finished_when_its_facts_are_there(tmp_path):
     assert latents.finished_shard(path) is None and not path.exists()
     facts = latents.write_shard(path, [(0, moments(0))])
     assert latents.finished_shard(path) == facts and facts["records"] == 1
+
+
+def harmed(value, where):
+    """float32 moments of one example, one number of which is `value`."""
+    values = moments(0).astype(np.float32)
+    values[where] = value
+    return values
+
+
+MEAN, LOGVAR = (1, 2, 0, 3), (0, 0, 1, 6)  # of the mirror image and of the image
+
+
+@pytest.mark.parametrize("where", [MEAN, LOGVAR])
+@pytest.mark.parametrize(
+    "value, words", [(np.nan, ["not finite", "--dtype"]), (np.inf, ["not finite"]), (-7e4, ["reach 7e+04", "at most 65504"])]
+)
+def test_what_float16_does_not_hold_is_not_written(tmp_path, value, words, where):
+    path = tmp_path / latents.shard_name(0, 1)
+    examples = [(0, moments(0)), (1, harmed(value, where)), (2, moments(2))]
+    assert_one_line(lambda: latents.write_shard(path, examples, "image {} of mine".format), "image 1 of mine", *words)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_largest_float16_is_written(tmp_path):
+    path = tmp_path / latents.shard_name(0, 1)
+    facts = latents.write_shard(path, [(0, harmed(65504, MEAN))])
+    assert np.isfinite(facts["sum"]).all() and np.isfinite(facts["sum_of_squares"]).all()
+
+
+def store_infinity(directory, sum_too):
+    """Record 5 of all has an infinity, in the stored numbers and perhaps in the sums: what earlier versions wrote."""
+    path = directory / latents.shard_name(1, SHARDS)
+    path.unlink()
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for i in range(4, 8):
+        stored = moments(i) if i != 5 else harmed(np.inf, MEAN).astype(np.float16)
+        writer.write(np.int32(i % 3).tobytes() + stored.tobytes())
+    writer.close()
+    header = json.loads((directory / "header.json").read_text())
+    header["shards"][1]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sum_too:
+        header["shards"][1]["sum"][3] = np.inf
+    (directory / "header.json").write_text(json.dumps(header))
+
+
+def test_a_stored_number_that_is_not_finite_is_named(written):
+    store_infinity(written, sum_too=False)
+    source = open_config(written)
+    assert_one_line(lambda: source[5], "record 5", str(written), "--verify")
+    assert np.isfinite(source[4]["moments"]).all()
+    assert_one_line(lambda: latents.verify(written), "00001-of-00003.array_record", "record 1 ", "remove")
+
+
+def test_sums_that_are_not_finite_are_refused_at_once(written):
+    store_infinity(written, sum_too=True)
+    words = ["00001-of-00003.array_record", "not finite", "remove"]
+    assert_one_line(lambda: open_config(written), *words)
+    header = json.loads((written / "header.json").read_text())
+    before = (written / "header.json").read_bytes()
+    assert_one_line(lambda: latents.write_header(written, {}, header["shards"]), *words)
+    assert (written / "header.json").read_bytes() == before
+
+
+ENCODING = {
+    "shape": [3, 2, 4],
+    "class_names": ["a", "b"],
+    "latents": {"vae": "/there", "weights": "abc", "config": {"scaling_factor": 0.5, "shift_factor": 0.0, "latent_channels": 4}},
+    "images": {"source": "folder:/there", "count": 10, "fingerprint": "new", "shard_size": 4, "dtype": "float32"},
+}
+
+
+def changed(path, value):
+    """ENCODING with another value at "section.key"."""
+    copied = place = json.loads(json.dumps(ENCODING))
+    *sections, key = path.split(".")
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return copied
+
+
+def check(saved, older=()):
+    latents.check_same("out", saved, ENCODING, older)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("latents.vae", "/elsewhere"),
+        ("images.source", "folder:/elsewhere"),
+        ("latents.config.scaling_factor", 1.0),
+        ("latents.config.shift_factor", 1.0),
+    ],
+)
+def test_places_and_scale_do_not_make_another_encoding(path, value):
+    check(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("shape", [3, 2, 8]),
+        ("class_names", ["b", "a"]),
+        ("latents.weights", "abd"),
+        ("latents.config.latent_channels", 8),
+        ("images.shard_size", 5),
+        ("images.dtype", "bfloat16"),
+        ("images.tile", True),
+    ],
+)
+def test_another_encoding_is_named(path, value):
+    assert_one_line(lambda: check(changed(path, value)), "another encoding", path.replace(".latent_channels", ""), "--out")
+    assert_one_line(lambda: latents.check_same("out", ENCODING, changed(path, value), ()), "another encoding")
+
+
+@pytest.mark.parametrize("path, value", [("images.fingerprint", "old"), ("images.count", 9)])
+def test_changed_images_are_called_that(path, value):
+    assert_one_line(lambda: check(changed(path, value)), "folder:/there has changed since out was begun", "edited", "--out")
+
+
+def test_a_fingerprint_of_an_earlier_version_serves():
+    check(changed("images.fingerprint", "old"), ("older", "old"))
+    assert_one_line(lambda: check(changed("images.fingerprint", "old"), ("older",)), "has changed")
+    assert_one_line(lambda: check(changed("images.fingerprint", "old") | {"shape": [1, 1, 4]}, ("old",)), "(shape)")

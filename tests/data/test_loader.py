@@ -1,14 +1,16 @@
 """Batches as a pure function of (seed, step), whatever the hosts, the threads and the first step."""
 
 import dataclasses
+import hashlib
 import itertools
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from speedit_jax.config import get_config
-from speedit_jax.data.loader import batches
+from speedit_jax.data.loader import READ_AHEAD, batches, in_order
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 
@@ -144,3 +146,97 @@ def test_a_damaged_image_is_named_through_the_threads(tmp_path):
     with pytest.raises(UserError, match="cannot read the image") as error:
         list(batches(open_source(data), seed=0, batch_size=2, rows=np.arange(2), first_step=0, num_steps=2))
     assert str(tmp_path / "bad.png") in str(error.value)
+
+
+def digest(loaded):
+    sha = hashlib.sha256()
+    for batch in loaded:
+        for name in sorted(batch):
+            sha.update(f"{name} {batch[name].dtype} {batch[name].shape}".encode())
+            sha.update(np.ascontiguousarray(batch[name]).tobytes())
+    return sha.hexdigest()[:16]
+
+
+# Of the digits, recorded before examples were read ahead one by one. A run that is continued must see what it would have seen.
+RECORDED = {
+    (False, (0, 1, 2, 3, 4, 5)): "8e5278ee23bc73c7",
+    (False, (1, 4, 5)): "cf5f96b8a9592cb0",
+    (True, (0, 1, 2, 3, 4, 5)): "6f5d22ba7fe76f9f",
+    (True, (1, 4, 5)): "45eacef65b645352",
+}
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_the_stream_is_the_recorded_one(threads):
+    data = get_config().data
+    data.update(source="digits", height=8, width=8, channels=1)
+    source = open_source(data)
+    for (flip, rows), expected in RECORDED.items():
+        keys = {"seed": 7, "batch_size": 6, "first_step": 2, "num_steps": 30, "flip": flip, "threads": threads}
+        assert digest(batches(source, rows=np.array(rows), **keys)) == expected
+    assert digest(in_order(source, 3, 50, 8, threads)) == "096cfaeb704222ed"
+
+
+class Watched(Numbered):
+    """Calls `read` at each read, in the thread that reads."""
+
+    def __init__(self, size, read):
+        super().__init__(size)
+        object.__setattr__(self, "read", read)
+
+    def __getitem__(self, i):
+        self.read()
+        return super().__getitem__(i)
+
+
+def shuffled(source, size, threads):
+    return batches(source, seed=0, batch_size=size, rows=np.arange(size), first_step=0, num_steps=100, threads=threads)
+
+
+def ordered(source, size, threads):
+    return in_order(source, 0, len(source), size, threads)
+
+
+LOADERS = [shuffled, ordered]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_stated_number_of_examples_is_read_ahead(load, threads):
+    most = 64 + READ_AHEAD * 64 if threads else 64
+    reads, enough, too_many = itertools.count(1), threading.Event(), threading.Event()
+
+    def read():
+        number = next(reads)
+        if number >= most:
+            enough.set()
+        if number > most:
+            too_many.set()
+
+    loaded = load(Watched(2000, read), 64, threads)
+    next(loaded)
+    assert enough.wait(60)
+    assert not too_many.wait(0.3)  # a thread that reads on takes microseconds
+    loaded.close()
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_all_threads_read_for_one_batch(load):
+    together = threading.Barrier(4, timeout=60)  # breaks, and so do the reads, unless four meet there
+    assert len(next(load(Watched(4, together.wait), 4, threads=4))["label"]) == 4
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_threads_end_with_the_loader(load):
+    def alive():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("grain-prefetch")}
+
+    before = alive()
+    loaded = load(Numbered(2000), 8, threads=3)
+    next(loaded)
+    started = alive() - before
+    assert started
+    loaded.close()
+    for thread in started:
+        thread.join(60)
+        assert not thread.is_alive()

@@ -1,11 +1,18 @@
 """What the diffusion model trains on: samples of the posterior, scaled."""
 
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
+from errors import assert_one_line
 
-from speedit_jax.encoders.autoencoder import latents_of, sample_posterior
+from speedit_jax import sharding
+from speedit_jax.encoders.autoencoder import Autoencoder, latents_of, sample_posterior, scale_warning, scaled_statistics
+from speedit_jax.testing.vae_weights import CONFIGS, write_vae
 from speedit_jax.training.step import make_train_step, stream
 
 IDENTITY = {"vae": "", "weights": "", "config": {"scaling_factor": 0.5, "shift_factor": 0.25, "block_out_channels": [32]}}
@@ -38,3 +45,44 @@ def test_a_step_on_moments_is_a_step_on_their_latents():
     expected = trainer.train_step()(state, {"image": latents, "label": batch["label"]}, key)[1]
     for name in ("loss", "mse", "vb", "grad_norm"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+
+
+def header(factor, shift, std):
+    """Of latents that have a mean of 3 and these standard deviations before scaling."""
+    config = {"scaling_factor": factor, "shift_factor": shift, "block_out_channels": [32]}
+    return {"latents": {"vae": "there", "config": config}, "mean": [3.0] * len(std), "std": list(std)}
+
+
+def test_scaled_statistics_are_those_of_what_is_trained_on():
+    rng = np.random.default_rng(0)
+    z = rng.normal(3, [2.0, 5.0], (100_000, 2))
+    moments = np.concatenate([z, np.full_like(z, -30)], axis=-1)[:, None, None]
+    trained_on = np.asarray(latents_of(IDENTITY, jax.random.key(0), jnp.asarray(moments)), np.float64)[:, 0, 0]
+    mean, std = scaled_statistics({"latents": IDENTITY, "mean": z.mean(0), "std": z.std(0)})
+    # float32 against float64, and noise of e^-15.
+    np.testing.assert_allclose(trained_on.mean(0), mean, atol=1e-4)
+    np.testing.assert_allclose(trained_on.std(0), std, rtol=1e-4)
+
+
+@pytest.mark.parametrize("std, factor", [((5.0, 6.0), 0.18), ((1.0, 1.0), 0.31), ((1.0, 2.9), 1.0), ((1.0, 1.0), -1.0)])
+def test_a_usual_scale_is_no_warning(std, factor):
+    assert scale_warning(header(factor, 0.1, std)) is None
+
+
+@pytest.mark.parametrize("std, factor", [((10_500.0, 9_000.0), 1.0), ((5.0, 6.0), 1.0), ((1.0, 0.2), 1.0), ((5.0, 6.0), 0.01)])
+def test_an_unusual_scale_is_a_line_that_names_the_factor(std, factor):
+    line = scale_warning(header(factor, 0.0, std))
+    assert f"scaling_factor={factor:g}" in line and "there" in line and "\n" not in line
+    assert f"{factor * min(std):.3g} to {factor * max(std):.3g}" in line
+    assert scale_warning(header(1 / float(re.search(r"one over ([\d.e+]+),", line)[1]), 0.0, std)) is None or min(std) == 0.2
+
+
+def test_another_scale_is_another_autoencoder(tmp_path):
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    autoencoder = Autoencoder(str(write_vae(tmp_path / "vae", "small")), mesh)
+    autoencoder.check(autoencoder.identity)
+    autoencoder.check(json.loads(json.dumps(autoencoder.identity)) | {"vae": "elsewhere"})
+    config = CONFIGS["small"] | {"scaling_factor": 0.5}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    other = Autoencoder(str(tmp_path / "vae"), mesh)
+    assert_one_line(lambda: other.check(autoencoder.identity), "scaling_factor=0.5", "scaling_factor=0.3611", "encode")

@@ -1,5 +1,6 @@
 """Files of a VAE: names, layouts, older files, the hub, and the line for each thing that can be wrong."""
 
+import hashlib
 import json
 import sys
 import types
@@ -11,7 +12,17 @@ import pytest
 from errors import assert_one_line
 from safetensors.numpy import save_file
 
-from speedit_jax.interop.vae import CONFIG, WEIGHTS, find_vae, read_config, read_params, tensor_name
+from speedit_jax.interop.vae import (
+    CONFIG,
+    WEIGHTS,
+    checksum,
+    copy,
+    find_vae,
+    read_config,
+    read_params,
+    tensor_name,
+    weights_files,
+)
 
 # A convolution, attention and a norm, ours: path -> shape.
 LIKE = {
@@ -133,6 +144,113 @@ def test_directories(tmp_path):
     assert read_config(tmp_path) == {"latent_channels": 4}
     for where in (f"{tmp_path}/nowhere", "nowhere", "./no/where", "../nowhere", ""):
         assert_one_line(lambda where=where: find_vae(where), repr(where), CONFIG, WEIGHTS)
+
+
+SINGLE = "diffusion_pytorch_model"
+
+
+def save_torch(state, path):
+    torch = pytest.importorskip("torch")
+    torch.save({name: torch.from_numpy(array) for name, array in state.items()}, path)
+
+
+def save_shards(directory, state, suffix, index, save):
+    """Every other tensor in one of two files."""
+    names = sorted(state)
+    for i in range(2):
+        save({name: state[name] for name in names[i::2]}, directory / f"{SINGLE}-0000{i + 1}-of-00002.{suffix}")
+    weight_map = {name: f"{SINGLE}-0000{i % 2 + 1}-of-00002.{suffix}" for i, name in enumerate(names)}
+    (directory / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def halved(state):
+    return {name: array.astype(np.float16) for name, array in state.items()}
+
+
+# What diffusers' save_pretrained writes, with and without safe_serialization, variant="fp16" and max_shard_size.
+LAYOUTS = {
+    "safetensors": lambda d, s: save_file(s, d / f"{SINGLE}.safetensors"),
+    "bin": lambda d, s: save_torch(s, d / f"{SINGLE}.bin"),
+    "fp16": lambda d, s: save_file(halved(s), d / f"{SINGLE}.fp16.safetensors"),
+    "fp16 bin": lambda d, s: save_torch(halved(s), d / f"{SINGLE}.fp16.bin"),
+    "shards": lambda d, s: save_shards(d, s, "safetensors", f"{SINGLE}.safetensors.index.json", save_file),
+    "bin shards": lambda d, s: save_shards(d, s, "bin", f"{SINGLE}.bin.index.json", save_torch),
+    "fp16 shards": lambda d, s: save_shards(d, halved(s), "safetensors", f"{SINGLE}.safetensors.index.fp16.json", save_file),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    """Each is read, of a pipeline too, and copied as diffusers' usual two files."""
+    place, copied = tmp_path / "pipeline" / "vae", tmp_path / "copy"
+    place.mkdir(parents=True)
+    copied.mkdir()
+    (place / CONFIG).write_text("{}")
+    LAYOUTS[layout](place, tensors())
+    state = tensors() if "fp16" not in layout else {name: a.astype(np.float32) for name, a in halved(tensors()).items()}
+    (tmp_path / "expected").mkdir()
+    expected = read_params(write(tmp_path / "expected", state), LIKE)
+    for where in (place, place.parent):
+        assert find_vae(str(where)) == place
+    jax.tree.map(np.testing.assert_array_equal, read_params(place, LIKE), expected)
+    copy(place, copied)
+    assert find_vae(str(copied)) == copied
+    jax.tree.map(np.testing.assert_array_equal, read_params(copied, LIKE), expected)
+    first = checksum(place)
+    with weights_files(place)[-1].open("ab") as file:
+        file.write(b"0")
+    assert len(first) == 64 and checksum(place) != first
+
+
+def test_full_precision_comes_first(tmp_path):
+    write(tmp_path, tensors())
+    save_file(halved(tensors()), tmp_path / f"{SINGLE}.fp16.safetensors")
+    assert checksum(tmp_path) == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.fp16.safetensors", "mine.ckpt"])
+def test_a_file_beside_its_config(tmp_path, name):
+    path = tmp_path / name
+    (save_file if "safetensors" in name else save_torch)(tensors(), path)
+    assert_one_line(lambda: find_vae(str(path)), repr(str(path)), "is one file", "directory", CONFIG, "save_pretrained")
+    (tmp_path / CONFIG).write_text("{}")
+    assert find_vae(str(path)) == path
+    assert read_config(path) == {}
+    np.testing.assert_array_equal(read_params(path, LIKE)["quant_conv"]["bias"], tensors()["quant_conv.bias"])
+
+
+def test_an_index_that_does_not_fit_its_files(tmp_path):
+    LAYOUTS["shards"](tmp_path, tensors())
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / f"{SINGLE}-00002-of-00002.safetensors").unlink()
+    assert_one_line(lambda: read_params(tmp_path, LIKE), f"{SINGLE}-00002-of-00002.safetensors", "index.json")
+    (tmp_path / f"{WEIGHTS}.index.json").write_text("[]")
+    assert_one_line(lambda: read_params(tmp_path, LIKE), "index.json", "weight_map")
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+    for value in (np.nan, np.inf):
+        state = tensors()
+        state["quant_conv.bias"][3] = value
+        assert_one_line(lambda state=state: read_params(write(tmp_path, state), LIKE), "not finite", "quant_conv.bias")
+
+
+@pytest.mark.parametrize("name", ["first_stage_model.encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"])
+def test_original_names(tmp_path, name):
+    write(tmp_path, {name: np.zeros(3, np.float32)})
+    assert_one_line(lambda: read_params(tmp_path, LIKE), "original Stable Diffusion", "from_single_file")
+
+
+def test_what_exists_is_not_asked_for_on_the_hub(tmp_path, monkeypatch):
+    """A path of two parts looks like a name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    module = hub(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    (tmp_path / "vaes" / "empty").mkdir(parents=True)
+    (tmp_path / "vaes" / "mine.safetensors").touch()
+    assert_one_line(lambda: find_vae("vaes/mine.safetensors"), "is one file")
+    assert_one_line(lambda: find_vae("vaes/empty"), f"no {CONFIG} and no {WEIGHTS}")
+    assert not module.asked
 
 
 def hub(downloads, cached=None, reachable=True):
