@@ -170,10 +170,14 @@ def _check_sums(directory: Path, shards: list[dict[str, Any]]) -> None:
     """Raises a UserError for shards with numbers that are not finite, which earlier versions wrote."""
     bad = [shard["name"] for shard in shards if not np.isfinite([shard["sum"], shard["sum_of_squares"]]).all()]
     if bad:
-        raise UserError(
-            f"{directory}: {_listed(bad)} with numbers that are not finite; remove them and run speedit_jax.encode again,"
-            " which names the image"
-        )
+        raise UserError(_remove_infinite(directory, bad))
+
+
+def _remove_infinite(directory: Path, names: list[str]) -> str:
+    return (
+        f"{directory}: numbers that are not finite in {_listed(names)}; remove these files and run speedit_jax.encode again,"
+        " which names the image"
+    )
 
 
 def _listed(names: list[str]) -> str:
@@ -259,20 +263,23 @@ def verify(directory: Path) -> dict[str, Any]:
     """Reads every shard, compares checksums and checks that all numbers are finite; returns the header.
 
     Raises:
-      UserError: names the shards that differ, or that hold other numbers.
+      UserError: names the shards that differ, or that hold numbers that are not finite.
     """
     header = read_header(directory)
-    paths = [directory / shard["name"] for shard in header["shards"]]
-    bad = [
-        path.name
-        for path, shard in zip(paths, header["shards"], strict=True)
-        if not path.exists() or sha256(path) != shard["sha256"]
-    ]
+    bad, infinite = [], []
+    for shard in header["shards"]:
+        path = directory / shard["name"]
+        if not path.exists() or sha256(path) != shard["sha256"]:
+            bad.append(path.name)
+        elif (index := _first_infinite(path)) is not None:
+            infinite.append(f"{path.name} (record {index})")
     if bad:
         raise UserError(f"{directory}: {_listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
-    for path in paths:
-        records = grain.sources.ArrayRecordDataSource(str(path))
-        for i in range(len(records)):
-            if not np.isfinite(_moments(records[i])).all():
-                raise UserError(f"{path}: record {i} is not finite; remove the file and run speedit_jax.encode again")
+    if infinite:
+        raise UserError(_remove_infinite(directory, infinite))
     return header
+
+
+def _first_infinite(path: Path) -> int | None:
+    records = grain.sources.ArrayRecordDataSource(str(path))
+    return next((i for i in range(len(records)) if not np.isfinite(_moments(records[i])).all()), None)

@@ -202,7 +202,7 @@ def test_a_stored_number_that_is_not_finite_is_named(written):
     source = open_config(written)
     assert_one_line(lambda: source[5], "record 5", str(written), "--verify")
     assert np.isfinite(source[4]["moments"]).all()
-    assert_one_line(lambda: latents.verify(written), "00001-of-00003.array_record", "record 1 ", "remove")
+    assert_one_line(lambda: latents.verify(written), "00001-of-00003.array_record (record 1)", "remove")
 
 
 def test_sums_that_are_not_finite_are_refused_at_once(written):
