@@ -49,7 +49,7 @@ class Found:
     """What one image file is.
 
     Attributes:
-      error: why it cannot be read; the next three are then unknown.
+      error: why it cannot be read; all else is then unknown.
       size: (height, width) in pixels.
       kind: Pillow's format and mode: "PNG RGBA".
       profile: why its colour profile cannot be used.
@@ -116,15 +116,14 @@ def examine_all(source: FolderSource | TfdsSource) -> Iterator[Found]:
             content = source.encoded(index)
         except OSError as e:
             return Found(error=e.strerror)
-        digest = hashlib.blake2b(content, digest_size=16).digest()
         try:
             with open_image(io.BytesIO(content)) as image:
                 kind = f"{image.format} {image.mode}"
                 flat, fault = flatten(image, 3, background)
-                return Found(None, flat.size[::-1], kind, fault, digest)
+            return Found(None, flat.size[::-1], kind, fault, hashlib.blake2b(content, digest_size=16).digest())
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage.
-            return Found(error=" ".join(str(e).split()) or type(e).__name__, content=digest)
+            return Found(error=" ".join(str(e).split()) or type(e).__name__)
 
     with ThreadPool(_THREADS.value) as pool:
         yield from tqdm(pool.imap(examine, range(len(source)), chunksize=8), "checking", len(source), unit=" images", leave=False)
@@ -134,11 +133,10 @@ def summarize(source: FolderSource | TfdsSource, found: Iterator[Found], size: t
     """All that --out holds; names are written as they print."""
     unreadable, broken_profiles, sizes, kinds, copies = [], [], [], Counter(), {}
     for index, one in enumerate(found):
-        if one.content:
-            copies.setdefault(one.content, []).append(index)
         if one.error:
             unreadable.append({"image": source.name_of(index), "error": one.error})
             continue
+        copies.setdefault(one.content, []).append(index)
         sizes.append(one.size)
         kinds[one.kind] += 1
         if one.profile:

@@ -113,13 +113,16 @@ def fingerprint(images: NpzImages | SourceImages) -> str:
     return f"{images.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def open_images(where: str, shape: tuple[int, int, int] | None = None, split: str = "train") -> Images | None:
+def open_images(
+    where: str, shape: tuple[int, int, int] | None = None, split: str = "train", background: str = "white"
+) -> Images | None:
     """The images at `where`.
 
     Args:
       where: one of KINDS. Those of a directory are taken as they are; folder:PATH scales and crops them to `shape`.
       shape: what folder:, tfds: and synthetic are to have.
       split: of digits and tfds:, as data.split.
+      background: the colour behind transparent parts, as data.background.
 
     Returns:
       None for an npz that has no images (but statistics, perhaps).
@@ -134,18 +137,19 @@ def open_images(where: str, shape: tuple[int, int, int] | None = None, split: st
         # The digits have a size of their own.
         if shape is None and where != "digits":
             raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH[,CHANNELS]")
-        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split))
+        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split, background))
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
     # Of any size, for its list of files.
-    listed = _source(f"folder:{path}", (1, 1, 3))
+    listed = _source(f"folder:{path}", (1, 1, 3), split, background)
     return SourceImages(dataclasses.replace(listed, image_shape=_common_shape([path / name for name in listed.files])))
 
 
-def _source(where: str, shape: tuple[int, int, int], split: str = "train") -> Source:
-    keys = ("height", "width", "channels")
-    other = {"source": where, "split": split, "classes": "", "max_broken": 0, "synthetic_size": 4096, "synthetic_classes": 10}
-    return open_source(ml_collections.ConfigDict(dict(zip(keys, shape, strict=True)) | other))
+def _source(where: str, shape: tuple[int, int, int], split: str, background: str) -> Source:
+    keys = dict(zip(("height", "width", "channels"), shape, strict=True))
+    other = {"split": split, "background": background, "classes": "", "max_broken": 0}
+    synthetic = {"synthetic_size": 4096, "synthetic_classes": 10}
+    return open_source(ml_collections.ConfigDict({"source": where} | keys | other | synthetic))
 
 
 def _common_shape(files: list[Path]) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageColor, ImageFile
+from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
 from speedit_jax.data.names import printable
 from speedit_jax.data.pixels import MODES, WHITE, flatten
@@ -46,8 +46,16 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_image(file: Path | BinaryIO) -> ImageFile.ImageFile:
-    """Pillow's Image.open of the formats of `suffixes`, whatever the file is called."""
-    return Image.open(file, formats=_formats())
+    """Pillow's Image.open of the formats of `suffixes`, whatever the file is called.
+
+    Raises:
+      ValueError: it is none of them.
+      Exception: its header is damaged.
+    """
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError as e:
+        raise ValueError("it is not an image in a format that Pillow reads") from e
 
 
 def parse_background(name: str) -> tuple[int, int, int]:

@@ -49,7 +49,9 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         if _MODES.get(space) != mode:
             raise ProfileError(f"a profile of {space} in an image of {mode}")
         srgb = ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
+        # Little CMS' shortcut for greys is some levels off near black.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags)
     except (ImageCms.PyCMSError, OSError) as e:
         raise ProfileError(" ".join(str(e).split())) from e
     if mode == "CMYK":

@@ -1,11 +1,8 @@
 """Folders that hold damaged files: named, passed over up to a limit, and otherwise an error."""
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
-from folders import config
+from folders import config, write_png
 from PIL import Image
 
 from speedit_jax.data.sources import open_source
@@ -26,14 +23,7 @@ def test_a_damaged_image_is_named(tmp_path, damage):
 def write_bomb(path, side=20_000):
     """A valid PNG of 50 kB that is 400 million pixels, one bit each."""
     row = bytes(1 + (side + 7) // 8)
-    deflate = zlib.compressobj(1)
-    rows = b"".join(deflate.compress(row * 1000) for _ in range(side // 1000)) + deflate.flush()
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    write_png(path, (row * 1000 for _ in range(side // 1000)), side, side, bits=1, kind=0)
 
 
 def hostile_folder(root):

@@ -12,7 +12,9 @@ from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 
 
-@pytest.mark.parametrize("name", SYSTEM)
+@pytest.mark.parametrize(
+    "name", ["@eaDir", "__MACOSX", ".git", "lost+found", "$RECYCLE.BIN", ".ipynb_checkpoints", "System Volume Information"]
+)
 def test_system_directories_are_no_classes_and_hold_no_images(tmp_path, name):
     write(tmp_path / "cat" / "a.png")
     write(tmp_path / name / "b.png")
