@@ -145,7 +145,7 @@ def summarize(source: FolderSource | TfdsSource, found: Iterator[Found], size: t
     report = {
         "source": _SOURCE.value,
         "images": len(source),
-        "classes": describe(source),
+        "notes": list(getattr(source, "notes", ())),
         "unreadable": unreadable,
         "kinds": dict(kinds.most_common()),
         "duplicates": duplicates,

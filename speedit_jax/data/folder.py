@@ -22,8 +22,10 @@ from speedit_jax.data.pixels import WHITE
 from speedit_jax.data.scan import Scan, count_by_suffix
 from speedit_jax.errors import UserError
 
-_SPLIT = re.compile(r"(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|data|split|images?|\d{4}))*")
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt", ".xlsx")  # in which labels might be
+_SPLIT = re.compile(  # train, val, test_set, train2017, images_train, trainA
+    r"(images?[-_ ])?(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|data|split|images?|\d{4}|[ab]))*"
+)
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")  # in which labels might be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +165,10 @@ def _by_directory(scan: Scan, wanted: str, where: str) -> tuple[list[str], list[
         )
     splits = [name for name in directories if _SPLIT.fullmatch(name.casefold())]
     if not wanted and splits and (len(splits) > 1 or len(splits) == len(directories)):
+        first = next((name for name in splits if "train" in name.casefold()), splits[0])
         raise UserError(
-            f"{where}: {', '.join(map(printable, splits[:3]))}: parts of a data set, or classes? Give folder:PATH/{splits[0]}"
-            f" for one part; if they are classes, say so with data.classes={','.join(map(printable, directories))[:200]}"
+            f"{where}: are {', '.join(map(printable, splits[:3]))} parts of a data set? For one part, give"
+            f" folder:{printable(scan.root / first)}; if they are classes, say so with data.classes={','.join(map(printable, directories))[:200]}"
         )
     tables = [name for name in others if name.lower().endswith(_TABLES)]
     hint = [_how_to_label(tables)] if len(directories) < 2 else []

@@ -141,7 +141,7 @@ def open_images(
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
     # Of any size, for its list of files.
-    listed = _source(f"folder:{path}", (1, 1, 3), split, background)
+    listed = _source(f"folder:{path}", (1, 1, 3), "train", background)
     return SourceImages(dataclasses.replace(listed, image_shape=_common_shape([path / name for name in listed.files])))
 
 

@@ -53,7 +53,7 @@ def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
             if isinstance(clear := upright.info.get("transparency"), tuple):
                 upright.info["transparency"] = tuple(level >> 8 for level in clear)
         return upright
-    numbers = np.asarray(upright).astype(np.int64)
+    numbers = np.asarray(upright).astype(np.uint32)
     if white == 65535:
         _check_used(numbers.max())
     eight = Image.fromarray(((white - numbers if negative else numbers) * 255 // white).astype(np.uint8))

@@ -24,7 +24,7 @@ def to_srgb(image: Image.Image, grey: bool) -> Image.Image:
 
     Args:
       image: 8 bits a channel, of any mode.
-      grey: whether the file is grey: its profile then is one of greys.
+      grey: whether the file is grey; its profile may be one of greys or of RGB.
 
     Raises:
       ProfileError: the profile is damaged, or one of another kind of image.
@@ -36,7 +36,7 @@ def to_srgb(image: Image.Image, grey: bool) -> Image.Image:
     transform = _transform(profile, mode)
     if transform is None:
         return image
-    converted = ImageCms.applyTransform(image.convert(mode), transform)
+    converted = ImageCms.applyTransform(image.convert(transform.input_mode), transform)
     return converted.convert("L") if grey else converted
 
 
@@ -46,6 +46,8 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = opened.profile.xcolor_space.strip()
+        if (space, mode) == ("RGB", "L"):
+            mode = "RGB"
         if _MODES.get(space) != mode:
             raise ProfileError(f"a profile of {space} in an image of {mode}")
         srgb = ImageCms.createProfile("sRGB")

@@ -92,6 +92,13 @@ def test_greys_become_srgb(tmp_path, channels):
     np.testing.assert_allclose(read(tmp_path / "a.png", channels), expected, atol=2)
 
 
+def test_a_grey_image_may_have_a_profile_of_rgb(tmp_path):
+    levels = np.arange(256, dtype=np.uint8).reshape(SIDE, SIDE)
+    Image.fromarray(levels).save(tmp_path / "a.png", icc_profile=rgb_profile(ADOBE, 1.0))
+    expected = encode_srgb(levels / 255)[..., None].repeat(3, axis=2)
+    np.testing.assert_allclose(read(tmp_path / "a.png"), expected, atol=2)
+
+
 def test_inks_become_srgb(tmp_path):
     inks = np.random.default_rng(1).integers(0, 256, (SIDE, SIDE, 4), np.uint8)
     Image.fromarray(inks, "CMYK").save(tmp_path / "a.tif", icc_profile=cmyk_profile())
