@@ -103,7 +103,10 @@ class FolderSource:
             image = read_image(path, self.image_shape, self.background)
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage; to the user they are one.
-            raise UserError(f"cannot read the image {printable(path)}: {e}; mend it or take it out of the folder") from e
+            raise UserError(
+                f"cannot read the image {printable(path)}: {e}; mend it or take it out of the folder"
+                " (python -m speedit_jax.check_data lists all such files)"
+            ) from e
         return {"image": image, "label": np.int32(self.labels[index])}
 
 
@@ -168,7 +171,8 @@ def _by_directory(scan: Scan, wanted: str, where: str) -> tuple[list[str], list[
         first = next((name for name in splits if "train" in name.casefold()), splits[0])
         raise UserError(
             f"{where}: are {', '.join(map(printable, splits[:3]))} parts of a data set? For one part, give"
-            f" folder:{printable(scan.root / first)}; if they are classes, say so with data.classes={','.join(map(printable, directories))[:200]}"
+            f" folder:{printable(scan.root / first)}; if they are classes, say so with"
+            f" data.classes={','.join(map(printable, directories))[:200]}"
         )
     tables = [name for name in others if name.lower().endswith(_TABLES)]
     hint = [_how_to_label(tables)] if len(directories) < 2 else []
