@@ -74,6 +74,7 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             logging.set_verbosity(logging.FATAL)
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
         # Ctrl-C ends the process, without a traceback; train.py takes it over when there is something to save.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:

@@ -23,6 +23,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
+    data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # files of a folder that may be undecodable: each is named and its successor stands in for it

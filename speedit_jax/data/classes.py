@@ -1,8 +1,12 @@
-"""Some classes of a data set, in an order of one's own."""
+"""The classes of a data set: some of them in an order of one's own, and how many images each has."""
+
+from typing import Any
 
 import numpy as np
 
 from speedit_jax.errors import UserError
+
+_NAMED = 10  # classes that are named one by one
 
 
 def choose(class_names: tuple[str, ...], wanted: str) -> list[int]:
@@ -34,3 +38,27 @@ def relabel(labels: np.ndarray, chosen: list[int]) -> tuple[np.ndarray, np.ndarr
     indices = np.flatnonzero(np.isin(labels, chosen))
     place = {number: i for i, number in enumerate(chosen)}
     return indices, np.array([place[label] for label in labels[indices].tolist()], np.int32)
+
+
+def describe(source: Any) -> list[str]:
+    """Lines for a person: how many images each class of a data source has, as far as is known without reading them all.
+
+    The first line names every class where there are at most ten; of more, the smallest and the largest.
+    """
+    names, notes = source.class_names, list(getattr(source, "notes", ()))
+    if not names:
+        return ["no classes", *notes]
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        return [f"{len(names)} classes: {', '.join(_shortened(names))}", *notes]
+    counts = np.bincount(labels, minlength=len(names))
+    each = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
+    if len(names) <= _NAMED:
+        return [f"{len(names)} class{'es' if len(names) > 1 else ''}: {', '.join(each)}", *notes]
+    least, most = (f"{counts[i]:,} ({names[i]})" for i in (counts.argmin(), counts.argmax()))
+    spread = f"{least} to {most}, median {np.median(counts):,.0f}" if counts.min() < counts.max() else f"{counts[0]:,} each"
+    return [f"{len(names)} classes: {', '.join(_shortened(names))}; images: {spread}", *notes]
+
+
+def _shortened(names: tuple[str, ...]) -> list[str]:
+    return list(names) if len(names) <= _NAMED else [*names[:3], "...", names[-1]]

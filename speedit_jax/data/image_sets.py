@@ -13,9 +13,10 @@ from typing import Protocol
 
 import ml_collections
 import numpy as np
-from PIL import Image
 
 from speedit_jax.data import loader
+from speedit_jax.data.images import open_image
+from speedit_jax.data.names import printable
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 
@@ -112,13 +113,16 @@ def fingerprint(images: NpzImages | SourceImages) -> str:
     return f"{images.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def open_images(where: str, shape: tuple[int, int, int] | None = None, split: str = "train") -> Images | None:
+def open_images(
+    where: str, shape: tuple[int, int, int] | None = None, split: str = "train", background: str = "white"
+) -> Images | None:
     """The images at `where`.
 
     Args:
       where: one of KINDS. Those of a directory are taken as they are; folder:PATH scales and crops them to `shape`.
       shape: what folder:, tfds: and synthetic are to have.
       split: of digits and tfds:, as data.split.
+      background: the colour behind transparent parts, as data.background.
 
     Returns:
       None for an npz that has no images (but statistics, perhaps).
@@ -133,18 +137,19 @@ def open_images(where: str, shape: tuple[int, int, int] | None = None, split: st
         # The digits have a size of their own.
         if shape is None and where != "digits":
             raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH[,CHANNELS]")
-        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split))
+        return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split, background))
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
-    # Of any size, for its list of files alone.
-    listed = _source(f"folder:{path}", (1, 1, 3))
-    return SourceImages(_source(f"folder:{path}", _common_shape([path / name for name in listed.files])))
+    # Of any size, for its list of files.
+    listed = _source(f"folder:{path}", (1, 1, 3), "train", background)
+    return SourceImages(dataclasses.replace(listed, image_shape=_common_shape([path / name for name in listed.files])))
 
 
-def _source(where: str, shape: tuple[int, int, int], split: str = "train") -> Source:
-    keys = ("height", "width", "channels")
-    other = {"source": where, "split": split, "classes": "", "max_broken": 0, "synthetic_size": 4096, "synthetic_classes": 10}
-    return open_source(ml_collections.ConfigDict(dict(zip(keys, shape, strict=True)) | other))
+def _source(where: str, shape: tuple[int, int, int], split: str, background: str) -> Source:
+    keys = dict(zip(("height", "width", "channels"), shape, strict=True))
+    other = {"split": split, "background": background, "classes": "", "max_broken": 0}
+    synthetic = {"synthetic_size": 4096, "synthetic_classes": 10}
+    return open_source(ml_collections.ConfigDict({"source": where} | keys | other | synthetic))
 
 
 def _common_shape(files: list[Path]) -> tuple[int, int, int]:
@@ -152,19 +157,19 @@ def _common_shape(files: list[Path]) -> tuple[int, int, int]:
     shapes = {}
     for path in files:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 swapped = image.getexif().get(_ORIENTATION, 1) >= 5
                 size = image.size if swapped else image.size[::-1]
                 grey = len(image.getbands()) == 1 and image.mode != "P"
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage.
-            raise UserError(f"cannot read the image {path}: {e}; mend it or take it out of the directory") from e
+            raise UserError(f"cannot read the image {printable(path)}: {e}; mend it or take it out of the directory") from e
         shapes.setdefault((*size, 1 if grey else 3), path)
         if len(shapes) > 1:
             (one, first), (other, second) = shapes.items()
             raise UserError(
-                f"{first} is {'x'.join(map(str, one))} and {second} is {'x'.join(map(str, other))}: images of one size and kind"
-                f" are compared; folder:{first.parent} scales and crops them"
+                f"{printable(first)} is {'x'.join(map(str, one))} and {printable(second)} is {'x'.join(map(str, other))}:"
+                f" images of one size and kind are compared; folder:{printable(first.parent)} scales and crops them"
             )
     return next(iter(shapes))
 

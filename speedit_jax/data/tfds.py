@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.images import check_channels, read_image
+from speedit_jax.data.pixels import WHITE
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
@@ -29,9 +30,11 @@ class TfdsSource:
       records: what tfds gives: parsed, the images still encoded.
       indices: of the records that are taken.
       labels: of those; None where `label_key` tells, or where there are none.
+      background: the colour behind transparent parts, 0..255.
     """
 
     latents = None
+    older_fingerprints = ()
     name: str
     records: Sequence[dict[str, Any]]
     image_key: str
@@ -41,6 +44,7 @@ class TfdsSource:
     fingerprint: str
     indices: Sequence[int]
     labels: np.ndarray | None = None
+    background: tuple[int, int, int] = WHITE
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -50,7 +54,7 @@ class TfdsSource:
         record = self.records[number]
         try:
             # Ours and not tfds' decoder, which prefers OpenCV where that happens to be installed and ignores EXIF.
-            image = read_image(io.BytesIO(record[self.image_key]), self.image_shape)
+            image = read_image(io.BytesIO(record[self.image_key]), self.image_shape, self.background)
         except Exception as e:
             raise UserError(f"cannot read the image of record {number} of {self.name}: {e}; prepare the set again") from e
         label = 0
@@ -61,6 +65,13 @@ class TfdsSource:
             if label < 0:
                 raise UserError(f"record {number} of {self.name} has no label; choose another data.split")
         return {"image": image, "label": np.int32(label)}
+
+    def encoded(self, index: int) -> bytes:
+        """The image file of a record as it is."""
+        return self.records[int(self.indices[index])][self.image_key]
+
+    def name_of(self, index: int) -> str:
+        return f"record {self.indices[index]}"
 
 
 def _features(builder, name: str) -> tuple[str, str | None, tuple[str, ...]]:
@@ -114,7 +125,9 @@ def prepare(name: str, manual_dir: str | None) -> dict[str, int]:
     return {split: info.num_examples for split, info in builder.info.splits.items()}
 
 
-def open_tfds(name: str, split: str, image_shape: tuple[int, int, int], wanted: str) -> TfdsSource:
+def open_tfds(
+    name: str, split: str, image_shape: tuple[int, int, int], wanted: str, background: tuple[int, int, int]
+) -> TfdsSource:
     """A split of a prepared set.
 
     Args:
@@ -122,6 +135,7 @@ def open_tfds(name: str, split: str, image_shape: tuple[int, int, int], wanted: 
       split: as tfds writes it: "train", "train[:90%]", "train+test".
       image_shape: (H, W, C) to scale and crop to.
       wanted: the classes to take, as in data.classes. Choosing any reads every record once.
+      background: the colour behind transparent parts, 0..255.
 
     Raises:
       UserError: tfds is missing, or the set, the split, an image or a class; or it is prepared in another format.
@@ -170,4 +184,5 @@ def open_tfds(name: str, split: str, image_shape: tuple[int, int, int], wanted: 
         fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:16],
         indices=indices,
         labels=labels,
+        background=background,
     )

@@ -96,16 +96,19 @@ class Reference:
     count: int | None
 
 
-def open_reference(where: str, shape: tuple[int, int, int] | None, split: str, features: str) -> Reference:
+def open_reference(
+    where: str, shape: tuple[int, int, int] | None, split: str, features: str, background: str = "white"
+) -> Reference:
     """What `where` names: images as open_images takes them, or an npz of statistics.
 
     Args:
       features: name of what extracts them; statistics must be of the same.
+      background: the colour behind transparent parts, as data.background.
 
     Raises:
       UserError: it cannot be read, or holds neither.
     """
-    images = open_images(where, shape, split)
+    images = open_images(where, shape, split, background)
     path, statistics, count = Path(where).expanduser(), {}, len(images) if images else None
     if path.suffix == ".npz":
         statistics, counted = read_statistics(path, features)

@@ -167,7 +167,7 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
             raise UserError(f"evaluation.split={section.split} is of evaluation.reference, which is not set")
         reference = Reference(config.data.source, SourceImages(source), {}, len(source))
     else:
-        reference = open_reference(section.reference, shape, section.split, section.features)
+        reference = open_reference(section.reference, shape, section.split, section.features, config.data.background)
     images = reference.images
     if images and images.shape != tuple(shape):
         sizes = ["x".join(map(str, of)) for of in (images.shape, shape)]

@@ -114,3 +114,13 @@ def test_mistakes(tmp_path):
 
 def test_splits():
     assert [len(open_images("digits", split=split)) for split in ("train", "held_out")] == [1442, 355]
+
+
+@pytest.mark.parametrize("kind", ["", "folder:"])
+def test_what_is_transparent_shows_the_background(tmp_path, kind):
+    alpha = np.zeros((*SHAPE[:2], 1), np.uint8)
+    alpha[:, 5:] = 255
+    Image.fromarray(np.concatenate([PIXELS[0], alpha], axis=2)).save(tmp_path / "a.png")
+    for background, level in (({}, 255), ({"background": "black"}, 0)):
+        (image,) = together(open_images(f"{kind}{tmp_path}", SHAPE, **background))
+        np.testing.assert_array_equal(image, np.where(alpha, PIXELS[0], level))

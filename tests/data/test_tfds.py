@@ -56,24 +56,29 @@ def test_pictures_of_any_size_are_cropped_and_labelled():
         np.testing.assert_allclose(record["image"], np.broadcast_to(colour(i), (8, 12, 3)) / 127.5 - 1, atol=6 / 127.5)
 
 
-def test_the_picture_is_that_of_a_folder(tmp_path):
-    """The same bytes through the two sources."""
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 50, 3), np.uint8)
+@pytest.mark.parametrize("bands", [3, 4])
+def test_the_picture_is_that_of_a_folder(tmp_path, bands):
+    """The same bytes through the two sources, transparent or not."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 50, bands), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
 
-    class One(Pictures):
-        def _generate_examples(self):
-            yield 0, {"photo": file.getvalue(), "year": 0}
+    def examples(self):
+        yield 0, {"photo": file.getvalue(), "year": 0}
 
-    One(data_dir=tmp_path, file_format="array_record").download_and_prepare(file_format="array_record")
+    # tfds takes a name only once.
+    one_picture = type(f"Of{bands}Bands", (Pictures,), {"_generate_examples": examples})
+    one_picture(data_dir=tmp_path, file_format="array_record").download_and_prepare(file_format="array_record")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.png").write_bytes(file.getvalue())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(tmp_path))
         for channels in (1, 3):
-            one, other = (open_source(config(s, 8, 12, channels))[0] for s in ("tfds:one", f"folder:{tmp_path / 'folder'}"))
+            where = (f"tfds:of{bands}_bands", f"folder:{tmp_path / 'folder'}")
+            one, other = (open_source(config(s, 8, 12, channels, background="blue"))[0] for s in where)
             np.testing.assert_array_equal(one["image"], other["image"])
+            white = open_source(config(where[0], 8, 12, channels))[0]["image"]
+            assert (white == one["image"]).all() == (bands == 3)
 
 
 def test_splits():
