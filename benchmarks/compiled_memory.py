@@ -13,9 +13,10 @@ from pathlib import Path
 
 import jax
 
-from configs import base
+from speedit_jax import sharding
+from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
-from speedit_jax.training import builders, deviceless, sharding
+from speedit_jax.training import assembly, topologies
 
 SIDES = {
     "DiG": {"name": "DiG-S/2"},
@@ -28,18 +29,18 @@ CLASSES = 1000
 
 def measure(topology: str, overrides: dict, remat: str, pixels: int) -> dict[str, float] | str:
     """MiB of arguments and temporaries of one device; or why it does not compile."""
-    config = base.get_config()
+    config = get_config()
     config.model.update({"remat": remat, **overrides})
     config.training.batch_size = 1
-    mesh = sharding.make_mesh(config.mesh, deviceless.devices(topology)[0][:1])
-    model = builders.make_model(config, mesh, (pixels // 8, pixels // 8, 4), CLASSES)
+    mesh = sharding.make_mesh(config.mesh, topologies.devices(topology)[0][:1])
+    model = assembly.make_model(config, mesh, (pixels // 8, pixels // 8, 4), CLASSES)
     try:
-        compiled = deviceless.lower(config, mesh, model, "train").compile()
+        compiled = topologies.lower(config, mesh, model, "train").compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         return "exceeds the device's memory"
-    memory = deviceless.measure(compiled)["bytes_per_device"]
+    memory = topologies.measure(compiled)["bytes_per_device"]
     return {name: round(memory[name] / 2**20, 1) for name in ("arguments", "temporaries")}
 
 

@@ -22,7 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
 from speedit_jax.data.sources import load_digits
-from speedit_jax.training.telemetry import image_grid, magnification, write_png
+from speedit_jax.sampling.images import image_grid, magnification, write_png
 
 K = 5  # neighbours that span the manifold
 NUM_IMAGES = 1000

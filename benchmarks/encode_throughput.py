@@ -25,11 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs import imagenet
+from speedit_jax import sharding
 from speedit_jax.data import loader
 from speedit_jax.data.sources import Source, open_source
+from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.testing.vae_weights import write_vae
-from speedit_jax.training import builders, sharding
-from speedit_jax.training.autoencoder import Autoencoder
+from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -99,9 +100,9 @@ class Training:
         self._autoencoder = autoencoder if online else None
         identity = autoencoder.identity if online else self._source.latents
         shape = autoencoder.latent_shape(self._source.image_shape) if online else self._source.image_shape
-        model = builders.make_model(config, mesh, shape, len(self._source.class_names))
-        diffusion = builders.make_diffusion(config)
-        strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
+        model = assembly.make_model(config, mesh, shape, len(self._source.class_names))
+        diffusion = assembly.make_diffusion(config)
+        strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
         self._mesh, self._rows, self._key = mesh, sharding.batch_sharding(mesh), jax.random.key(0)
         with jax.set_mesh(mesh):
             _, shardings = state_shardings(mesh, model, optimizer, strategy)

@@ -27,9 +27,9 @@ def compile_kernels(topology: str) -> None:
     import numpy as np
 
     from speedit_jax.kernels import pallas_gpu
-    from speedit_jax.training import deviceless
+    from speedit_jax.training import topologies
 
-    mesh = jax.sharding.Mesh(np.array(deviceless.devices(topology)[0]), ("data",))
+    mesh = jax.sharding.Mesh(np.array(topologies.devices(topology)[0]), ("data",))
 
     def shape(features, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, TOKENS, HEADS, features), dtype)
@@ -45,9 +45,9 @@ def compile_kernels(topology: str) -> None:
 
 def ptxas(*arguments: str) -> str:
     """What the assembler says, of the wheel or of a CUDA that is installed."""
-    from speedit_jax.training import deviceless
+    from speedit_jax.training import topologies
 
-    toolkit = deviceless.cuda_toolkit()
+    toolkit = topologies.cuda_toolkit()
     command = [str(Path(toolkit) / "bin" / "ptxas") if toolkit else "ptxas", *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return ran.stdout + ran.stderr

@@ -32,8 +32,8 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from speedit_jax import __version__
-from speedit_jax.training import builders, sharding
+from speedit_jax import __version__, sharding
+from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints, arrays
 from speedit_jax.training.state import make_optimizer, state_shardings
 
@@ -189,9 +189,9 @@ def restore(checkpoints: Checkpoints, step: int):
     meta = checkpoints.meta(step)
     config = ml_collections.ConfigDict(meta["config"])
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    diffusion = builders.make_diffusion(config)
-    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
-    shapes = state_shardings(mesh, model, make_optimizer(config), builders.make_strategy(config, diffusion))
+    diffusion = assembly.make_diffusion(config)
+    model = assembly.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    shapes = state_shardings(mesh, model, make_optimizer(config), assembly.make_strategy(config, diffusion))
     return checkpoints.restore(step, *shapes)
 
 

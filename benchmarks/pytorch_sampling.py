@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.original import CLASSES, LATENTS, Original, in_turn, nchw, parse, report
-from configs import base
-from speedit_jax.training import builders, sharding
-from speedit_jax.training.sampling import Settings, image_noise, lower_sampler
+from speedit_jax import sharding
+from speedit_jax.config import get_config
+from speedit_jax.sampling.sampler import Settings, image_noise, lower_sampler
+from speedit_jax.training import assembly
 
 SIDES = ("ours", "eager", "compile")
 GUIDANCE = 1.5
@@ -30,17 +31,17 @@ GUIDANCE = 1.5
 
 def make_ours(original: Original, labels: np.ndarray, steps: int, key: jax.Array) -> Callable[[], np.ndarray]:
     """Compiles; -> samples [B, H, W, C] of the key's noise."""
-    config = base.get_config("DiT-S/2")
+    config = get_config("DiT-S/2")
     config.model.dtype = "float32"
     config.sampling.update(
         {"sampler": "ddim", "num_steps": steps, "guidance_scale": GUIDANCE, "guidance_channels": 3, "clip": False}
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    model = builders.make_model(config, mesh, LATENTS, CLASSES)
+    model = assembly.make_model(config, mesh, LATENTS, CLASSES)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.device_put(original.parameters(shapes), sharding.param_shardings(mesh, model.axes, shapes))
     settings = Settings.from_config(config.sampling, model)
-    sample = lower_sampler(model, builders.make_diffusion(config), settings, mesh, len(labels)).compile()
+    sample = lower_sampler(model, assembly.make_diffusion(config), settings, mesh, len(labels)).compile()
     rows = sharding.batch_sharding(mesh)
     indices, labels = (jax.device_put(x.astype(np.int32), rows) for x in (np.arange(len(labels)), labels))
 

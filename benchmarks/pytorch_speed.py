@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.original import CLASSES, LATENTS, Original, in_turn, nchw, parse, report
-from configs import base
-from speedit_jax.training import builders, sharding
+from speedit_jax import sharding
+from speedit_jax.config import get_config
+from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_loss, make_train_step
 
@@ -35,7 +36,7 @@ class Ours:
     """Our side; a step of either precision goes on from the one state, which is float32."""
 
     def __init__(self, original: Original, batch: dict[str, np.ndarray]):
-        self._mesh = sharding.make_mesh(base.get_config().mesh, jax.devices()[:1])
+        self._mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
         self._key, self._batch = jax.random.key(0), batch
         _, model, strategy, optimizer, shardings = self._parts("fp32")
         with jax.set_mesh(self._mesh):
@@ -46,12 +47,12 @@ class Ours:
         self._state = dataclasses.replace(state, params=weights, ema=copies)
 
     def _parts(self, precision: str):
-        config = base.get_config("DiT-S/2")
+        config = get_config("DiT-S/2")
         config.model.dtype = PRECISIONS[precision]
         config.training.batch_size = len(self._batch["label"])
         config.optim.clip_norm = 0.0  # as published
-        model = builders.make_model(config, self._mesh, LATENTS, CLASSES)
-        strategy = builders.make_strategy(config, builders.make_diffusion(config))
+        model = assembly.make_model(config, self._mesh, LATENTS, CLASSES)
+        strategy = assembly.make_strategy(config, assembly.make_diffusion(config))
         optimizer = make_optimizer(config)
         with jax.set_mesh(self._mesh):
             _, shardings = state_shardings(self._mesh, model, optimizer, strategy)
@@ -60,7 +61,7 @@ class Ours:
     def loss(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Of each example, [B], in float32."""
         config, model, *_ = self._parts("fp32")
-        loss = jax.jit(make_loss(model, builders.make_diffusion(config)))
+        loss = jax.jit(make_loss(model, assembly.make_diffusion(config)))
         with jax.set_mesh(self._mesh):
             _, terms = loss(self._state.params, inputs)
         return np.asarray(terms["loss"])
@@ -69,7 +70,7 @@ class Ours:
         config, model, strategy, optimizer, shardings = self._parts(precision)
         rows = sharding.batch_sharding(self._mesh)
         step = jax.jit(
-            make_train_step(model, builders.make_diffusion(config), strategy, optimizer, config),
+            make_train_step(model, assembly.make_diffusion(config), strategy, optimizer, config),
             in_shardings=(shardings, rows, None),
             out_shardings=(shardings, None),
             donate_argnums=0,

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.models.backbone import REMAT_POLICIES
 from speedit_jax.models.build import build
 
@@ -21,7 +21,7 @@ IMAGE = (64, 64, 4)
 
 
 def measure(name: str, remat: str) -> dict[str, float]:
-    config = base.get_config(name).model
+    config = get_config(name).model
     config.update({"remat": remat, "dtype": "float32"})
     model = build(config, image_shape=IMAGE, num_classes=1000, learned_variance=True, platform=jax.default_backend())
     params = jax.eval_shape(model.init, jax.random.key(0))

@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from configs import base
+from speedit_jax import sharding
+from speedit_jax.config import get_config
 from speedit_jax.models.backbone import REMAT_POLICIES
 from speedit_jax.models.build import SIZES
-from speedit_jax.training import builders, sharding
+from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -46,15 +47,15 @@ class Side:
     """One alternative at one resolution, compiled."""
 
     def __init__(self, pixels: int, overrides: dict, args: argparse.Namespace):
-        config = base.get_config()
+        config = get_config()
         name = f"{overrides['name']}-{args.size}/2"
         config.model.update({**overrides, "name": name, "remat": args.remat, "dtype": args.dtype})
         config.training.batch_size = args.batch_size
         shape = (pixels // 8, pixels // 8, 4)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        model = builders.make_model(config, mesh, shape, CLASSES)
-        diffusion = builders.make_diffusion(config)
-        strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
+        model = assembly.make_model(config, mesh, shape, CLASSES)
+        diffusion = assembly.make_diffusion(config)
+        strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
         self._key = jax.random.key(0)
         self._batch = {
             "image": np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32),
@@ -115,6 +116,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in SIDES:
@@ -123,11 +125,13 @@ def draw(rows: list[dict], path: Path) -> None:
         tokens = [row["tokens"] for row in shown]
         axes[0].loglog(tokens, [np.mean(row[name]["seconds"]) for row in shown], marker="o", label=name)
         axes[1].loglog(tokens, [row[name]["mib"]["temporaries"] for row in shown], marker="o", label=name)
-    for axis, title in zip(axes, ("seconds a training step", "MiB of temporaries"), strict=True):
+    for axis, title in zip(axes, ("seconds per training step", "MiB of temporary memory"), strict=True):
         axis.set_title(title)
         axis.set_xticks([row["tokens"] for row in rows], [row["pixels"] for row in rows], fontsize=8)
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.minorticks_off()
-        axis.set_xlabel("pixels a side, at the logarithm of the tokens")
+        axis.set_xlabel("image side in pixels (logarithmic in tokens)")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=90)

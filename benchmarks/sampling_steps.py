@@ -42,10 +42,10 @@ GUIDANCE = {
     "1.5 in 0.5..1": ["--guidance_scale=1.5", "--guidance_low=0.5"],
 }
 METRICS = {
-    "recognised": "share recognised",
-    "distance": "distance to the nearest training image,\nover held-out images'",
+    "recognised": "share of samples recognised",
+    "distance": "distance to the nearest training image\n(1: as held-out images)",
     "recall": "recall, mean over classes",
-    "error": "RMS error of the probability flow",
+    "error": "RMS distance from the probability flow",
 }
 Statistic = Callable[[dict, np.random.Generator | None], float]
 
@@ -150,14 +150,15 @@ def draw(rows: list[dict], path: Path) -> None:
                 bars = {"yerr": np.maximum(0, [values - low, high - values]), "capsize": 2}
             else:
                 bars = {}
-            axis.errorbar(steps, values, marker="o", markersize=3, color=f"C{i}", label=sampler, **bars)
+            label = sampler.replace("2M", "DPM-Solver++(2M)")
+            axis.errorbar(steps, values, marker="o", markersize=3, color=f"C{i}", label=label, **bars)
         axis.set_xscale("log")
         ticks = sorted({row["num_steps"] for row in rows})
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         if metric == "error":
             axis.set_yscale("log")
-        axis.set_xlabel("steps")
+        axis.set_xlabel("sampling steps")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 
 from configs import digits
+from speedit_jax import sharding
 from speedit_jax.data import loader
 from speedit_jax.data.sources import open_source
-from speedit_jax.training import builders, sharding
+from speedit_jax.reporting.telemetry import Telemetry
+from speedit_jax.training import assembly
 from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
-from speedit_jax.training.telemetry import Telemetry
 
 
 def main() -> None:
@@ -34,9 +35,9 @@ def main() -> None:
     config = digits.get_config()
     block, batch_size, num_steps = config.training.log_every, config.training.batch_size, 10**9
     source, mesh = open_source(config.data), sharding.make_mesh(config.mesh)
-    diffusion = builders.make_diffusion(config)
-    strategy, optimizer = builders.make_strategy(config, diffusion), make_optimizer(config)
-    model = builders.make_model(config, mesh, source.image_shape, len(source.class_names))
+    diffusion = assembly.make_diffusion(config)
+    strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
+    model = assembly.make_model(config, mesh, source.image_shape, len(source.class_names))
     key, rows = jax.random.key(config.seed), sharding.batch_sharding(mesh)
     with jax.set_mesh(mesh):
         _, shardings = state_shardings(mesh, model, optimizer, strategy)

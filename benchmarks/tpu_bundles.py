@@ -29,9 +29,9 @@ def compile_mixer(mixer: str, topology: str, tokens: int) -> None:
 
     from speedit_jax.kernels import pallas_tpu
     from speedit_jax.models.attention import attention
-    from speedit_jax.training import deviceless
+    from speedit_jax.training import topologies
 
-    sharding = jax.sharding.SingleDeviceSharding(deviceless.devices(topology)[0][0])
+    sharding = jax.sharding.SingleDeviceSharding(topologies.devices(topology)[0][0])
 
     def shape(features, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, tokens, HEADS, features), dtype, sharding=sharding)

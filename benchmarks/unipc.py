@@ -24,12 +24,13 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
+from speedit_jax import sharding
+from speedit_jax.config import complete
 from speedit_jax.data.sources import load_digits
 from speedit_jax.diffusion.samplers import guided, spaced_steps
 from speedit_jax.diffusion.schedules import make_schedule
-from speedit_jax.training import builders, sharding
+from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
-from speedit_jax.training.run import config_of
 
 COUNTS, NUM_IMAGES = (5, 8, 10, 15, 20), 200
 SCHEDULE = make_schedule("linear", 1000)
@@ -96,9 +97,9 @@ def network(workdir: str) -> tuple[int, Predict]:
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose("newest")
     meta = checkpoints.meta(step)
-    config, shape, classes = config_of(meta), meta["image_shape"], len(meta["class_names"])
+    config, shape, classes = complete(meta["config"]), meta["image_shape"], len(meta["class_names"])
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    model, diffusion = builders.make_model(config, mesh, shape, classes), builders.make_diffusion(config)
+    model, diffusion = assembly.make_model(config, mesh, shape, classes), assembly.make_diffusion(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = checkpoints.restore_weights(step, "ema", shapes, sharding.param_shardings(mesh, model.axes, shapes))
     apply, labels = functools.partial(model.apply, params), jnp.arange(NUM_IMAGES) % classes

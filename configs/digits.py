@@ -6,11 +6,11 @@
 Hardware: 2 CPU cores, under 5 minutes with compilation. Expected: docs/results/digits.md.
 """
 
-from configs import base
+from speedit_jax import config
 
 
 def get_config(model_name="DiT-tiny/2"):
-    c = base.get_config(model_name)
+    c = config.get_config(model_name)
     c.data.source = "digits"
     c.data.height = c.data.width = 8
     c.data.channels = 1

@@ -13,7 +13,7 @@ size. Published FID-50K at 256 pixels after 400,000 steps, without SpeeDiT or gu
 XL/2 19.5; DiG-S/2 62.1, B/2 39.5, L/2 22.9, XL/2 18.5.
 """
 
-from configs import base
+from speedit_jax import config
 
 
 def get_config(model_and_pixels="DiT-XL/2,256"):
@@ -21,7 +21,7 @@ def get_config(model_and_pixels="DiT-XL/2,256"):
     pixels = pixels or "256"
     if pixels not in ("256", "512"):
         raise ValueError(f"configs/imagenet.py:{model_and_pixels}: the pixels after the comma are 256 or 512")
-    c = base.get_config(name)
+    c = config.get_config(name)
     c.data.source = f"latents:data/imagenet{pixels}"
     c.data.height = c.data.width = int(pixels)  # of images that data.vae encodes at every step
     c.data.flip = True

@@ -9,7 +9,6 @@ and the FLOPs, and writes them as JSON to --out. Exits with 1 if it does not fit
 config's data are opened to learn them.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,14 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from speedit_jax import cli
-from speedit_jax.data.sources import open_source
+from speedit_jax import cli, sharding, storage
+from speedit_jax.data.description import Description
+from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
-from speedit_jax.training import builders, deviceless, sharding
+from speedit_jax.sampling.sampler import Settings, lower_sampler
+from speedit_jax.training import topologies
+from speedit_jax.training.assembly import assemble
+from speedit_jax.training.check import check_numbers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:2x2 up to v5e:16x16, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1; h100, a100, h100x8.")
@@ -32,17 +35,17 @@ _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
 
-def image_shape_and_classes(config: ml_collections.ConfigDict) -> tuple[tuple[int, int, int], int]:
+def open_data(config: ml_collections.ConfigDict) -> Source | Description:
+    """The config's data, or what --image_shape and --num_classes say of them."""
     if _IMAGE_SHAPE.value is None:
-        source = open_source(config.data)
-        return source.image_shape, len(source.class_names)
+        return open_source(config.data)
     try:
         height, width, channels = (int(n) for n in _IMAGE_SHAPE.value)
     except ValueError:
         raise UserError(f"--image_shape={','.join(_IMAGE_SHAPE.value)}: give H,W,C") from None
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
-    return (height, width, channels), _NUM_CLASSES.value
+    return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
 
 
 def aot() -> int | None:
@@ -52,13 +55,16 @@ def aot() -> int | None:
     config, topology, what = _CONFIG.value, _TOPOLOGY.value, _WHAT.value
     # Whatever accelerator is here: it is not the one that is asked about.
     jax.config.update("jax_platforms", "cpu")
-    builders.check_numbers(config)
-    image_shape, num_classes = image_shape_and_classes(config)
-    devices, allowed = deviceless.devices(topology)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    builders.check_batch(config, mesh)
-    model = builders.make_model(config, mesh, image_shape, num_classes)
-    lowered = deviceless.lower(config, mesh, model, what)
+    check_numbers(config)
+    source = open_data(config)
+    devices, allowed = topologies.devices(topology)
+    parts = assemble(config, source, sharding.make_mesh(config.mesh, devices))
+    model, mesh = parts.model, parts.mesh
+    if what == "train":
+        lowered = parts.lower_step()
+    else:
+        settings = Settings.from_config(config.sampling, model)
+        lowered = lower_sampler(model, parts.diffusion, settings, mesh, config.training.batch_size)
     shown = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     print(
         f"{what} {config.model.name} {model.image_shape}, {model.dtype}, {model.mixer} mixer, remat {config.model.remat},",
@@ -77,11 +83,11 @@ def aot() -> int | None:
         record |= {"fits": False, "error": line}
         print(f"does not fit: {line.strip()[:300]}")
     else:
-        record |= {"compile_seconds": round(time.perf_counter() - since, 1)} | deviceless.measure(compiled)
+        record |= {"compile_seconds": round(time.perf_counter() - since, 1)} | topologies.measure(compiled)
         record["fits"] = allowed is None or record["bytes_per_device"]["total"] <= allowed
         report(record, allowed)
     if _OUT.value:
-        Path(_OUT.value).expanduser().write_text(json.dumps(record, indent=1) + "\n")
+        storage.write_json(Path(_OUT.value).expanduser(), record)
     return None if record["fits"] else 1
 
 
@@ -89,11 +95,11 @@ def report(record: dict[str, Any], allowed: int | None) -> None:
     if record["fits"]:
         print("fits;", end=" ")
     else:
-        fraction = deviceless.GPU_MEMORY_FRACTION
+        fraction = topologies.GPU_MEMORY_FRACTION
         print(f"does not fit in {allowed / 2**20:.1f} MiB, the {fraction:.0%} of the GPU that JAX takes by itself", end=" ")
         print("(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more);", end=" ")
     print(f"compiled in {record['compile_seconds']} s")
-    print("\n".join(deviceless.lines(record)))
+    print("\n".join(topologies.lines(record)))
 
 
 if __name__ == "__main__":

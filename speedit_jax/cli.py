@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from speedit_jax.errors import UserError
+from speedit_jax.storage import first_line
 
 _MULTIHOST = flags.DEFINE_bool(
     "multihost",
@@ -117,6 +118,4 @@ def join() -> None:
         else:
             jax.distributed.initialize()
     except (KeyError, ValueError, RuntimeError) as e:
-        raise UserError(
-            f"--multihost: {str(e).splitlines()[0]}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from e
+        raise UserError(f"--multihost: {first_line(e)}; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from e

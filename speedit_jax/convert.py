@@ -22,16 +22,16 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from configs import base
-from speedit_jax import cli
+from speedit_jax import cli, sharding
+from speedit_jax.config import complete
+from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dig, dit, files, pipeline
 from speedit_jax.interop.dit import Network
 from speedit_jax.interop.layout import COMPUTED, Table
 from speedit_jax.models.build import SIZES, Model, parse_name
 from speedit_jax.models.layers import sincos_position_table
-from speedit_jax.training import builders, run, sharding
-from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
+from speedit_jax.training import assembly, run
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.diffusers_export import diffusers_label, no_pipeline, refuse_diffusers
 
@@ -223,7 +223,7 @@ def import_weights(path: Path, workdir: Path, given: Mapping[str, Any]) -> None:
         config, source = make_config(weights, given)
         network, patch = weights.network, weights.network.patch
         height, width, _ = source.image_shape
-        model = builders.make_model(config, one_device(), source.image_shape, len(source.class_names))
+        model = assembly.make_model(config, one_device(), source.image_shape, len(source.class_names))
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         arrange = dit.from_diffusers if weights.diffusers else table(network.backbone).from_torch
         ema = arrange(weights.ema, shapes, patch)
@@ -267,16 +267,16 @@ def export_weights(workdir: Path, to: str) -> None:
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose(_CHECKPOINT_STEP.value)
     meta = checkpoints.meta(step)
-    config = run.config_of(meta)
+    config = complete(meta["config"])
     if config.model.qk_norm:
         raise UserError(f"{workdir} was trained with model.qk_norm, which no published format has a place for")
     mesh = one_device()
-    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    model = assembly.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     backbone, _, patch = parse_name(config.model.name)
     state_shapes = table(backbone).shapes(shapes, patch)
     network = network_of(config, model, state_shapes)
-    diffusion = builders.make_diffusion(config)
+    diffusion = assembly.make_diffusion(config)
     prediction = diffusion.prediction
     if directory:
         refuse_diffusers(model, network, prediction)
@@ -362,5 +362,5 @@ def convert() -> None:
 if __name__ == "__main__":
     if not any(argument.startswith("--config=") for argument in sys.argv):
         # As the flag's default it would be read before a mistake in --config.KEY can be told in one line.
-        sys.argv.insert(1, f"--config={base.__file__}")
+        sys.argv.insert(1, f"--config={Path(__file__).with_name('config.py')}")
     cli.run(convert)

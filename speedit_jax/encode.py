@@ -19,12 +19,11 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from speedit_jax import cli
+from speedit_jax import cli, sharding
 from speedit_jax.data import latents, loader
 from speedit_jax.data.sources import Source, open_source
+from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.training import sharding
-from speedit_jax.training.autoencoder import Autoencoder
 
 _SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH, tfds:NAME or synthetic, as config.data.source.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set, as config.data.split.")

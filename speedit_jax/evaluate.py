@@ -11,7 +11,6 @@ docs/evaluation.md says what the numbers are, and what makes them comparable.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -19,13 +18,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from speedit_jax import __version__, cli
+from speedit_jax import __version__, cli, sharding, storage
 from speedit_jax.data.image_sets import KINDS, Images, open_images
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files
-from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
-from speedit_jax.training import sharding
-from speedit_jax.training.comparison import (
+from speedit_jax.evaluation.comparison import (
     FEATURES,
     METRICS,
     Extractor,
@@ -37,6 +33,7 @@ from speedit_jax.training.comparison import (
     measure,
     open_reference,
 )
+from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
 
 _IMAGES = flags.DEFINE_string("images", None, "What to measure.")
 _REFERENCE = flags.DEFINE_string("reference", None, "What to compare with: images, or an npz with mu and sigma.")
@@ -179,7 +176,7 @@ def report(
         "devices": devices,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
     }
-    files.write_new(out, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
+    storage.write_new(out, lambda partial: storage.write_json(partial, record))
     print(f"settings and numbers in {out}")
 
 

@@ -7,19 +7,17 @@ Of diffusion on pixels only. Prints the mean with its standard error and writes 
 says what the number is.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from speedit_jax import __version__, cli
+from speedit_jax import __version__, cli, sharding, storage
 from speedit_jax.data import loader
 from speedit_jax.data.image_sets import Spread
 from speedit_jax.data.sources import Source, open_source
@@ -28,12 +26,9 @@ from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.likelihood import bound_terms, prior_bits
 from speedit_jax.diffusion.schedules import respace, sampling_steps
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files
 from speedit_jax.models.build import Model
-from speedit_jax.training import builders, sharding
-from speedit_jax.training.checkpoint import Checkpoints
-from speedit_jax.training.run import config_of
-from speedit_jax.training.sampling import image_noise
+from speedit_jax.sampling.sampler import image_noise
+from speedit_jax.training.run import Run, open_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _SOURCE = flags.DEFINE_string("source", None, "The images, as data.source. Default: the run's.")
@@ -54,23 +49,17 @@ STEPS_AT_A_TIME = 50  # of the schedule, in one call: often enough for the progr
 def likelihood() -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the directory of a training run")
-    workdir = Path(_WORKDIR.value).expanduser()
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.choose(_CHECKPOINT_STEP.value)
-    meta = checkpoints.meta(step)
-    config = config_of(meta)
-    diffusion = open_diffusion(config, meta)
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
-    if _UNCONDITIONAL.value and meta["class_names"] and model.null_label is None:
+    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value)
+    config, model, mesh = run.config, run.model, run.mesh
+    diffusion = choose_diffusion(run)
+    if _UNCONDITIONAL.value and run.class_names and model.null_label is None:
         raise UserError("--unconditional: this model has no null label (model.label_dropout=0)")
-    source = open_images(config, meta)
+    source = open_images(run)
     count = min(_NUM_IMAGES.value or len(source), len(source))
-    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "likelihood.json"
+    out = Path(_OUT.value).expanduser() if _OUT.value else run.workdir / "likelihood.json"
     if jax.process_index() == 0:
         cli.check_writable(out)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
+    params = run.restore(_WEIGHTS.value)
 
     terms = measure(make_bound(model, diffusion, config.sampling.clip, mesh), params, source, count, diffusion, model, mesh)
     if jax.process_index() != 0:
@@ -86,8 +75,8 @@ def likelihood() -> None:
         "by_timestep": {"t": diffusion.schedule.model_steps.tolist()}
         | {name: means[name].tolist() for name in ("vb", "mse", "x0_mse")},
         "images": {"from": config.data.source, "split": config.data.split, "n": count, "of": len(source)},
-        "workdir": str(workdir),
-        "checkpoint_step": step,
+        "workdir": str(run.workdir),
+        "checkpoint_step": run.step,
         "weights": _WEIGHTS.value,
         "unconditional": _UNCONDITIONAL.value,
         "num_steps": diffusion.schedule.num_steps,
@@ -97,26 +86,25 @@ def likelihood() -> None:
         "devices": mesh.size,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
     }
-    files.write_new(out, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
+    storage.write_new(out, lambda partial: storage.write_json(partial, record))
     spread = "" if error is None else f" (standard error {error:.2g})"
-    print(
-        f"{count} images of {config.data.source} ({config.data.split}), step {step}, {diffusion.schedule.num_steps} noise levels"
-    )
+    levels = diffusion.schedule.num_steps
+    print(f"{count} images of {config.data.source} ({config.data.split}), step {run.step}, {levels} noise levels")
     print(f"at most {total.mean():.4f} bits per dimension{spread}: prior {means['prior']:.4f},", end=" ")
     print(f"denoising {means['vb'][1:].sum():.4f}, decoder {means['vb'][0]:.4f}")
     print(f"settings and numbers in {out}")
 
 
-def open_diffusion(config: ml_collections.ConfigDict, meta: dict) -> GaussianDiffusion:
+def choose_diffusion(run: Run) -> GaussianDiffusion:
     """The run's, of the noise levels of --num_steps.
 
     Raises:
       UserError: the run has no likelihood of pixels.
     """
-    diffusion = builders.make_diffusion(config)
+    diffusion = run.diffusion
     if isinstance(diffusion, FlowMatching):
         raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
-    if meta.get("latents"):
+    if run.latents:
         raise UserError("--workdir: the run is on latents, and bits per number of a latent say nothing of its pixels")
     if not _NUM_STEPS.value:
         return diffusion
@@ -125,19 +113,20 @@ def open_diffusion(config: ml_collections.ConfigDict, meta: dict) -> GaussianDif
     return GaussianDiffusion(schedule, diffusion.variance, diffusion.prediction)
 
 
-def open_images(config: ml_collections.ConfigDict, meta: dict) -> Source:
-    """--source, into whose `config` it is written, too.
+def open_images(run: Run) -> Source:
+    """--source, which is written into the run's config, too.
 
     Raises:
       UserError: the network knows no such images, or not their classes.
     """
+    config = run.config
     config.data.source = _SOURCE.value or config.data.source
     config.data.split = _SPLIT.value or (config.data.split if not _SOURCE.value else "train")
-    config.data.height, config.data.width, config.data.channels = meta["image_shape"]
+    config.data.height, config.data.width, config.data.channels = run.meta["image_shape"]
     source = open_source(config.data)
     if source.latents:
         raise UserError(f"--source={config.data.source}: give images, not latents")
-    if meta["class_names"] and not _UNCONDITIONAL.value and list(source.class_names) != meta["class_names"]:
+    if run.class_names and not _UNCONDITIONAL.value and list(source.class_names) != run.class_names:
         raise UserError(f"--source={config.data.source}: its classes are not those of the run; give --unconditional")
     return source
 

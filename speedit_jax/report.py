@@ -12,7 +12,7 @@ from absl import flags
 
 from speedit_jax import cli
 from speedit_jax.errors import UserError
-from speedit_jax.training.report import write_report
+from speedit_jax.reporting.page import write_report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: WORKDIR/report.html.")

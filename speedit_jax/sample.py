@@ -16,16 +16,14 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from speedit_jax import cli
+from speedit_jax import cli, sharding
+from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.models.build import Model
-from speedit_jax.training import builders, sharding
-from speedit_jax.training.autoencoder import Autoencoder, open_autoencoder
-from speedit_jax.training.checkpoint import Checkpoints
-from speedit_jax.training.run import config_of
-from speedit_jax.training.sampled import GRID, Output, checksum, claim
-from speedit_jax.training.sampling import Settings, make_sampler, parse_labels, random_labels, resolve
-from speedit_jax.training.telemetry import to_uint8
+from speedit_jax.sampling.draw import draw_batches
+from speedit_jax.sampling.labels import parse_labels, random_labels
+from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
+from speedit_jax.sampling.writer import GRID, Output, checksum, claim
+from speedit_jax.training.run import Run, open_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write: PATH.png, PATH.npz and PATH.json. Default: WORKDIR/sampled.")
@@ -61,15 +59,8 @@ def columns_for(labels: int, images: int) -> int | None:
 def sample() -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the directory of a training run")
-    workdir = Path(_WORKDIR.value).expanduser()
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.choose(_CHECKPOINT_STEP.value)
-    meta = checkpoints.meta(step)
-    config = config_of(meta)
-
-    # However the run was sharded: sampling spreads the batch over the devices that are here.
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value)
+    model, mesh, workdir = run.model, run.mesh, run.workdir
     given = {
         "sampler": _SAMPLER.value,
         "num_steps": int(steps) if (steps := _NUM_STEPS.value or "").isdecimal() else steps or None,
@@ -80,24 +71,22 @@ def sample() -> None:
         "guidance_low": _GUIDANCE_LOW.value,
         "guidance_high": _GUIDANCE_HIGH.value,
     }
-    guide = open_guide(meta, mesh)
-    settings = Settings.from_config(config.sampling, model, guide and guide.model)
-    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
-    diffusion = builders.make_diffusion(config)
-    settings = resolve(settings, diffusion)
-    autoencoder = open_autoencoder(_VAE.value, meta.get("latents"), meta["image_shape"][2], mesh)
-    labels, asked = choose_labels(meta["class_names"])
+    guide = open_guide(run)
+    settings = Settings.from_config(run.config.sampling, model, guide and guide.model, **given)
+    settings = resolve(settings, run.diffusion)
+    autoencoder = open_autoencoder(_VAE.value, run.latents, model.image_shape[2], mesh)
+    labels, asked = choose_labels(run.class_names)
     out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
-    run = make_sampler(model, diffusion, settings, mesh, guide and guide.model)
-    params = restore(checkpoints, step, model, mesh)
-    params = (params, restore(guide.checkpoints, guide.step, guide.model, mesh)) if guide else params
+    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
+    params = run.restore(_WEIGHTS.value)
+    params = (params, guide.restore(_WEIGHTS.value)) if guide else params
     batch = min(_BATCH_SIZE.value, len(labels))
     batch += -batch % sharding.batch_devices(mesh)
     record = {
         "workdir": str(workdir),
-        "checkpoint_step": step,
+        "checkpoint_step": run.step,
         "weights": _WEIGHTS.value,
         "weights_sha256": checksum(params),
         "seed": _SEED.value,
@@ -111,15 +100,15 @@ def sample() -> None:
         "devices": mesh.size,
         "device_kind": mesh.devices.flat[0].device_kind,
         "png_files": _PNG_FILES.value,
-        "versions": meta["versions"] | {"sampled_with_jax": jax.__version__},
+        "versions": run.meta["versions"] | {"sampled_with_jax": jax.__version__},
     }
     # Directories that folder: takes for classes; without classes it wants none.
-    folders = tuple(name.replace("/", "_") for name in meta["class_names"]) or ("",)
+    folders = tuple(name.replace("/", "_") for name in run.class_names) or ("",)
     output = Output(out, record, labels, batch, folders if _PNG_FILES.value else None)
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:
         try:
-            draw(run, params, mesh, autoencoder, output, finished)
+            draw(sampler, params, autoencoder, output, finished)
             if jax.process_index() == 0:
                 output.finish(None if asked == "random" else columns_for(len(asked), min(len(labels), GRID)))
         except OSError as e:
@@ -129,9 +118,9 @@ def sample() -> None:
     if jax.process_index() == 0:
         if finished is None:
             print("Already there, nothing to do:")
-        print(f"{len(labels)} images of step {step} ({_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps,", end=" ")
+        how = f"{_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps, guidance {settings.guidance_scale}"
         files = f", each in {out}/" if _PNG_FILES.value else ""
-        print(f"guidance {settings.guidance_scale}) in {out}.png, {out}.npz{files}, settings in {out}.json")
+        print(f"{len(labels)} images of step {run.step} ({how}) in {out}.png, {out}.npz{files}, settings in {out}.json")
 
 
 def choose_labels(class_names: list[str]) -> tuple[np.ndarray, list[int] | str]:
@@ -147,81 +136,44 @@ def choose_labels(class_names: list[str]) -> tuple[np.ndarray, list[int] | str]:
     return classes[np.arange(count) % len(classes)].astype(np.int32), classes.tolist()
 
 
-@dataclasses.dataclass(frozen=True)
-class Guide:
-    """The run to be guided away from, by a step of its."""
-
-    workdir: Path
-    checkpoints: Checkpoints
-    step: int
-    model: Model
-
-
-def open_guide(meta: dict, mesh) -> Guide | None:
-    """The run of --guide_workdir, if there is one.
-
-    Args:
-      meta: of the run that is guided.
+def open_guide(run: Run) -> Run | None:
+    """The run of --guide_workdir, from which `run` is guided away; None where there is none.
 
     Raises:
-      UserError: it is not there, or it predicts something else than the run that is guided.
+      UserError: it is not there, or it predicts something else than `run` does.
     """
     if not _GUIDE_WORKDIR.value:
         if _GUIDE_STEP.value is not None:
             raise UserError(f"--guide_step={_GUIDE_STEP.value} needs --guide_workdir")
         return None
-    workdir = Path(_GUIDE_WORKDIR.value).expanduser()
     try:
-        checkpoints = Checkpoints(workdir)
-        step = checkpoints.choose(_GUIDE_STEP.value)
-        other = checkpoints.meta(step)
+        guide = open_run(_GUIDE_WORKDIR.value, _GUIDE_STEP.value, run.mesh)
     except UserError as e:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
-        {"image_shape": m["image_shape"], "class_names": m["class_names"]}
-        | {f"diffusion.{name}": value for name, value in config_of(m).diffusion.items() if name not in ("variance", "loss")}
-        for m in (meta, other)
+        {"image_shape": of.meta["image_shape"], "class_names": of.class_names}
+        | {f"diffusion.{key}": value for key, value in of.config.diffusion.items() if key not in ("variance", "loss")}
+        for of in (run, guide)
     )
     for name in sorted(own.keys() | its.keys()):
         if own.get(name) != its.get(name):
-            raise UserError(f"--guide_workdir={workdir}: its {name} is {its.get(name)}, but that of --workdir is {own.get(name)}")
-    config = config_of(other)
-    return Guide(workdir, checkpoints, step, builders.make_model(config, mesh, other["image_shape"], len(other["class_names"])))
+            raise UserError(
+                f"--guide_workdir={guide.workdir}: its {name} is {its.get(name)}, but that of --workdir is {own.get(name)}"
+            )
+    return guide
 
 
-def restore(checkpoints: Checkpoints, step: int, model: Model, mesh):
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return checkpoints.restore_weights(step, _WEIGHTS.value, shapes, sharding.param_shardings(mesh, model.axes, shapes))
-
-
-def draw(run, params, mesh, autoencoder: Autoencoder | None, output: Output, finished: np.ndarray) -> None:
-    """Draws the batches that are not finished, decoded where they are latents; process 0 writes them.
-
-    All have one size, so that one compilation serves: the last is filled with images that nobody asked for. A batch is
-    written while the devices draw the next.
-    """
-    key, labels = jax.random.key(_SEED.value), output.labels
+def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, finished: np.ndarray) -> None:
+    """Draws the batches that are not finished; process 0 writes them."""
     writes = jax.process_index() == 0
-    there = min(int(finished.sum()) * output.batch, len(labels))
+    there = min(int(finished.sum()) * output.batch, len(output.labels))
     if writes and there and not finished.all():
-        print(f"Going on: {there} of {len(labels)} images are there.")
-    with tqdm(total=len(labels), initial=there, unit="image", disable=not writes) as bar:
-
-        def write(i: int, images: jax.Array) -> None:
-            jax.block_until_ready(images)
+        print(f"Going on: {there} of {len(output.labels)} images are there.")
+    missing, key = np.flatnonzero(~finished).tolist(), jax.random.key(_SEED.value)
+    with tqdm(total=len(output.labels), initial=there, unit="image", disable=not writes) as bar:
+        for i, images in draw_batches(sampler, params, key, output.labels, output.batch, autoencoder, missing):
             if writes:
-                bar.update(output.write(i, to_uint8(images)))
-
-        begun = None
-        for i in np.flatnonzero(~finished).tolist():
-            indices = np.arange(i * output.batch, (i + 1) * output.batch)
-            images = run(params, key, indices, labels[indices % len(labels)])
-            images = autoencoder.decode(images) if autoencoder else images
-            if begun:
-                write(*begun)
-            begun = i, images
-        if begun:
-            write(*begun)
+                bar.update(output.write(i, images))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def serve() -> None:
     # All but the commands themselves: they define their flags when they run.
     from speedit_jax import cli  # noqa: F401
     from speedit_jax.data import loader, sources  # noqa: F401
-    from speedit_jax.training import builders, checkpoint, curves, sampling, step, telemetry  # noqa: F401
+    from speedit_jax.reporting import curves, telemetry  # noqa: F401
+    from speedit_jax.sampling import sampler  # noqa: F401
+    from speedit_jax.training import assembly, checkpoint, step  # noqa: F401
 
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,7 @@ def test_a_config_file_that_does_not_exist(run, tmp_path, override):
 def test_a_broken_config_file(run, tmp_path):
     broken = {
         "syntax": ("def get_config(:\n", ["syntax"]),
-        "key": ("from configs import base\n\ndef get_config():\n    return base.get_config().modle\n", ["modle"]),
+        "key": ("from speedit_jax import config\n\ndef get_config():\n    return config.get_config().modle\n", ["modle"]),
         "type": ("def get_config():\n    c = 1 + 'a'\n", ["unsupported operand"]),
         "module": ("import nosuchmodule\n", ["nosuchmodule"]),
         "function": ("x = 1\n", ["get_config"]),

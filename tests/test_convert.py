@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from test_diffusers_parity import diffusers_state
 from test_pytorch_parity import FIXTURES, assert_close, load, nhwc, section
 
-from configs.base import get_config
+from speedit_jax import sharding
+from speedit_jax.config import get_config
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.samplers import sample
 from speedit_jax.diffusion.schedules import make_schedule
@@ -24,7 +25,6 @@ from speedit_jax.interop import dit
 from speedit_jax.models.build import build
 from speedit_jax.models.vae import load_vae
 from speedit_jax.testing.vae_weights import write_vae
-from speedit_jax.training import sharding
 from speedit_jax.training.checkpoint import Checkpoints
 
 HEADS = "--config.model.heads=4"  # DiT's tensors do not tell

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pytorch_parity import assert_close, load, nhwc, section
 
-from configs.base import get_config
+from speedit_jax.config import get_config
 from speedit_jax.diffusion.gaussian import PREDICTIONS, GaussianDiffusion
 from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.interop import dit

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pytorch_parity import assert_close, assert_same_trajectory, load, nhwc, section
 
-from configs.base import get_config
+from speedit_jax.config import get_config
 from speedit_jax.interop import dig as names
 from speedit_jax.kernels.gla import gla
 from speedit_jax.models import dig, layers

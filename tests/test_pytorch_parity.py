@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.base import get_config
+from speedit_jax.config import get_config
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.samplers import guided, sample
 from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace, sampling_steps

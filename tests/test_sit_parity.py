@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from test_pytorch_parity import assert_close, load, nhwc, section
 
-from configs.base import get_config
+from speedit_jax.config import get_config
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
 from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
 from speedit_jax.interop import dit as names

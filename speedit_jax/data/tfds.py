@@ -17,6 +17,7 @@ from tqdm import tqdm
 from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.images import check_channels, read_image
 from speedit_jax.errors import UserError
+from speedit_jax.storage import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,6 @@ def _features(builder, name: str) -> tuple[str, str | None, tuple[str, ...]]:
     return image, label, tuple(features[label].int2str(i) for i in range(features[label].num_classes))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _data_dir() -> str:
     return os.environ.get("TFDS_DATA_DIR", os.path.join("~", "tensorflow_datasets"))
 
@@ -143,7 +140,7 @@ def open_tfds(name: str, split: str, image_shape: tuple[int, int, int], wanted: 
         raise UserError(f"data.source=tfds:{name}: there is none in {where}; set TFDS_DATA_DIR, or {make}") from e
     except Exception as e:
         # A name that is none, or files of another tfds.
-        raise UserError(f"data.source=tfds:{name}: {_first_line(e)}") from e
+        raise UserError(f"data.source=tfds:{name}: {first_line(e)}") from e
     image_key, label_key, class_names = _features(builder, name)
     chosen = choose(class_names, wanted)
     decoders = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != label_key}
@@ -155,7 +152,7 @@ def open_tfds(name: str, split: str, image_shape: tuple[int, int, int], wanted: 
             f"data.source=tfds:{name}: prepared as {builder.info.file_format.value}; remove {builder.data_path} and {make}"
         ) from e
     except Exception as e:
-        raise UserError(f"data.split={split}: {name} has {', '.join(builder.info.splits)} ({_first_line(e)})") from e
+        raise UserError(f"data.split={split}: {name} has {', '.join(builder.info.splits)} ({first_line(e)})") from e
     if wanted:
         found = [record[label_key] for record in tqdm(records, "reading labels", leave=False)]
         indices, labels = relabel(np.array(found), chosen)

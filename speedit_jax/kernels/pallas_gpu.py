@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from speedit_jax.kernels.chunked import masks
-from speedit_jax.kernels.tiles import INNER, LEFT, RIGHT, dot, terms
+from speedit_jax.kernels.tiles import NN, NT, TN, dot, terms
 
 CHUNK = 64
 _LEAST = 16  # a side of a matrix that Triton multiplies; also the features of K that a program of the gradients has
@@ -37,8 +37,8 @@ def _gate_sums(matrix, g, axes, dtype):
 def _state_kernel(sums_ref, x_ref, y_ref, g_ref, out_ref):
     """(x e^{sums g})^T y: [K, V], what a chunk adds to the state, or to its gradient."""
     dtype = x_ref.dtype
-    decay = jnp.exp(_gate_sums(sums_ref[...], g_ref[...], INNER, dtype))
-    out_ref[...] = dot(x_ref[...].astype(jnp.float32) * decay, y_ref[...], LEFT, dtype)
+    decay = jnp.exp(_gate_sums(sums_ref[...], g_ref[...], NN, dtype))
+    out_ref[...] = dot(x_ref[...].astype(jnp.float32) * decay, y_ref[...], TN, dtype)
 
 
 def _apart(reverse: bool) -> jax.Array:
@@ -53,8 +53,8 @@ def _scores(sums_ref, q, k, g, dtype, reverse):
     diagonal = jnp.where(rows == columns, (q * k).sum(axis=1)[:, None], 0.0)
 
     def level(i, scores):
-        decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
-        return jnp.where(_apart(reverse) >> i == 1, dot(q * decay, k * decay, RIGHT, dtype), scores)
+        decay = jnp.exp(_gate_sums(sums_ref[i], g, NN, dtype))
+        return jnp.where(_apart(reverse) >> i == 1, dot(q * decay, k * decay, NT, dtype), scores)
 
     return jax.lax.fori_loop(0, sums_ref.shape[0], level, diagonal)
 
@@ -63,8 +63,8 @@ def _output_kernel(sums_ref, entry_ref, q_ref, k_ref, v_ref, g_ref, state_ref, o
     dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
     q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
     scores = _scores(sums_ref, q, k, g, dtype, reverse)
-    entry = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype))
-    out = dot(q * entry, state_ref[...], INNER, dtype) + dot(scores, v, INNER, dtype)
+    entry = jnp.exp(_gate_sums(entry_ref[...], g, NN, dtype))
+    out = dot(q * entry, state_ref[...], NN, dtype) + dot(scores, v, NN, dtype)
     out_ref[...] = (scale * out).astype(out_ref.dtype)
 
 
@@ -73,9 +73,9 @@ def _values_kernel(sums_ref, exit_ref, q_ref, k_ref, g_ref, d_state_ref, d_out_r
     dtype, g = q_ref.dtype, g_ref[...]
     q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
     scores = _scores(sums_ref, q, k, g, dtype, reverse)
-    leave = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype))
+    leave = jnp.exp(_gate_sums(exit_ref[...], g, NN, dtype))
     d_out = scale * d_out_ref[...].astype(jnp.float32)
-    dv_ref[...] = (dot(scores, d_out, LEFT, dtype) + dot(k * leave, d_state_ref[...], INNER, dtype)).astype(dv_ref.dtype)
+    dv_ref[...] = (dot(scores, d_out, TN, dtype) + dot(k * leave, d_state_ref[...], NN, dtype)).astype(dv_ref.dtype)
 
 
 def _gradient_kernel(
@@ -100,23 +100,23 @@ def _gradient_kernel(
     dtype, g, v = q_ref.dtype, g_ref[...], v_ref[...]
     q, k = q_ref[...].astype(jnp.float32), k_ref[...].astype(jnp.float32)
     d_out = scale * d_out_ref[...].astype(jnp.float32)
-    d_scores = dot(d_out, v, RIGHT, dtype)
+    d_scores = dot(d_out, v, NT, dtype)
     diagonal = (d_out * v.astype(jnp.float32)).sum(axis=1)[:, None]
-    entry, state = jnp.exp(_gate_sums(entry_ref[...], g, INNER, dtype)), state_ref[...]
-    dq_entry = dot(d_out, state, RIGHT, dtype) * entry
-    dg = _gate_sums(entry_ref[...], q * dq_entry, LEFT, dtype)
-    leave, d_state = jnp.exp(_gate_sums(exit_ref[...], g, INNER, dtype)), d_state_ref[...]
-    dk_leave = dot(v, d_state, RIGHT, dtype) * leave
-    dg += _gate_sums(exit_ref[...], k * dk_leave, LEFT, dtype)
+    entry, state = jnp.exp(_gate_sums(entry_ref[...], g, NN, dtype)), state_ref[...]
+    dq_entry = dot(d_out, state, NT, dtype) * entry
+    dg = _gate_sums(entry_ref[...], q * dq_entry, TN, dtype)
+    leave, d_state = jnp.exp(_gate_sums(exit_ref[...], g, NN, dtype)), d_state_ref[...]
+    dk_leave = dot(v, d_state, NT, dtype) * leave
+    dg += _gate_sums(exit_ref[...], k * dk_leave, TN, dtype)
     dg += (jnp.exp(g.sum(axis=0)) * (state * d_state).sum(axis=1))[None, :]
 
     def level(i, grads):
         dq, dk, dg = grads
-        decay = jnp.exp(_gate_sums(sums_ref[i], g, INNER, dtype))
+        decay = jnp.exp(_gate_sums(sums_ref[i], g, NN, dtype))
         d_level = jnp.where(_apart(reverse) >> i == 1, d_scores, 0.0)
-        dq_level = dot(d_level, k * decay, INNER, dtype) * decay
-        dk_level = dot(d_level, q * decay, LEFT, dtype) * decay
-        return dq + dq_level, dk + dk_level, dg + _gate_sums(sums_ref[i], q * dq_level + k * dk_level, LEFT, dtype)
+        dq_level = dot(d_level, k * decay, NN, dtype) * decay
+        dk_level = dot(d_level, q * decay, TN, dtype) * decay
+        return dq + dq_level, dk + dk_level, dg + _gate_sums(sums_ref[i], q * dq_level + k * dk_level, TN, dtype)
 
     start = (dq_entry + diagonal * k, dk_leave + diagonal * q, dg)
     dq, dk, dg = jax.lax.fori_loop(0, sums_ref.shape[0], level, start)

@@ -4,6 +4,11 @@ Operands are feature-major, [B, H K, T] and [B, H V, T]: tokens fill the lanes w
 chunk of a group of heads; the grid is (B, groups, chunks), the chunks in the order of time with the group's state, [heads K, V],
 in VMEM. Matrices of one head and chunk are transposed, too: scores[s, t] is the attention of t to s. The 0/1 matrices are
 those of chunked.py, given as operands.
+
+What a grid step sees, with h heads in its group, C tokens and L levels in a chunk:
+  sums_ref [L, C, C], pairs_ref [L, C, C] (transposed, as scores are), ends_ref [2, C, C] (entry and exit), whole
+  q_ref, k_ref, g_ref [1, h K, C]; v_ref, out_ref, d_out_ref [1, h V, C]; gradients as what they are of
+  states_ref [1, 1, h K, V], the state before the chunk; state_ref, d_state_ref [h K, V], which pass from chunk to chunk
 """
 
 import functools
@@ -15,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from speedit_jax.kernels.chunked import masks
-from speedit_jax.kernels.tiles import INNER, LEFT, RIGHT, dot, terms
+from speedit_jax.kernels.tiles import NN, NT, TN, dot, terms
 
 CHUNK = 128  # tokens: a vector register's lanes
 _ROWS = 512  # of a block's features: 18 heads of 72 at once do not fit a v5e's VMEM in float32
@@ -28,8 +33,8 @@ def _gate_sums(g, matrix, axes, dtype):
 
 def _decays(g, sums_ref, ends_ref, dtype):
     """exp of every level's exponent, of entry and of exit, each [H K, C], and of the whole chunk [H K, 1]."""
-    levels = [jnp.exp(_gate_sums(g, sums_ref[level], RIGHT, dtype)) for level in range(sums_ref.shape[0])]
-    entry, leave = (jnp.exp(_gate_sums(g, ends_ref[i], RIGHT, dtype)) for i in range(2))
+    levels = [jnp.exp(_gate_sums(g, sums_ref[level], NT, dtype)) for level in range(sums_ref.shape[0])]
+    entry, leave = (jnp.exp(_gate_sums(g, ends_ref[i], NT, dtype)) for i in range(2))
     return levels, entry, leave, jnp.exp(g.sum(axis=1, keepdims=True))
 
 
@@ -37,7 +42,7 @@ def _scores(pairs_ref, q_levels, k_levels, rows, dtype):
     """P of eq. (3) of one head without its diagonal, transposed: [C, C]."""
     scores = jnp.zeros(pairs_ref.shape[1:], jnp.float32)
     for level, (q, k) in enumerate(zip(q_levels, k_levels, strict=True)):
-        scores = jnp.where(pairs_ref[level] > 0, dot(k[rows], q[rows], LEFT, dtype), scores)
+        scores = jnp.where(pairs_ref[level] > 0, dot(k[rows], q[rows], TN, dtype), scores)
     return scores
 
 
@@ -47,6 +52,8 @@ def _heads(heads, dk, dv):
 
 
 def _forward_kernel(sums_ref, pairs_ref, ends_ref, q_ref, k_ref, v_ref, g_ref, out_ref, state_ref, *, heads, scale):
+    """The outputs of a chunk, eq. (3), and the state after it, eq. (4)."""
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = jnp.zeros_like(state_ref)
@@ -59,10 +66,10 @@ def _forward_kernel(sums_ref, pairs_ref, ends_ref, q_ref, k_ref, v_ref, g_ref, o
     for rows, columns in _heads(heads, q.shape[0] // heads, v_ref.shape[1] // heads):
         state, v = state_ref[rows], v_ref[0, columns]
         scores = _scores(pairs_ref, q_levels, k_levels, rows, dtype)
-        out = dot(state, q_entry[rows], LEFT, dtype) + dot(v, scores, INNER, dtype)
+        out = dot(state, q_entry[rows], TN, dtype) + dot(v, scores, NN, dtype)
         out += (q[rows] * k[rows]).sum(axis=0, keepdims=True) * v.astype(jnp.float32)
         out_ref[0, columns] = (scale * out).astype(out_ref.dtype)
-        state_ref[rows] = whole[rows] * state + dot(k_leave[rows], v, RIGHT, dtype)
+        state_ref[rows] = whole[rows] * state + dot(k_leave[rows], v, NT, dtype)
 
 
 def _states_kernel(ends_ref, k_ref, v_ref, g_ref, states_ref, state_ref, *, heads):
@@ -74,10 +81,10 @@ def _states_kernel(ends_ref, k_ref, v_ref, g_ref, states_ref, state_ref, *, head
 
     dtype, g = k_ref.dtype, g_ref[0]
     states_ref[0, 0] = state_ref[...]
-    k_leave = k_ref[0].astype(jnp.float32) * jnp.exp(_gate_sums(g, ends_ref[1], RIGHT, dtype))
+    k_leave = k_ref[0].astype(jnp.float32) * jnp.exp(_gate_sums(g, ends_ref[1], NT, dtype))
     whole = jnp.exp(g.sum(axis=1, keepdims=True))
     for rows, columns in _heads(heads, g.shape[0] // heads, v_ref.shape[1] // heads):
-        state_ref[rows] = whole[rows] * state_ref[rows] + dot(k_leave[rows], v_ref[0, columns], RIGHT, dtype)
+        state_ref[rows] = whole[rows] * state_ref[rows] + dot(k_leave[rows], v_ref[0, columns], NT, dtype)
 
 
 def _backward_kernel(
@@ -99,6 +106,8 @@ def _backward_kernel(
     heads,
     scale,
 ):
+    """The gradients of a chunk, eq. (6) to (9), against the order of time; `d_state` passes on."""
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state_ref[...] = jnp.zeros_like(d_state_ref)
@@ -116,30 +125,30 @@ def _backward_kernel(
         v = v_ref[0, columns]
         d_out = scale * d_out_ref[0, columns].astype(jnp.float32)
         scores = _scores(pairs_ref, q_levels, k_levels, rows, dtype)
-        d_scores = dot(v, d_out, LEFT, dtype)
+        d_scores = dot(v, d_out, TN, dtype)
         for level in range(len(levels)):
             d_level = jnp.where(pairs_ref[level] > 0, d_scores, 0.0)
-            dq_levels[level].append(dot(k_levels[level][rows], d_level, INNER, dtype))
-            dk_levels[level].append(dot(q_levels[level][rows], d_level, RIGHT, dtype))
+            dq_levels[level].append(dot(k_levels[level][rows], d_level, NN, dtype))
+            dk_levels[level].append(dot(q_levels[level][rows], d_level, NT, dtype))
         diagonal = (d_out * v.astype(jnp.float32)).sum(axis=0, keepdims=True)
         dq_diagonal.append(diagonal * k[rows])
         dk_diagonal.append(diagonal * q[rows])
-        dq_entry.append(dot(state, d_out, INNER, dtype))
-        dk_leave.append(dot(d_state, v, INNER, dtype))
+        dq_entry.append(dot(state, d_out, NN, dtype))
+        dk_leave.append(dot(d_state, v, NN, dtype))
         d_whole.append((state * d_state).sum(axis=1, keepdims=True))
-        dv = dot(d_out, scores, RIGHT, dtype) + dot(d_state, k_leave_all[rows], LEFT, dtype)
+        dv = dot(d_out, scores, NT, dtype) + dot(d_state, k_leave_all[rows], TN, dtype)
         dv += (q[rows] * k[rows]).sum(axis=0, keepdims=True) * d_out
         dv_ref[0, columns] = dv.astype(dv_ref.dtype)
-        d_state_ref[rows] = whole[rows] * d_state + dot(q_entry_all[rows], d_out, RIGHT, dtype)
+        d_state_ref[rows] = whole[rows] * d_state + dot(q_entry_all[rows], d_out, NT, dtype)
 
     join = functools.partial(jnp.concatenate, axis=0)
     dq, dk, dg = join(dq_diagonal), join(dk_diagonal), whole * join(d_whole)
     for level, decay in enumerate(levels):
         dq_level, dk_level = join(dq_levels[level]) * decay, join(dk_levels[level]) * decay
-        dg += _gate_sums(q * dq_level + k * dk_level, sums_ref[level], INNER, dtype)
+        dg += _gate_sums(q * dq_level + k * dk_level, sums_ref[level], NN, dtype)
         dq, dk = dq + dq_level, dk + dk_level
     dq_level, dk_level = join(dq_entry) * entry, join(dk_leave) * leave
-    dg += _gate_sums(q * dq_level, ends_ref[0], INNER, dtype) + _gate_sums(k * dk_level, ends_ref[1], INNER, dtype)
+    dg += _gate_sums(q * dq_level, ends_ref[0], NN, dtype) + _gate_sums(k * dk_level, ends_ref[1], NN, dtype)
     dq_ref[0] = (dq + dq_level).astype(dq_ref.dtype)
     dk_ref[0] = (dk + dk_level).astype(dk_ref.dtype)
     dg_ref[0] = dg

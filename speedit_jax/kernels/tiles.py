@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-# Which axes of two matrices a product sums over.
-INNER = (((1,), (0,)), ((), ()))  # x y
-LEFT = (((0,), (0,)), ((), ()))  # x^T y
-RIGHT = (((1,), (1,)), ((), ()))  # x y^T
+# Which axes of two matrices a product sums over, by BLAS's letters: N as it is, T transposed.
+NN = (((1,), (0,)), ((), ()))  # x y
+TN = (((0,), (0,)), ((), ()))  # x^T y
+NT = (((1,), (1,)), ((), ()))  # x y^T
 
 
 def dot(x: jax.Array, y: jax.Array, axes, dtype) -> jax.Array:

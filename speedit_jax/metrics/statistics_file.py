@@ -4,7 +4,6 @@ mu_s and sigma_s, of the spatial features, may be missing, as in pytorch-fid's f
 `n`, of how many images, are our additions; other programs pass over them.
 """
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Gaussian
+from speedit_jax.storage import replacing
 
 STATISTICS = {"pool": "", "spatial": "_s"}  # of which features -> what ends their names
 
@@ -27,9 +27,8 @@ def write_statistics(path: Path, statistics: dict[str, Gaussian], features: str,
     arrays = {}
     for name, gaussian in statistics.items():
         arrays |= {f"mu{STATISTICS[name]}": gaussian.mean, f"sigma{STATISTICS[name]}": gaussian.covariance}
-    partial = path.with_name(path.name + ".partial.npz")
-    np.savez(partial, **arrays, features=np.array(features), n=np.array(count))
-    os.replace(partial, path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays, features=np.array(features), n=np.array(count))
 
 
 def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], int | None]:

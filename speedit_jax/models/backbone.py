@@ -30,7 +30,7 @@ MakeBlock = Callable[[int, tuple[int, int]], Callable[..., nn.Module]]
 
 
 class Period(nn.Module):
-    """A run of unlike blocks that repeats down the depth; a block's module maps (x, c) to (x, None)."""
+    """Different blocks in a row, repeated down the depth: x [B, T, D] and c [B, D] -> (x [B, T, D], None)."""
 
     make_blocks: tuple[Callable[..., nn.Module], ...]
 

@@ -47,7 +47,14 @@ def _projection(features, axes, dtype, name, init=_gla_init, axis=-1):
 
 
 class GatedLinearAttention(nn.Module):
-    """[B, T, D] -> [B, T, D], causal in the order it is given; K = D / (2 H) and V = D / H."""
+    """[B, T, D] -> [B, T, D], causal in the order of its tokens; K = D / (2 H) and V = D / H.
+
+    Attributes:
+      heads: H.
+      reverse: whether a token sees the later ones instead of the earlier ones.
+      gla: kernels.gla.gla, on q, k and log_g [B, T, H, K] and v [B, T, H, V].
+      dtype: of activations; the gates are float32.
+    """
 
     heads: int
     reverse: bool
@@ -73,7 +80,7 @@ class GatedLinearAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """(silu(a) * b) W with [a, b] = x W_ab, the hidden width 8D/3 rounded up to a multiple of 256."""
+    """(silu(a) * b) W with [a, b] = x W_ab: [B, T, D] -> [B, T, D]; the hidden width is 8D/3, rounded up to a multiple of 256."""
 
     dtype: jnp.dtype
 
@@ -115,7 +122,18 @@ class DepthwiseConv(nn.Module):
 
 
 class DiGBlock(nn.Module):
-    """One block; the pair is what nn.scan wants."""
+    """One block: tokens x [B, T, D] in raster order, conditioning c [B, D] -> (x [B, T, D], None), the pair that nn.scan wants.
+
+    Attributes:
+      heads: H.
+      grid: rows and columns of tokens, T = rows * columns.
+      order: (columns first?, reversed?) of the block's scan.
+      norm, convolution: one of NORMS and of CONVOLUTIONS.
+      gla: kernels.gla.gla.
+      remat_part: how the mixer and the SwiGLU are computed again in the backward pass.
+      constrain: the activations' sharding.
+      dtype: of activations.
+    """
 
     heads: int
     grid: tuple[int, int]
@@ -138,6 +156,7 @@ class DiGBlock(nn.Module):
         return self.constrain(x, ACTIVATIONS), None
 
     def _mix(self, x, shift, scale, gate):
+        """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         columns, reverse = self.order
         y = layers.modulate(self._norm("norm1")(x), shift, scale)
         y = _transpose_grid(y, self.grid) if columns else y
@@ -146,6 +165,7 @@ class DiGBlock(nn.Module):
         return x + gate[:, None] * y
 
     def _mlp(self, x, shift, scale, gate):
+        """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         y = layers.modulate(self._norm("norm2")(x), shift, scale)
         return x + gate[:, None] * SwiGLU(self.dtype, name="mlp")(y)
 

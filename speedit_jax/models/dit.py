@@ -61,7 +61,16 @@ class Mlp(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """One block; returns a pair because nn.scan carries the first and stacks the second."""
+    """One block: tokens x [B, T, D] and conditioning c [B, D] -> (x [B, T, D], None), the pair that nn.scan wants.
+
+    Attributes:
+      heads: H.
+      mlp_ratio: hidden width of the MLP in D.
+      qk_norm: RMSNorm of queries and keys.
+      attention: (q, k, v) [B, T, H, K] -> [B, T, H, K].
+      constrain: the activations' sharding.
+      dtype: of activations.
+    """
 
     heads: int
     mlp_ratio: float
@@ -73,7 +82,7 @@ class DiTBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
         width = x.shape[-1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
+        shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")  # [B, D] each
 
         y = layers.modulate(layers.layer_norm(x), shift1, scale1)
         x = x + gate1[:, None] * Attention(self.heads, self.qk_norm, self.attention, self.dtype, name="attention")(y)

@@ -49,7 +49,7 @@ class Layer:
 
 
 class Norm(nn.Module):
-    """Batch norm with stored statistics."""
+    """Batch norm with stored statistics: [B, H, W, D] -> [B, H, W, D]."""
 
     @nn.compact
     def __call__(self, x):
@@ -73,10 +73,10 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, their channels joined, then those of the pooled input.
+    """[B, H, W, D] -> [B, H', W', D']: the channels of parallel branches, then those of the pooled input.
 
     Attributes:
-      branches: of layers, one after another; where the last is a tuple, its layers are side by side.
+      branches: of layers, applied one after another; where the last is a tuple, its layers are applied in parallel.
       pool: "average" or "max" of 3 x 3 before a 1x1 layer of `pool_width`; "halve" is a maximum with a stride of 2 alone.
     """
 

@@ -1,1 +1,1 @@
-"""State, step, sharding, checkpoints and telemetry: what train.py and sample.py are made of."""
+"""What makes the training step, and what keeps it: assembly, state, step, checkpoints, a run's identity."""

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from speedit_jax.errors import UserError
+from speedit_jax.storage import first_line
 from speedit_jax.training.state import TrainState
 
 _RAW = "params"
@@ -261,7 +262,7 @@ def _named_failure(directory: Path):
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
-        text = _first_line(e)
+        text = first_line(e)
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
             text = "no space left on the device"
@@ -281,12 +282,8 @@ def _named_damage(where: Path):
     except Exception as e:
         # Many layers read a checkpoint, each with exceptions of its own.
         raise UserError(
-            f"checkpoint {where} cannot be read ({_first_line(e)}); remove that directory to go on from the one before"
+            f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to go on from the one before"
         ) from e
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def arrays(state: TrainState) -> dict[str, np.ndarray]:

@@ -8,11 +8,11 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.interop.dit import Network
 from speedit_jax.models.build import Model
-from speedit_jax.training import builders
-from speedit_jax.training.autoencoder import Autoencoder
+from speedit_jax.training import assembly
 
 
 def refuse_diffusers(model: Model, network: Network, prediction: str) -> None:
@@ -38,7 +38,7 @@ def diffusers_label(config: ml_collections.ConfigDict, mesh: Mesh, model: Model,
         return "Exact: model.time_freq_shift is 1, as in diffusers; outputs agree to rounding."
     shifted = ml_collections.ConfigDict(config)
     shifted.model.time_freq_shift = 1
-    other = builders.make_model(shifted, mesh, model.image_shape, model.num_classes)
+    other = assembly.make_model(shifted, mesh, model.image_shape, model.num_classes)
     t = jnp.array([50, 250, 500, 999])
     x = jax.random.normal(jax.random.key(0), (len(t), *model.image_shape))
     y = jnp.arange(len(t))

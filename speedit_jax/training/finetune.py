@@ -1,17 +1,14 @@
 """Starting from the weights of another run, or from imported ones."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from speedit_jax.errors import UserError
-from speedit_jax.models.build import Model
-from speedit_jax.training import builders, run, sharding
-from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.assembly import Assembly
+from speedit_jax.training.run import open_run
 from speedit_jax.training.state import TrainState
 
 KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
@@ -19,18 +16,15 @@ KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 _SHOWN = 3  # names of parameters in one message
 
 
-def starting_weights(
-    where: str, model: Model, prediction: str, shapes: Any, mesh: Mesh
-) -> tuple[dict[KeyPath, jax.Array], list[str]]:
-    """The newest EMA weights of the run in `where`, for `model`.
+def starting_weights(where: str, parts: Assembly) -> tuple[dict[KeyPath, jax.Array], list[str]]:
+    """The newest EMA weights of the run in `where`, for a run of `parts`.
 
     Position tables are computed, so another resolution fits as it is; the label table is taken over only where the classes are
     the same in number, since its rows mean nothing to others.
 
     Args:
       where: a workdir of train or convert.
-      model, prediction: of the run that is to start.
-      shapes: of its parameters.
+      parts: of the run that is to start.
 
     Returns:
       {path in the tree of parameters: array}, without what is to start anew; and lines for the user.
@@ -39,25 +33,20 @@ def starting_weights(
       UserError: there are no weights, or they are of another network.
     """
     try:
-        checkpoints = Checkpoints(Path(where).expanduser())
-        step = checkpoints.choose(None)
-        meta = checkpoints.meta(step)
-        config = run.config_of(meta)
-        saved_prediction = builders.make_diffusion(config).prediction
-        saved_model = builders.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
-        saved_shapes = jax.eval_shape(saved_model.init, jax.random.key(0))
-        shardings = sharding.param_shardings(mesh, saved_model.axes, saved_shapes)
-        saved = checkpoints.restore_weights(step, "ema", saved_shapes, shardings)
+        run = open_run(where, mesh=parts.mesh)
+        saved = run.restore()
     except UserError as e:
         raise UserError(f"init_from={where}: {e}") from e
 
-    if saved_prediction != prediction:
-        raise UserError(f"init_from={where} predicts {saved_prediction}, not {prediction} (diffusion.prediction)")
-    lines = [f"{config.model.name} of {meta['image_shape'][0]} x {meta['image_shape'][1]}, EMA of step {step} in {where}"]
+    model, prediction = parts.model, parts.diffusion.prediction
+    saved_model, shape = run.model, run.meta["image_shape"]
+    if run.diffusion.prediction != prediction:
+        raise UserError(f"init_from={where} predicts {run.diffusion.prediction}, not {prediction} (diffusion.prediction)")
+    lines = [f"{run.config.model.name} of {shape[0]} x {shape[1]}, EMA of step {run.step} in {where}"]
     keep_labels = saved_model.num_classes == model.num_classes and saved_model.null_label == model.null_label
     if not keep_labels:
         lines.append(f"classes {saved_model.num_classes} -> {model.num_classes}: the label table starts anew")
-    saved, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (saved, shapes))
+    saved, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (saved, parts.shapes.params))
     names = {path: jax.tree_util.keystr(path, simple=True, separator="/") for path in saved.keys() | wanted.keys()}
     taken = {path: array for path, array in saved.items() if keep_labels or not names[path].startswith("label/")}
     problems = [f"{names[path]} is not in this run's" for path in taken if path not in wanted]

@@ -1,17 +1,24 @@
-"""A run's identity: what its directory says it is, so that no other run is continued or overwritten by mistake."""
+"""A run: its identity, which keeps other runs from being continued or overwritten by mistake, and the door to what it learned."""
 
+import dataclasses
+import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
-from configs import base
-from speedit_jax import __version__
+from speedit_jax import __version__, sharding, storage
+from speedit_jax.config import complete, flatten
 from speedit_jax.data.sources import Source
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
+from speedit_jax.training.assembly import make_diffusion, make_model
+from speedit_jax.training.checkpoint import Checkpoints
 
 # Sections and keys that may differ between a run and its continuation: they do not change what is computed.
 _MAY_CHANGE = (
@@ -49,26 +56,6 @@ def describe(
     }
 
 
-def config_of(meta: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config of a run; keys younger than the run have configs/base.py's defaults, which mean what was before them."""
-
-    def over(defaults, saved):
-        if not isinstance(defaults, dict) or not isinstance(saved, dict):
-            return saved
-        return defaults | {key: over(defaults.get(key), value) for key, value in saved.items()}
-
-    return ml_collections.ConfigDict(over(base.get_config().to_dict(), meta["config"]))
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value}, tuples as the lists that JSON makes of them."""
-    found = {}
-    for key, value in tree.items():
-        value = list(value) if isinstance(value, tuple) else value
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
 def claim(workdir: Path, meta: dict[str, Any]) -> None:
     """Makes `workdir` this run's, or checks that it already is.
 
@@ -88,15 +75,13 @@ def claim(workdir: Path, meta: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(meta, indent=1) + "\n")
-            os.replace(partial, path)
+            storage.write_json(path, meta)
         except OSError as e:
             raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
 
 
 def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    old, new = flat(config_of(saved).to_dict()), flat(meta["config"])
+    old, new = flatten(complete(saved["config"]).to_dict()), flatten(meta["config"])
     may_change = _MAY_CHANGE
     if meta["config"]["optim"]["schedule"] == "constant":
         # Only the cosine looks at where the run ends.
@@ -115,3 +100,70 @@ def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> N
         raise UserError(
             f"{workdir} holds another run ({'; '.join(different[:3])}{more}); use its settings to go on, or another --workdir"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A checkpoint of a run, opened to use its weights.
+
+    Attributes:
+      workdir: of the run.
+      step: of the checkpoint.
+      meta: the JSON that the checkpoint carries, as `describe` makes it.
+      config: the whole config; keys younger than the run have their defaults.
+      mesh: that weights are restored onto.
+      diffusion, model: as in training.
+    """
+
+    workdir: Path
+    step: int
+    meta: dict[str, Any]
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    diffusion: GaussianDiffusion | FlowMatching
+    model: Model
+    checkpoints: Checkpoints
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.meta["class_names"]
+
+    @property
+    def latents(self) -> dict[str, Any] | None:
+        """The identity of the autoencoder whose latents the model draws; None where it draws images."""
+        return self.meta.get("latents")
+
+    @functools.cached_property
+    def shapes(self) -> Any:
+        """Of the parameters."""
+        return jax.eval_shape(self.model.init, jax.random.key(0))
+
+    def restore(self, weights: str = "ema") -> Any:
+        """The parameters on the mesh: "ema", "raw" or "ema_DECAY".
+
+        Raises:
+          UserError: the checkpoint is damaged, or has no such weights.
+        """
+        shardings = sharding.param_shardings(self.mesh, self.model.axes, self.shapes)
+        return self.checkpoints.restore_weights(self.step, weights, self.shapes, shardings)
+
+
+def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | None = None) -> Run:
+    """The checkpoint of a run, or of imported weights.
+
+    Args:
+      workdir: its directory.
+      step: a number, "newest" (as None) or "best".
+      mesh: to restore weights onto; None shares batches among all devices, however the run was sharded.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    workdir = Path(workdir).expanduser()
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.choose(step)
+    meta = checkpoints.meta(step)
+    config = complete(meta["config"])
+    mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    model = make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    return Run(workdir, step, meta, config, mesh, make_diffusion(config), model, checkpoints)

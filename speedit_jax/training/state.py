@@ -10,9 +10,9 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
+from speedit_jax import sharding
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.training import sharding
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
 

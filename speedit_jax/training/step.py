@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from speedit_jax import sharding
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
-from speedit_jax.training import sharding
-from speedit_jax.training.autoencoder import latents_of
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
@@ -83,7 +83,7 @@ def make_gradient(loss: Callable, accumulation: int) -> Callable:
     return gradient
 
 
-def by_quartile(t: jax.Array, num_steps: int, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def by_quarter(t: jax.Array, num_steps: int, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means of the unweighted mse and of the weighted loss over the examples of each quarter of the schedule.
 
     Returns:
@@ -146,7 +146,7 @@ def make_train_step(
         kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps)
         # A non-finite gradient must not reach the moments or the EMA, which would keep it for ever.
         params, ema, extra_ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
-        metrics = {name: value.mean() for name, value in terms.items()} | by_quartile(t, diffusion.schedule.num_steps, terms)
+        metrics = {name: value.mean() for name, value in terms.items()} | by_quarter(t, diffusion.schedule.num_steps, terms)
         metrics |= {
             "loss": loss,
             "grad_norm": norm,

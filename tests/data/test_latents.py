@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.data import latents, loader
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
@@ -37,7 +37,7 @@ def written(tmp_path):
 
 
 def open_config(directory):
-    data = base.get_config().data
+    data = get_config().data
     data.source = f"latents:{directory}"
     return open_source(data)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.data.loader import batches
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
@@ -124,7 +124,7 @@ def test_an_image_is_mirrored_anew_in_each_epoch():
 
 @pytest.mark.parametrize("source, channels", [("digits", 1), ("synthetic", 3)])
 def test_shapes_and_dtypes(source, channels):
-    data = base.get_config().data
+    data = get_config().data
     data.update(source=source, height=8, width=8, channels=channels)
     loaded = batches(open_source(data), seed=0, batch_size=6, rows=np.array([1, 4, 5]), first_step=0, num_steps=3, flip=True)
     for batch in itertools.islice(loaded, 2):
@@ -139,7 +139,7 @@ def test_shapes_and_dtypes(source, channels):
 def test_a_damaged_image_is_named_through_the_threads(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"text")
-    data = base.get_config().data
+    data = get_config().data
     data.update(source=f"folder:{tmp_path}", height=8, width=8)
     with pytest.raises(UserError, match="cannot read the image") as error:
         list(batches(open_source(data), seed=0, batch_size=2, rows=np.arange(2), first_step=0, num_steps=2))

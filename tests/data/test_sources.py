@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.data.sources import load_digits, open_source
 from speedit_jax.errors import UserError
 
 
 def config(source, height=8, width=8, channels=3, **keys) -> ml_collections.ConfigDict:
-    data = base.get_config().data
+    data = get_config().data
     data.update(source=source, height=height, width=width, channels=channels, **keys)
     return data
 

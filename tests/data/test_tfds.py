@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tfds_sets import NAMES, TEST, TRAIN, Pictures, colour, prepare
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.data import loader
 from speedit_jax.data.sources import open_source
 from speedit_jax.data.tfds import prepare as prepare_one
@@ -31,7 +31,7 @@ def data_dir(prepared, monkeypatch):
 
 
 def config(source, height=8, width=8, channels=3, **keys):
-    data = base.get_config().data
+    data = get_config().data
     data.update(source=source, height=height, width=width, channels=channels, **keys)
     return data
 
@@ -190,10 +190,10 @@ def test_tensorflow_is_not_imported(prepared):
     """Nor tfds itself where another source is asked for."""
     code = """
 import sys
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.data.sources import open_source
 from speedit_jax.data.tfds import prepare as prepare_one
-data = base.get_config().data
+data = get_config().data
 assert len(open_source(data)) and "tensorflow_datasets" not in sys.modules
 data.update(source="tfds:animals/tame", height=8, width=8)
 assert len(open_source(data)[0]["image"]) == 8

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.base import get_config
+from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dit
 from speedit_jax.interop.dit import Network

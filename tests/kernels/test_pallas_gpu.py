@@ -8,7 +8,7 @@ import pytest
 from speedit_jax.errors import UserError
 from speedit_jax.kernels import chunked, pallas_gpu
 from speedit_jax.kernels.gla import choose_gla, gla
-from speedit_jax.training import deviceless
+from speedit_jax.training import topologies
 
 
 # jax 0.11 and later compile Triton while lowering, for a GPU's compiler that is not here.
@@ -34,7 +34,7 @@ def test_lowers_for_cuda(heads, dk, dv, dtype):
 @pytest.mark.parametrize("topology", ["h100", "a100"])
 def test_compiles_for_gpu(topology, dk, dv, dtype):
     pytest.importorskip("jax_cuda12_plugin")
-    devices, _ = deviceless.devices(topology)
+    devices, _ = topologies.devices(topology)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     shapes = [jax.ShapeDtypeStruct((2, 1024, 6, d), dtype) for d in (dk, dk, dv)]
     shapes.append(jax.ShapeDtypeStruct((2, 1024, 6, dk), jnp.float32))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from speedit_jax.errors import UserError
 from speedit_jax.kernels import chunked, pallas_tpu
 from speedit_jax.kernels.gla import choose_gla, gla
-from speedit_jax.training import deviceless
+from speedit_jax.training import topologies
 
 
 def inputs(batch=1, tokens=150, heads=2, dk=8, dv=16, dtype=jnp.float32):
@@ -53,7 +53,7 @@ def test_lowers_for_tpu(tokens, heads, dk, dv, dtype):
 def test_compiles_for_tpu(topology, heads, dk, dv, dtype):
     """By the TPU's own compiler, which also sees to it that the kernel fits VMEM."""
     pytest.importorskip("libtpu")
-    (device, *_), _ = deviceless.devices(topology)
+    (device, *_), _ = topologies.devices(topology)
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = [jax.ShapeDtypeStruct((2, 1024, heads, d), dtype, sharding=sharding) for d in (dk, dk, dv, dv)]
     d_out = shapes.pop()

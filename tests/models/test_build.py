@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import build, parse_name
 
 
 @functools.cache
 def make(image_shape=(8, 8, 3), num_classes=5, learned_variance=True, platform="cpu", **keys):
-    config = base.get_config().model
+    config = get_config().model
     config.update({"name": "DiT-tiny/2", "width": 32, "depth": 2, "heads": 2} | keys)
     return build(config, image_shape=image_shape, num_classes=num_classes, learned_variance=learned_variance, platform=platform)
 

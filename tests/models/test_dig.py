@@ -3,13 +3,13 @@
 import jax
 import pytest
 
-from configs import base
+from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import build
 
 
 def make(**keys):
-    config = base.get_config().model
+    config = get_config().model
     config.update({"name": "DiG-tiny/1", "width": 16, "depth": 4, "heads": 2} | keys)
     return build(config, image_shape=(4, 6, 1), num_classes=3, learned_variance=False, platform="cpu")
 

@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 import pytest
-
-from . import tiny
+import tiny
 
 
 def losses(**changes):

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from tiny import BATCH, ONE
 
 from speedit_jax.training.checkpoint import Checkpoints
-
-from . import tiny
-from .tiny import BATCH, ONE
 
 KEY, STEPS, LEVELS = jax.random.key(7), 4, 25
 

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from tiny import ONE
 
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training.checkpoint import Checkpoints, arrays, peek
-
-from . import tiny
-from .tiny import ONE
 
 META = {"config": {"seed": 3}, "class_names": ["a", "b"]}
 

@@ -9,14 +9,13 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
 
-from speedit_jax.training import sharding
+from speedit_jax import sharding
 from speedit_jax.training.step import make_gradient, make_loss
-
-from . import tiny
-from .tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
 
 
 @functools.cache

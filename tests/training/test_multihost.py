@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from commands import COMPILATION, hosts
 from PIL import Image
+from tiny import TINY
 
 from speedit_jax.training.checkpoint import Checkpoints
-
-from .tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+import tiny
 
+from speedit_jax.config import complete
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 from speedit_jax.training import run
-
-from . import tiny
 
 
 def describe(latents=None, **changes):
@@ -119,7 +119,7 @@ def test_a_key_younger_than_the_run_has_its_default(tmp_path):
     del meta["config"]["model"]["qk_norm"], meta["config"]["checkpoint"]
     run.claim(tmp_path, meta)
     run.claim(tmp_path, describe())
-    assert run.config_of(meta).to_dict() == describe()["config"]
+    assert complete(meta["config"]).to_dict() == describe()["config"]
     with pytest.raises(UserError, match="qk_norm was False, now True"):
         run.claim(tmp_path, describe(model__qk_norm=True))
 

@@ -4,13 +4,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny
+from tiny import MESHES, ONE
 
 from speedit_jax.errors import UserError
 from speedit_jax.training.checkpoint import arrays
 from speedit_jax.training.state import initial_state, learning_rate
-
-from . import tiny
-from .tiny import MESHES, ONE
 
 
 def initial_arrays(shape):

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
+from tiny import BATCH, MESHES, ONE
 
 from speedit_jax.diffusion.timesteps import TableStrategy
 from speedit_jax.models.build import Model
-from speedit_jax.training import builders
+from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import learning_rate
-from speedit_jax.training.step import by_quartile, drop_labels, ema_decay, make_loss, microbatches, stream
-
-from . import tiny
-from .tiny import BATCH, MESHES, ONE
+from speedit_jax.training.step import by_quarter, drop_labels, ema_decay, make_loss, microbatches, stream
 
 KEY = jax.random.key(7)
 
@@ -34,7 +33,7 @@ class Recording(TableStrategy):
 
 def recording(**changes) -> Recording:
     config = tiny.make_config(**changes)
-    return Recording(**vars(builders.make_strategy(config, builders.make_diffusion(config))))
+    return Recording(**vars(assembly.make_strategy(config, assembly.make_diffusion(config))))
 
 
 # What the step draws, seen through a stand-in for the network: its output for an image with label r is row r of its only
@@ -200,7 +199,7 @@ def test_loss_is_the_mean_of_weighted_mse_and_vb(trainer, start):
 def test_by_quartile(num_steps):
     rng = np.random.default_rng(0)
     t, terms = rng.integers(0, num_steps, 64), {name: rng.gamma(1, size=64).astype(np.float32) for name in ("mse", "loss", "vb")}
-    means = by_quartile(jnp.asarray(t), num_steps, terms)
+    means = by_quarter(jnp.asarray(t), num_steps, terms)
     assert len(means) == 8
     for name in ("mse", "loss"):
         for q in range(4):
@@ -210,7 +209,7 @@ def test_by_quartile(num_steps):
 
 def test_a_quartile_without_examples_has_no_mean():
     terms = {"mse": jnp.array([1.0, 3.0, jnp.nan]), "loss": jnp.ones(3)}
-    means = {name: float(value) for name, value in by_quartile(jnp.array([0, 100, 999]), 1000, terms).items()}
+    means = {name: float(value) for name, value in by_quarter(jnp.array([0, 100, 999]), 1000, terms).items()}
     assert means["mse_q1"] == 2 and means["loss_q4"] == 1
     # The last is not finite, and no other quartile's is.
     assert all(np.isnan(means[name]) for name in ("mse_q2", "loss_q2", "mse_q3", "mse_q4"))

@@ -1,0 +1,159 @@
+"""Every knob, once, with its default, unit and reason. Other configs start from here and change what they must.
+
+Override any of them on the command line: --config.optim.learning_rate=2e-4 --config.training.batch_size=64
+Every config takes the model's name after a colon: --config=configs/base.py:DiG-S/2
+"""
+
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
+    """The defaults of all knobs, for a model "BACKBONE-SIZE/PATCH"."""
+    c = ml_collections.ConfigDict()
+    c.init_from = ""  # the directory of a run, or of imported weights, whose EMA a new run starts from; "" starts at random
+    c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
+
+    c.data = data = ml_collections.ConfigDict()
+    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
+    data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
+    data.classes = ""  # only these, names or numbers with commas between, numbered anew in this order; "" is all
+    data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
+    data.width = 32
+    data.channels = 3
+    data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents
+    data.flip = False  # mirror half of the images: not for digits or text
+    data.max_broken = 0  # files of a folder that may be undecodable: each is named and its successor stands in for it
+    data.threads = 4  # that decode images
+    data.synthetic_size = 4096  # images of the synthetic set
+    data.synthetic_classes = 10  # 0 is unconditional
+
+    c.model = model = ml_collections.ConfigDict()
+    model.name = model_name  # BACKBONE-SIZE/PATCH: DiT, DiG - tiny, S, B, L, XL / 1, 2, 4, 8
+    model.width = 0  # D; 0 takes the size's own, as for the next two
+    model.depth = 0
+    model.heads = 0
+    model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
+    model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
+    model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
+    model.qk_norm = False  # DiT: RMSNorm of queries and keys (Dehghani et al., arXiv 2302.05442), for large learning rates
+    model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
+    model.gla = "auto"  # DiG: auto (pallas_tpu, pallas_gpu or xla by platform), or any of them, or reference (token by token)
+    model.directions = 4  # DiG: scan orders; 4 rows and columns both ways, 2 rows both ways, 1 causal only
+    model.convolution = "identity"  # DiG: the 3x3's start: identity, random, or none for no convolution
+    model.norm = "layer"  # DiG: layer (as trained) or rms (as drawn in the paper)
+    model.remat = "none"  # none, lean or full: how much of a layer is computed again instead of saved
+    model.scan_unroll = 1  # layers per iteration of the scan over depth: more compiles longer and runs a little faster
+    model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
+
+    c.diffusion = diffusion = ml_collections.ConfigDict()
+    diffusion.path = "vp"  # vp: diffusion, as the next keys say; linear or gvp: flow matching, which predicts the velocity
+    diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad or const
+    diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
+    diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
+    diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
+    diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
+
+    c.timesteps = timesteps = ml_collections.ConfigDict()
+    # uniform, p2, min_snr, lognormal, logit_normal, clts, loss_second_moment, speedit or speed_cvpr25: docs/speedit.md
+    timesteps.strategy = "speedit"
+    # Replaces the strategy's density: uniform, lognormal, logit_normal, clts, loss_second_moment, speedit or speed
+    timesteps.sampling = config_dict.placeholder(str)
+    # Replaces its loss weight: none, p2, min_snr, edm, flow or change_aware
+    timesteps.weighting = config_dict.placeholder(str)
+    timesteps.dual = config_dict.placeholder(bool)  # replaces its choice of drawing half of the batch as duals
+    timesteps.k = 5.0  # speed: how many times more often the first tau steps are drawn
+    timesteps.tau = 700.0  # speed: boundary in thousandths of the schedule
+    timesteps.gamma = 5.0  # min_snr: where the weight starts to fall
+    timesteps.log_sigma_mean = -1.2  # lognormal: of the logarithm of noise over signal
+    timesteps.log_sigma_std = 1.2
+    timesteps.sigma_data = 0.5  # edm: standard deviation of the data; about 1 for scaled latents
+    timesteps.logit_mean = 0.0  # logit_normal: of the logit of the time of a rectified flow; more is noisier
+    timesteps.logit_std = 1.0
+    timesteps.clts_mean = 300.0  # clts: of the Gaussian that the density becomes, in thousandths of the schedule
+    timesteps.clts_std = 250.0
+    timesteps.clts_steps = 50_000  # clts: optimizer steps until it is reached, from uniform
+    timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
+
+    c.optim = optim = ml_collections.ConfigDict()
+    optim.learning_rate = 1e-4
+    optim.schedule = "constant"  # after the warm-up: constant, or cosine to zero at training.num_steps
+    optim.warmup_steps = 0
+    optim.b1 = 0.9
+    optim.b2 = 0.999
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0
+    optim.clip_norm = 1.0  # largest global norm of a gradient; 0 does not clip
+
+    c.training = training = ml_collections.ConfigDict()
+    training.num_steps = 400_000  # optimizer steps
+    training.batch_size = 256  # images an optimizer step, over all devices and microbatches
+    training.accumulation = 1  # microbatches an optimizer step: less memory, the same gradient
+    training.ema_decay = 0.9999
+    training.extra_ema_decays = ()  # further averages, each as large as the model: "(0.999,0.9995)"; sample --weights=ema_0.999
+    training.ema_warmup = False  # min(ema_decay, (1 + step) / (10 + step)): for short runs
+    training.log_every = 100  # steps
+    training.sample_every = 10_000  # steps between image grids; 0 draws none
+    training.profile_at = 0  # step from which the profiler's trace is written to WORKDIR/tensorboard; 0 writes none
+    training.profile_steps = 3  # how many steps it holds
+    training.wandb_project = ""  # also log to this project of Weights & Biases: pip install -e '.[wandb]'; "" does not
+    training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
+
+    c.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 5_000  # steps; a run that ends or is interrupted saves too
+    checkpoint.keep_last = 2  # newest checkpoints kept
+    checkpoint.keep_every = 0  # steps; those at multiples of it are kept for ever; 0 keeps none
+
+    c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
+    sampling.sampler = "auto"  # ddpm, ddim or dpm++, of flows euler, heun or sde; auto: ddim or euler; docs/sampling.md
+    # How many, evenly spaced; or "ddim50", every so many; or "10,15,20", for sections from the least noisy to the noisiest.
+    sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
+    sampling.spacing = "even"  # of the steps: even in t, or logsnr: better for dpm++ with few steps
+    sampling.eta = 0.0  # noise of ddim and dpm++: 0 is deterministic
+    sampling.guidance_scale = 1.5  # 1 is no guidance, and half the work
+    sampling.guidance_channels = 0  # leading channels that are guided: 0 is all; 3 as in the published DiT's samples
+    sampling.guidance_schedule = "constant"  # constant, linear or cosine: weak at high noise, of the same mean
+    sampling.guidance_low = 0.0  # guide where the noise level is in low..high: 0 clean, 1 pure noise, linear in the
+    sampling.guidance_high = 1.0  # timestep; elsewhere one pass is enough
+    sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
+    sampling.grid_images = 64  # images of a grid during training
+
+    c.evaluation = evaluation = ml_collections.ConfigDict()  # of the EMA weights during training: docs/evaluation.md
+    evaluation.every = 0  # steps; such a step is saved, too, and so is the last; 0 never evaluates
+    evaluation.num_images = 1_000  # drawn as `sampling` says; published FIDs are of 50,000, and are lower for it
+    evaluation.batch_size = 64  # images at a time, over all devices; as many as sampling.grid_images: compiled once for both
+    evaluation.metrics = "fid"  # of fid, sfid, is, kid, pr, commas between
+    evaluation.best = "fid"  # the checkpoint with the best of this is kept: fid, sfid, is, kid, precision or recall
+    evaluation.features = "inception"  # or pixels: for tiny images, and without weights
+    evaluation.inception = ""  # weights of FID's Inception-v3
+    evaluation.reference = ""  # compare with: "" is the images of training; else as evaluate's --reference, an npz or images
+    evaluation.split = "train"  # of a reference that is digits or tfds:NAME, as data.split
+    evaluation.seed = 0  # of the noise, which is the same each time, and of random parts of the metrics
+
+    c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
+    mesh.data = -1  # batch only
+    mesh.fsdp = 1  # batch and parameters: for models that do not fit one device
+    mesh.tensor = 1  # heads and MLP: must divide the heads
+    return c
+
+
+def complete(saved: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A saved config. Keys younger than the run get their defaults, which reproduce how older runs behaved."""
+
+    def over(defaults, saved):
+        if not isinstance(defaults, dict) or not isinstance(saved, dict):
+            return saved
+        return defaults | {key: over(defaults.get(key), value) for key, value in saved.items()}
+
+    return ml_collections.ConfigDict(over(get_config().to_dict(), saved))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value}, with tuples as the lists that JSON makes of them."""
+    found = {}
+    for key, value in tree.items():
+        value = list(value) if isinstance(value, tuple) else value
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -1,0 +1,21 @@
+"""What a network needs to know of its data, where the data themselves are absent."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """Has the attributes of a data source, and no records: for imported weights, and for compiling without data.
+
+    Attributes:
+      image_shape: (H, W, C) of images, or (h, w, C) of latents.
+      class_names: empty where the data are unconditional.
+      fingerprint: of the data.
+      latents: the identity of the autoencoder whose latents the data are; None for images.
+    """
+
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    fingerprint: str = ""
+    latents: dict[str, Any] | None = None

@@ -1,0 +1,105 @@
+"""A run from Python: `speedit_jax.load`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from speedit_jax import sharding
+from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
+from speedit_jax.models.build import Model
+from speedit_jax.sampling.draw import draw_batches
+from speedit_jax.sampling.labels import parse_labels
+from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
+from speedit_jax.training.run import Run, open_run
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A trained network with all that sampling needs, as its run saved it.
+
+    Attributes:
+      run: the checkpoint that it came from, with `workdir`, `step` and `class_names`.
+      params: the weights on the devices; a tree of arrays.
+      autoencoder: decodes latents to images; None for a run on pixels.
+    """
+
+    run: Run
+    params: Any
+    autoencoder: Autoencoder | None
+    _samplers: dict[Settings, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The whole config of the run."""
+        return self.run.config
+
+    @property
+    def model(self) -> Model:
+        """The network: model.apply(params, x [B, H, W, C], t [B], y [B]) -> [B, H, W, C] or, with a variance, 2C channels."""
+        return self.run.model
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The noise schedule or flow, with its losses."""
+        return self.run.diffusion
+
+    @property
+    def class_names(self) -> list[str]:
+        """Empty for an unconditional run."""
+        return self.run.class_names
+
+    def sample(
+        self,
+        labels: Sequence[int | str] | None = None,
+        *,
+        num_images: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Draws images; image i of a seed is the same as in `python -m speedit_jax.sample`.
+
+        Args:
+          labels: classes by name or number, taken in turn; None is all classes.
+          num_images: None is one of each label.
+          seed: of the noise.
+          batch_size: images at a time, over all devices.
+          settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale, ...
+
+        Returns:
+          uint8 [num_images, H, W, C].
+
+        Raises:
+          UserError: there is no such class, or the model cannot serve the settings.
+        """
+        classes = parse_labels(None if labels is None else list(map(str, labels)), self.class_names)
+        count = len(classes) if num_images is None else num_images
+        chosen = Settings.from_config(self.config.sampling, self.model, **settings)
+        if chosen not in self._samplers:
+            self._samplers[chosen] = make_sampler(self.model, self.diffusion, chosen, self.run.mesh)
+        batch = min(batch_size, count)
+        batch += -batch % sharding.batch_devices(self.run.mesh)
+        labels = classes[np.arange(count) % len(classes)].astype(np.int32)
+        drawn = draw_batches(self._samplers[chosen], self.params, jax.random.key(seed), labels, batch, self.autoencoder)
+        return np.concatenate([images for _, images in drawn])[:count]
+
+
+def load(workdir: str | Path, *, step: int | str = "newest", weights: str = "ema", vae: str | None = None) -> LoadedRun:
+    """Opens a run of `train`, or weights that `convert` imported.
+
+    Args:
+      workdir: its directory.
+      step: of the checkpoint: a number, "newest", or "best" of the run's evaluations.
+      weights: "ema", "raw", or "ema_DECAY" for one of training.extra_ema_decays.
+      vae: of a run on latents: where its autoencoder is now; None is where it was in training.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    run = open_run(workdir, step)
+    return LoadedRun(run, run.restore(weights), open_autoencoder(vae, run.latents, run.model.image_shape[2], run.mesh))

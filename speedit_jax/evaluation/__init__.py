@@ -1,0 +1,1 @@
+"""How good samples are: features, metrics against a reference, and evaluation during training."""

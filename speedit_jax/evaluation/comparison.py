@@ -1,0 +1,227 @@
+"""Images against a reference: what the evaluate command and the evaluations of training share.
+
+`prefix` is how the user writes settings: "--" for the command's flags, "evaluation." for the config's keys.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from speedit_jax import sharding
+from speedit_jax.data.image_sets import Images, open_images
+from speedit_jax.errors import UserError
+from speedit_jax.evaluation.features import Collected, Inception, Pixels, collect
+from speedit_jax.metrics.frechet import Gaussian, frechet_distance
+from speedit_jax.metrics.inception_score import inception_score
+from speedit_jax.metrics.kernel_distance import kernel_distance
+from speedit_jax.metrics.precision_recall import precision_recall
+from speedit_jax.metrics.statistics_file import read_statistics
+
+Extractor = Pixels | Inception
+FEATURES = ("inception", "pixels")  # names of what extracts them
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """Which of the extractor's outputs a metric needs.
+
+    Attributes:
+      values: names of its numbers.
+      moments: whose mean and covariance it compares.
+      images, reference: of which it wants all numbers of the measured images, of the reference.
+    """
+
+    values: tuple[str, ...]
+    moments: str | None = None
+    images: str | None = None
+    reference: str | None = None
+
+    @property
+    def outputs(self) -> set[str]:
+        return {self.moments, self.images, self.reference} - {None}
+
+
+METRICS = {
+    "fid": Metric(("fid",), moments="pool"),
+    "sfid": Metric(("sfid",), moments="spatial"),
+    "is": Metric(("is", "is_std"), images="logits"),
+    "kid": Metric(("kid", "kid_std"), images="pool", reference="pool"),
+    "pr": Metric(("precision", "recall"), images="pool", reference="pool"),
+}
+HIGH_IS_BETTER = ("is", "precision", "recall")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of the metrics.
+
+    Attributes:
+      seed: of KID's subsets and of the shuffle before the Inception Score's splits.
+      is_splits: parts of the Inception Score.
+      kid_subsets, kid_subset_size: random subsets for KID, and their size; None is 1000, or all where there are fewer.
+      pr_neighbours: k of precision and recall.
+    """
+
+    seed: int = 0
+    is_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int | None = None
+    pr_neighbours: int = 3
+
+    def least(self, metric: str) -> int:
+        """How many images a metric needs."""
+        return {"is": self.is_splits, "kid": self.kid_subset_size or 2, "pr": self.pr_neighbours + 1}.get(metric, 2)
+
+    def subset_size(self, *counts: int) -> int:
+        return self.kid_subset_size or min(1000, *counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Images, statistics, or, as ADM's reference batches, statistics of many images and some of them.
+
+    Attributes:
+      where: what it was opened as.
+      count: of the images that the statistics are of; None where nobody says.
+    """
+
+    where: str
+    images: Images | None
+    statistics: dict[str, Gaussian]
+    count: int | None
+
+
+def open_reference(where: str, shape: tuple[int, int, int] | None, split: str, features: str) -> Reference:
+    """What `where` names: images as open_images takes them, or an npz of statistics.
+
+    Args:
+      features: name of what extracts them; statistics must be of the same.
+
+    Raises:
+      UserError: it cannot be read, or holds neither.
+    """
+    images = open_images(where, shape, split)
+    path, statistics, count = Path(where).expanduser(), {}, len(images) if images else None
+    if path.suffix == ".npz":
+        statistics, counted = read_statistics(path, features)
+        count = counted if statistics else count
+    if not statistics and not images:
+        raise UserError(f"{where} has neither arr_0 nor mu and sigma")
+    return Reference(where, images, statistics, count)
+
+
+def make_extractor(
+    features: str, shape: tuple[int, int, int], weights: str | None, reference: Reference, mesh: Mesh, prefix: str
+) -> Extractor:
+    """What makes features of images of `shape`.
+
+    Raises:
+      UserError: it cannot, there are no weights, or the reference's statistics are of other numbers of features.
+    """
+    if features == "inception" and shape[2] not in (1, 3):
+        raise UserError(f"{prefix}features=inception: of images of 1 or 3 channels, not of {shape[2]}")
+    try:
+        extractor = Pixels(shape) if features == "pixels" else Inception(weights, mesh)
+    except UserError as e:
+        raise UserError(f"{prefix}{'features=pixels' if features == 'pixels' else 'inception'}: {e}") from e
+    for name, gaussian in reference.statistics.items():
+        if len(gaussian.mean) != extractor.outputs.get(name):
+            raise UserError(
+                f"{prefix}reference={reference.where} has a mean of {len(gaussian.mean)} features and {prefix}features={features}"
+                f" makes {extractor.outputs.get(name)}; give statistics of the same features"
+            )
+    return extractor
+
+
+def choose_metrics(
+    asked: Sequence[str], images: tuple[str, int], reference: Reference, features: str, options: Options, prefix: str
+) -> list[str]:
+    """The metrics asked for, or, where none are, all that can be computed.
+
+    Args:
+      images: where their number is set, and the number.
+
+    Raises:
+      UserError: one is unknown or cannot be computed, or there are too few images for it.
+    """
+    names = dict.fromkeys(asked or METRICS)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise UserError(f"{prefix}metrics: unknown {', '.join(unknown)}; choose of {', '.join(METRICS)}")
+    obstacles = {name: _obstacle(METRICS[name], reference, features, prefix) for name in names}
+    if asked and (found := [f"{name} needs {why}" for name, why in obstacles.items() if why]):
+        raise UserError(f"{prefix}metrics: {found[0]}")
+    chosen = [name for name, why in obstacles.items() if not why]
+    for name in chosen:
+        counts = [images]
+        if METRICS[name].reference or (METRICS[name].moments and not reference.statistics):
+            counts.append((f"{prefix}reference", len(reference.images)))
+        for where, count in counts:
+            if count < options.least(name):
+                raise UserError(
+                    f"{name} needs at least {options.least(name)} images, and {where} has {count};"
+                    f" give more, or fewer {prefix}metrics"
+                )
+    return chosen
+
+
+def _obstacle(metric: Metric, reference: Reference, features: str, prefix: str) -> str | None:
+    """What a metric needs that is not there."""
+    if features == "pixels" and metric.outputs != {"pool"}:
+        return f"{prefix}features=inception"
+    if metric.reference and not reference.images:
+        return f"the reference's images, and {reference.where} holds only statistics"
+    if metric.moments and reference.statistics and metric.moments not in reference.statistics:
+        return f"mu_s and sigma_s, which {reference.where} does not hold"
+    return None
+
+
+def gather(
+    name: str,
+    images: Images | None,
+    extractor: Extractor,
+    mesh: Mesh,
+    moments: set[str | None],
+    arrays: set[str | None],
+    *,
+    batch_size: int,
+    threads: int,
+    patience: float = 0,
+) -> Collected:
+    """See training/features.py; with a progress bar, and without looking at images of which nothing is wanted.
+
+    Args:
+      batch_size: of images; rounded up to what the devices divide.
+      patience: seconds after which the bar appears.
+    """
+    moments, arrays = moments - {None}, arrays - {None}
+    if not images or not moments | arrays:
+        return Collected({}, {})
+    batch_size += -batch_size % sharding.batch_devices(mesh)
+    bar = tqdm(total=len(images), desc=name, unit="image", disable=jax.process_index() != 0, delay=patience, leave=not patience)
+    with bar:
+        return collect(images, extractor, moments, arrays, batch_size=batch_size, threads=threads, bar=bar)
+
+
+def measure(
+    name: str, images: Collected, reference: Collected, statistics: dict[str, Gaussian], options: Options
+) -> dict[str, float]:
+    """The numbers of one metric."""
+    metric = METRICS[name]
+    if metric.moments:
+        return {name: frechet_distance(images.moments[metric.moments].gaussian(), statistics[metric.moments])}
+    ours = images.arrays[metric.images]
+    if name == "is":
+        order = np.random.default_rng(options.seed).permutation(len(ours))
+        values = inception_score(ours[order], options.is_splits)
+    elif name == "kid":
+        theirs = reference.arrays[metric.reference]
+        subset_size = options.subset_size(len(ours), len(theirs))
+        values = kernel_distance(ours, theirs, subsets=options.kid_subsets, subset_size=subset_size, seed=options.seed)
+    else:
+        values = precision_recall(reference.arrays[metric.reference], ours, options.pr_neighbours)
+    return dict(zip(metric.values, values, strict=True))

@@ -1,0 +1,1 @@
+"""From weights to images: samplers jitted over a mesh, grids, and files of samples."""

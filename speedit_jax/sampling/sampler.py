@@ -1,0 +1,214 @@
+"""The sampling function, jitted over a mesh, and the samples that training draws with it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from speedit_jax import sharding
+from speedit_jax.diffusion import samplers
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.encoders.autoencoder import Autoencoder
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
+from speedit_jax.sampling.draw import draw_batches
+
+Diffusion = GaussianDiffusion | FlowMatching
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to sample.
+
+    Attributes:
+      sampler: one of samplers.SAMPLERS for diffusion and of flow_samplers.FLOW_SAMPLERS for flows, or "auto": ddim or euler.
+      num_steps: of the sampler (two passes each under guidance), or of diffusion which steps: schedules.sampling_steps.
+      eta: noise of ddim and dpm++, 0 to 1.
+      guidance_scale: 1 is none.
+      guidance_channels: how many of the prediction's channels are guided; 0 is all.
+      clip: clip the predicted image to [-1, 1]; for pixels, not for latents.
+      guidance_schedule, guidance_low, guidance_high: as `samplers.guidance_scales`.
+      spacing: of the steps, as `samplers.spaced_steps`.
+    """
+
+    sampler: str
+    num_steps: int | str | Sequence[int]
+    eta: float
+    guidance_scale: float
+    guidance_channels: int
+    clip: bool
+    guidance_schedule: str = "constant"
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    spacing: str = "even"
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict, model: Model, guide: Model | None = None, **given: Any) -> "Settings":
+        """From a config's `sampling` section; without guidance where the model has nothing to be guided away from.
+
+        Args:
+          given: what replaces the config's values; None does not.
+        """
+        settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+        if model.null_label is None and guide is None:
+            settings = dataclasses.replace(settings, guidance_scale=1.0)
+        return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def resolve(settings: Settings, diffusion: Diffusion) -> Settings:
+    """`settings` with the sampler that "auto" stands for.
+
+    Raises:
+      UserError: a sampler of flows for diffusion, or the other way round.
+    """
+    flow = isinstance(diffusion, FlowMatching)
+    choices = FLOW_SAMPLERS if flow else samplers.SAMPLERS
+    sampler = ("euler" if flow else "ddim") if settings.sampler == "auto" else settings.sampler
+    if sampler not in choices:
+        kind = f"a flow (diffusion.path={diffusion.path})" if flow else "diffusion"
+        raise UserError(f"unknown sampler {sampler!r} for {kind}; choose one of auto, {', '.join(choices)}")
+    return dataclasses.replace(settings, sampler=sampler)
+
+
+def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise [B, *shape] of which row i depends only on (key, indices[i], stream).
+
+    So image number i of a seed starts from the same noise whatever the batch it is drawn in and the devices it runs on.
+    """
+
+    def one(index):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), stream), shape)
+
+    return jax.vmap(one)(indices)
+
+
+def _check(settings: Settings, model: Model, guide: Model | None) -> None:
+    """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
+    channels = model.image_shape[-1]
+    if settings.guidance_scale != 1 and model.null_label is None and guide is None:
+        raise UserError(f"guidance_scale={settings.guidance_scale} needs a model trained with classes and label dropout; use 1")
+    if settings.guidance_scale < 0:
+        raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more; 1 is no guidance")
+    if not 0 <= settings.guidance_channels <= channels:
+        raise UserError(f"guidance_channels={settings.guidance_channels}: must lie in 0..{channels}")
+    if not 0 <= settings.eta <= 1:
+        raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
+
+
+def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
+    """As `make_sampler`, on arrays that are on the mesh."""
+    settings = resolve(settings, diffusion)
+    _check(settings, model, guide)
+    scales = samplers.guidance_scales(
+        diffusion.schedule.num_steps,
+        settings.guidance_scale,
+        settings.guidance_schedule,
+        settings.guidance_low,
+        settings.guidance_high,
+    )
+
+    def sample(params, key, indices, labels):
+        params, guide_params = params if guide else (params, None)
+        denoise = samplers.guided(
+            lambda x, t, y: model.apply(params, x, t, y),
+            labels,
+            model.null_label,
+            scales,
+            settings.guidance_channels or model.image_shape[-1],
+            guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
+            diffusion.level,
+        )
+        inputs = (
+            lambda x, t: sharding.constrain(denoise(x, t), ("batch", None, None, None)),
+            # Stream 0 is the starting noise; the noise of step k is stream k + 1.
+            image_noise(key, indices, 0, model.image_shape),
+            diffusion,
+            lambda k: image_noise(key, indices, k + 1, model.image_shape),
+        )
+        common = {"sampler": settings.sampler, "num_steps": settings.num_steps, "clip": settings.clip}
+        if isinstance(diffusion, FlowMatching):
+            return sample_flow(*inputs, **common)
+        return samplers.sample(*inputs, **common, spacing=settings.spacing, eta=settings.eta)
+
+    return jax.jit(sample, out_shardings=sharding.replicated(mesh))
+
+
+def lower_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, batch: int) -> jax.stages.Lowered:
+    """The sampler of `batch` images, lowered on shapes alone; parameters are sharded as the mesh says.
+
+    Raises:
+      UserError: settings that the model cannot serve.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shardings = sharding.param_shardings(mesh, model.axes, shapes)
+    params = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        return _jitted_sampler(model, diffusion, settings, mesh).lower(params, jax.eval_shape(jax.random.key, 0), rows, rows)
+
+
+def make_sampler(
+    model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
+) -> Callable[..., jax.Array]:
+    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32, whole on every device.
+
+    It returns before they are computed.
+
+    Args:
+      model, diffusion: of training.
+      settings: how to sample.
+      mesh: B must be a multiple of its batch devices.
+      guide: a weaker model to be guided away from, instead of from the null label; params are then a pair, (model's, guide's).
+
+    Raises:
+      UserError: settings that the model cannot serve.
+    """
+    rows = sharding.batch_sharding(mesh)
+    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide)
+    # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
+    shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
+    params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), shape, shape)
+
+    def run(params, key, indices, labels):
+        indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))
+        with jax.set_mesh(mesh):
+            return jitted(params, key, indices, labels)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedSamples:
+    """Samples of whatever weights, each time from the same noise, the classes in turn: what training shows and measures.
+
+    Attributes:
+      sampler: of `make_sampler`.
+      autoencoder: what decodes; None where images are drawn, or latents are to be shown as they are.
+      num_classes: of the model.
+      key: of the noise.
+      count: of images.
+      devices: that share a batch.
+    """
+
+    sampler: Callable[..., jax.Array]
+    autoencoder: Autoencoder | None
+    num_classes: int
+    key: jax.Array
+    count: int
+    devices: int
+
+    def draw(self, params, batch: int) -> Iterator[np.ndarray]:
+        """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
+        batch += -batch % self.devices
+        labels = np.arange(self.count) % max(1, self.num_classes)
+        for i, images in draw_batches(self.sampler, params, self.key, labels, batch, self.autoencoder):
+            yield images[: self.count - i * batch]

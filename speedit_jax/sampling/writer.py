@@ -1,0 +1,222 @@
+"""Sampled images on disk: written batch by batch, so that a kill loses at most the batches on their way.
+
+While they are drawn, beside the outputs:
+  OUT.partial/settings.json   what they are
+              000000.npy      a finished batch, uint8 [n, H, W, C]
+              png/            the PNG files of finished batches, if they are wanted
+When all are there:
+  OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
+  OUT.png                     a grid of the first images
+  OUT/CLASS/000000.png        each image, if they are wanted
+  OUT.json                    the settings, written last: without it the outputs are not there
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from speedit_jax import storage
+from speedit_jax.config import flatten
+from speedit_jax.errors import UserError
+from speedit_jax.sampling.images import image_grid, magnification, write_png
+
+GRID = 100  # images of OUT.png at most
+
+# Where things lie may differ between a command and its repetition; checksums say that they are the same.
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The files of N images, for one process to write.
+
+    Attributes:
+      out: OUT.
+      settings: all that the images depend on, JSON; images of other settings are not mixed with them.
+      labels: int32 [N].
+      batch: images a batch; the last may be smaller.
+      folders: the directories of the PNG files below OUT, by label; None writes none.
+    """
+
+    out: Path
+    settings: dict[str, Any]
+    labels: np.ndarray
+    batch: int
+    folders: tuple[str, ...] | None = None
+
+    @property
+    def batches(self) -> int:
+        return -(-len(self.labels) // self.batch)
+
+    @property
+    def partial(self) -> Path:
+        return self._file(".partial")
+
+    def _file(self, suffix: str) -> Path:
+        return self.out.with_name(self.out.name + suffix)
+
+    def _shard(self, i: int) -> Path:
+        return self.partial / f"{i:06d}.npy"
+
+    def claim(self, overwrite: bool) -> np.ndarray | None:
+        """Makes room for these images; bool [batches]: which are finished. None where the outputs are complete.
+
+        Args:
+          overwrite: give up the beginning of other images, and have `finish` replace complete ones.
+
+        Raises:
+          UserError: other images are there, or nothing can be written; nothing is changed then.
+        """
+        done, begun = _read(self._file(".json")), _read(self.partial / "settings.json")
+        goes_on = begun is not None and not self._differences(begun)
+        if done is not None and not self._differences(done) and self._complete():
+            # Killed between the last file and the end of cleaning up.
+            if goes_on:
+                self._discard()
+            elif begun is None and self.partial.is_dir() and not any(self.partial.iterdir()):
+                self.partial.rmdir()
+            return None
+        if not overwrite:
+            self._refuse(done, self._file(".npz"), "images")
+            self._refuse(begun, self.partial, "the beginning of images")
+            foreign = [path for path in (self._file(".npz"), self._file(".png")) if done is None and path.exists()]
+            foreign += [path for path in self.partial.glob("*") if begun is None and not path.match("settings.*.partial")]
+            if foreign and not goes_on:
+                raise UserError(f"{foreign[0]} is there, and no settings of these images beside it; {_WAYS_OUT}")
+        if not goes_on:
+            if self.out.is_dir() and (self.folders is not None or (done or {}).get("png_files")):
+                raise UserError(f"{self.out} is there, where the PNG files would be; move it away, or name another --out")
+            try:
+                self._discard()
+                self.partial.mkdir(parents=True, exist_ok=True)
+                storage.write_json(self.partial / "settings.json", self.settings)
+            except OSError as e:
+                raise UserError(f"cannot write to --out={self.out}: {e.strerror}; name another file") from e
+        return np.array([self._shard(i).exists() for i in range(self.batches)])
+
+    def _refuse(self, found: dict | None, where: Path, what: str) -> None:
+        if found is not None and (different := self._differences(found)):
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise UserError(f"{where} holds {what} of other settings ({'; '.join(different[:3])}{more}); use those, {_WAYS_OUT}")
+
+    def _differences(self, found: dict) -> list[str]:
+        old, new = flatten(found), flatten(json.loads(json.dumps(self.settings)))
+        keys = sorted((old.keys() | new.keys()) - set(_MAY_CHANGE))
+        return [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys if old.get(key) != new.get(key)]
+
+    def _complete(self) -> bool:
+        return all(self._file(end).exists() for end in (".npz", ".png")) and (self.folders is None or self.out.is_dir())
+
+    def _discard(self) -> None:
+        """Removes OUT.partial; settings.json last, because batches without it could be taken for others'."""
+        if self.partial.exists():
+            for path in sorted(self.partial.iterdir(), key=lambda path: path.name == "settings.json"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self.partial.rmdir()
+
+    def write(self, i: int, images: np.ndarray) -> int:
+        """Writes batch i, uint8 [>= n, H, W, C], of which n are asked for; returns n."""
+        first = i * self.batch
+        labels = self.labels[first : first + self.batch]
+        images = images[: len(labels)]
+        if self.folders is not None:
+            paths = [
+                self.partial / "png" / self.folders[label] / f"{first + k:06d}.png" for k, label in enumerate(labels.tolist())
+            ]
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                list(pool.map(write_png, paths, images))
+        partial = self._shard(i).with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, images)
+        os.replace(partial, self._shard(i))
+        return len(labels)
+
+    def finish(self, columns: int | None) -> None:
+        """Makes the outputs of the batches, all of which are written, one batch in memory at a time.
+
+        Args:
+          columns: of the grid; None is about square.
+        """
+        first = [np.load(self._shard(i)) for i in range(min(self.batches, -(-GRID // self.batch)))]
+        grid = image_grid(np.concatenate(first)[:GRID], columns)
+        write_png(self.partial / "grid.png", grid, magnification(first[0].shape[1]))
+        self._write_npz(self.partial / "images.npz", first[0].shape[1:])
+        storage.write_json(self.partial / "outputs.json", self.settings)
+        self._file(".json").unlink(missing_ok=True)  # from here on the old outputs, if any, are not there
+        os.replace(self.partial / "images.npz", self._file(".npz"))
+        os.replace(self.partial / "grid.png", self._file(".png"))
+        if (self.partial / "png").exists():  # else it was moved, and the process killed
+            os.rename(self.partial / "png", self.out)
+        os.replace(self.partial / "outputs.json", self._file(".json"))
+        self._discard()
+
+    def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:
+        """The bytes of np.savez, which wants all images in memory."""
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for i in range(self.batches):
+                    file.write(np.load(self._shard(i)).tobytes())
+            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, self.labels)
+
+
+_WAYS_OUT = "name another --out, or give --overwrite"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The settings in a JSON file; {}, which no settings equal, of one that holds something else; None where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def claim(output: Output, overwrite: bool) -> np.ndarray | None:
+    """`output.claim` of process 0, on every process.
+
+    Raises:
+      UserError: on all of them, if it does there.
+    """
+    error, found = None, None
+    if jax.process_index() == 0:
+        try:
+            found = output.claim(overwrite)
+        except UserError as e:
+            error = e
+    if jax.process_count() > 1:
+        told = (np.array([error is not None, found is None]), np.zeros(output.batches, bool) if found is None else found)
+        (failed, complete), finished = map(np.asarray, multihost_utils.broadcast_one_to_all(told))
+        found = None if complete else finished
+        if failed and not error:
+            error = UserError("process 0 cannot write the images; its own line says why")
+    if error:
+        raise error
+    return found
+
+
+def checksum(params: Any) -> str:
+    """Of all numbers of a tree of arrays that are whole on every device."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""Files: atomic writes, JSON, checksums, and the one line that an error has to say."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from speedit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields another name to write a file or directory to, and renames it to `path`: what has the name is whole.
+
+    A kill leaves PATH.partial behind, which the next writer replaces.
+
+    Args:
+      shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
+        another's; what a kill leaves behind stays.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial" if shared else f"{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except Exception:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically, one key a line."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_new(path: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` make a file or directory, atomically; makes its parent first.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            write(partial)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"cannot write {path}: {first_line(e)}") from e
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:limit]

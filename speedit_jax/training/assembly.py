@@ -1,0 +1,188 @@
+"""From a whole config to the parts of a run: the one place where config sections meet, and where the step is jitted."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from speedit_jax import sharding
+from speedit_jax.data.description import Description
+from speedit_jax.data.sources import Source
+from speedit_jax.diffusion.flow import PATHS, FlowMatching
+from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.schedules import make_schedule
+from speedit_jax.diffusion.strategies import Strategy
+from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
+from speedit_jax.encoders.autoencoder import Autoencoder
+from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model, build
+from speedit_jax.training.check import check_batch, check_numbers
+from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
+from speedit_jax.training.step import make_train_step
+
+
+def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
+    schedule, path = make_schedule(config.diffusion.schedule, config.diffusion.num_steps), config.diffusion.path
+    if path in PATHS:
+        if config.diffusion.loss != "mse":
+            raise UserError(
+                f"diffusion.loss={config.diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse"
+            )
+        return FlowMatching(path, config.diffusion.num_steps, config.diffusion.variance == "learned_range")
+    if path != "vp":
+        raise UserError(f"unknown diffusion.path {path!r}; choose one of vp, {', '.join(PATHS)}")
+    return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction, config.diffusion.loss)
+
+
+def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
+    if isinstance(diffusion, FlowMatching):
+        vp = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
+        return make_flow_strategy(diffusion, vp, config.training.batch_size, **config.timesteps)
+    # The bound does not depend on what is predicted, so neither does its weight.
+    prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
+    return _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
+
+
+def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:
+    """What turns the source's images into latents, or latents into pictures; None where there is none.
+
+    Raises:
+      UserError: the autoencoder cannot be read, or is not that of the latents.
+    """
+    where = config.data.vae
+    if source.latents and not where and Path(source.latents["vae"]).is_dir():
+        where = source.latents["vae"]
+    if (where or source.latents) and config.sampling.clip:
+        raise UserError("sampling.clip=True would clip latents as if they were pixels; set it to False")
+    if not where:
+        return None
+    autoencoder = Autoencoder(where, mesh)
+    if source.latents:
+        autoencoder.check(source.latents)
+    return autoencoder
+
+
+def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_classes: int) -> Model:
+    """The network, wired to the mesh.
+
+    Raises:
+      UserError: the heads do not divide over the mesh, or the parts do not fit each other.
+    """
+    model = build(
+        config.model,
+        image_shape=tuple(image_shape),
+        num_classes=num_classes,
+        learned_variance=config.diffusion.variance == "learned_range",
+        platform=mesh.devices.flat[0].platform,
+        constrain=sharding.constrain,
+        batch_axes=sharding.BATCH_AXES,
+        head_axis=sharding.HEAD_AXIS,
+    )
+    if model.heads % mesh.shape["tensor"]:
+        raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide the {model.heads} heads of {config.model.name}")
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """The parts of a run on a mesh, before its first step.
+
+    Attributes:
+      latents: the identity of the autoencoder whose latents the model learns; None where it learns images.
+      online: whether the autoencoder encodes each batch of images on its way to the step.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    model: Model
+    diffusion: GaussianDiffusion | FlowMatching
+    strategy: Strategy
+    optimizer: optax.GradientTransformation
+    autoencoder: Autoencoder | None = None
+    latents: dict[str, Any] | None = None
+    online: bool = False
+
+    @property
+    def rows(self) -> NamedSharding:
+        """Of a batch."""
+        return sharding.batch_sharding(self.mesh)
+
+    @functools.cached_property
+    def _states(self) -> tuple[TrainState, TrainState]:
+        with jax.set_mesh(self.mesh):
+            return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
+
+    @property
+    def shapes(self) -> TrainState:
+        """A ShapeDtypeStruct for each array of the state."""
+        return self._states[0]
+
+    @property
+    def shardings(self) -> TrainState:
+        """A NamedSharding for each array of the state."""
+        return self._states[1]
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], and labels [B]."""
+        batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
+        name, channels = ("moments", 2 * channels) if self.latents else ("image", channels)
+        return {
+            name: jax.ShapeDtypeStruct((batch, *size, channels), jnp.float32, sharding=self.rows),
+            "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=self.rows),
+        }
+
+    def initial_state(self, key: jax.Array) -> TrainState:
+        """The state before the first step, on the mesh."""
+        decays = self.config.training.extra_ema_decays
+        with jax.set_mesh(self.mesh):
+            return jax.jit(
+                lambda k: initial_state(self.model, self.optimizer, self.strategy, k, decays), out_shardings=self.shardings
+            )(key)
+
+    def jit_step(self, donate: bool = True, compiler_options: dict[str, Any] | None = None):
+        """The training step (state, batch, key) -> (state, metrics), jitted over the mesh; call it under jax.set_mesh(mesh).
+
+        Args:
+          donate: give the state's memory to the next state.
+        """
+        return jax.jit(
+            make_train_step(self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.latents),
+            in_shardings=(self.shardings, self.rows, None),
+            out_shardings=(self.shardings, None),
+            donate_argnums=0 if donate else (),
+            compiler_options=compiler_options,
+        )
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """The training step, lowered on shapes alone."""
+        with jax.set_mesh(self.mesh):
+            return self.jit_step().lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
+
+
+def assemble(config: ml_collections.ConfigDict, source: Source | Description, mesh: Mesh) -> Assembly:
+    """All parts of the run that `config`, the whole config, describes.
+
+    Args:
+      source: the data; only its attributes are read.
+
+    Raises:
+      UserError: a setting is impossible, or does not fit the data or the mesh.
+    """
+    check_numbers(config)
+    check_batch(config, mesh)
+    diffusion = make_diffusion(config)
+    strategy, optimizer = make_strategy(config, diffusion), make_optimizer(config)
+    autoencoder = make_autoencoder(config, source, mesh)
+    # The source holds latents already, or its images are encoded as they come, or the model learns images.
+    online = autoencoder is not None and source.latents is None
+    image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
+    model = make_model(config, mesh, image_shape, len(source.class_names))
+    latents = autoencoder.identity if online else source.latents
+    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, latents, online)

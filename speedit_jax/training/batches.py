@@ -1,0 +1,30 @@
+"""What a training step takes: the loader's batches on the mesh, encoded where the model learns latents of images."""
+
+from collections.abc import Iterator
+
+import jax
+
+from speedit_jax import sharding
+from speedit_jax.data import loader
+from speedit_jax.data.sources import Source
+from speedit_jax.training.assembly import Assembly
+
+
+def batches(parts: Assembly, source: Source, first_step: int, num_steps: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps first_step..num_steps - 1, as `Assembly.batch_shapes`; each process loads the rows of its devices."""
+    data, batch_size = parts.config.data, parts.config.training.batch_size
+    rows = sharding.local_rows(parts.rows, batch_size)
+    for batch in loader.batches(
+        source,
+        seed=parts.config.seed,
+        batch_size=batch_size,
+        rows=rows,
+        first_step=first_step,
+        num_steps=num_steps,
+        flip=data.flip,
+        threads=data.threads,
+    ):
+        batch = {name: sharding.global_array(parts.rows, batch_size, rows, values) for name, values in batch.items()}
+        if parts.online:
+            batch["moments"] = parts.autoencoder.moments(batch.pop("image"))
+        yield batch

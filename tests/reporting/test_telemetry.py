@@ -1,0 +1,264 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, grids, curves."""
+
+import json
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from speedit_jax.reporting.curves import write_curves
+from speedit_jax.reporting.telemetry import Telemetry
+
+
+def telemetry(workdir, first_step=0):
+    return Telemetry(workdir, first_step=first_step, num_steps=10, batch_size=4)
+
+
+def values(step):
+    return {"loss": jnp.float32(step / 2), "skipped_in_a_row": jnp.int32(0)}
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(workdir):
+    return [record["step"] for record in lines(workdir)]
+
+
+def events(workdir):
+    """Every event of a run's TensorBoard files: records of a length, its checksum, the message, its checksum."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return found
+
+
+def test_metrics_are_written_one_hand_over_late(tmp_path):
+    t = telemetry(tmp_path)
+    assert t.metrics(1, values(1)) is None
+    assert steps(tmp_path) == []
+    assert t.metrics(2, values(2)) == {"loss": 0.5, "skipped_in_a_row": 0.0}
+    assert steps(tmp_path) == [1]
+    assert t.flush()["loss"] == 1.0
+    assert steps(tmp_path) == [1, 2]
+    assert t.flush() is None
+    t.metrics(3, values(3))
+    t.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert [record["loss"] for record in lines(tmp_path)] == [0.5, 1.0, 1.5]
+
+
+def test_more_numbers_of_a_step_are_in_its_line(tmp_path):
+    t = telemetry(tmp_path)
+    for step in (1, 2):
+        t.metrics(step, values(step))
+    t.also({"eval_fid": 0.25})
+    t.close()
+    assert [record.get("eval_fid") for record in lines(tmp_path)] == [None, 0.25]
+    scalars = {(v.tag, e.step): v.simple_value for e in events(tmp_path) for v in e.summary.value if v.HasField("simple_value")}
+    assert scalars[("eval_fid", 2)] == 0.25 and ("eval_fid", 1) not in scalars
+    assert scalars[("loss", 2)] == 1.0
+
+
+def test_time_fields_are_marked(tmp_path):
+    t = Telemetry(tmp_path, first_step=0, num_steps=10, batch_size=4, mfu_per_image=1e-4)
+    for step in t.waiting_for((2, 4, 6)):
+        t.step(step)
+        t.metrics(step, values(step))
+    t.close()
+    first, *later = lines(tmp_path)
+    # There is no time before the first record to divide by.
+    assert set(first) == {"step", "loss", "skipped_in_a_row"}
+    for record in later:
+        times = {"time_per_step", "time_images_per_second", "time_waiting_for_data", "time_paused", "time_mfu"}
+        times |= {"time_total", "time_goodput"}
+        assert set(record) - set(first) == times
+        assert record["time_images_per_second"] == pytest.approx(4 / record["time_per_step"])
+        assert record["time_mfu"] == pytest.approx(1e-4 * record["time_images_per_second"])
+
+
+def test_waiting_for_data_and_pauses_are_told_apart(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    t = telemetry(tmp_path)
+
+    def batches():
+        nonlocal now
+        for step in range(1, 5):
+            now += 0.25
+            yield step
+
+    for step in t.waiting_for(batches()):
+        now += 1.0  # the step itself
+        t.step(step)
+        t.metrics(step, values(step))
+        since = now
+        now += 10.0  # a checkpoint
+        t.paused(since)
+    t.close()
+    assert lines(tmp_path)[-1]["time_waiting_for_data"] == pytest.approx(0.25)
+    assert lines(tmp_path)[-1]["time_per_step"] == pytest.approx(1.25)
+    assert lines(tmp_path)[-1]["time_paused"] == pytest.approx(40)
+
+
+def test_throughput_does_not_depend_on_when_metrics_are_read(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    t = telemetry(tmp_path)
+    for step in range(1, 13):
+        now += 0.5  # a step
+        t.step(step)
+        if step % 4 == 0:
+            t.metrics(step, values(step))
+        if step == 5:  # saving, between two records
+            t.flush()
+            since = now
+            now += 100
+            t.paused(since)
+    t.close()
+    assert steps(tmp_path) == [4, 8, 12]
+    assert [record.get("time_per_step") for record in lines(tmp_path)] == [None, 0.5, 0.5]
+
+
+EARLIER = [
+    {"step": 2, "time_total": 30.0, "time_goodput": 0.1},
+    {"step": 4, "time_total": 40.0, "time_goodput": 0.1},
+    {"step": 5},
+    {"step": 6, "time_total": 60.0, "time_goodput": 0.1},
+]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_goodput_counts_no_step_twice(tmp_path, monkeypatch, resumed):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    first = 4 if resumed else 0
+    if resumed:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in EARLIER) + '{"step": 7, "tim')
+    t = Telemetry(tmp_path, first_step=first, num_steps=20, batch_size=4, started=90)
+
+    def batches():
+        nonlocal now
+        for step in range(first + 1, first + 9):
+            now += 0.25
+            yield step
+
+    for step in t.waiting_for(batches()):
+        now += 21.0 if step == first + 1 else 1.0  # twenty of them are the compilation's
+        t.step(step)
+        if step % 2 == 0:
+            t.metrics(step, values(step))
+        if step == first + 6:
+            since = now
+            now += 10.0
+            t.paused(since)
+    t.close()
+    last = lines(tmp_path)[-1]
+    total = 10 + 20 + 8 * 1.25 + 10
+    # Of the 60 seconds before, those of four steps are not lost: a tenth of the 40 until then.
+    assert last["time_total"] == pytest.approx(total + 60 * resumed)
+    assert last["time_goodput"] * last["time_total"] == pytest.approx(8 + 4 * resumed)
+    assert [record["step"] for record in lines(tmp_path)] == [2, 4, 6, 8] + [10, 12] * resumed
+
+
+def test_not_finite_values_are_written(tmp_path):
+    t = telemetry(tmp_path)
+    t.metrics(1, values(1) | {"loss": jnp.float32(np.nan)})
+    t.close()
+    assert np.isnan(lines(tmp_path)[0]["loss"])
+
+
+def test_a_quartile_without_a_loss_is_left_out(tmp_path):
+    t = telemetry(tmp_path)
+    t.metrics(1, values(1) | {"mse_q1": jnp.float32(2), "mse_q4": jnp.float32(np.nan), "loss_q4": jnp.float32(np.nan)})
+    t.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5, "skipped_in_a_row": 0.0, "mse_q1": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        '{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n',
+        '{"step": 4, "lo',
+        '{"step": 3, "loss": 1.0}',  # whole, but for the end of the line
+        "\0" * 20,  # what a file system may leave of a line that was being written
+    ],
+    ids=["nothing", "later steps", "half a line", "no newline", "zeros"],
+)
+def test_resuming_takes_back_what_will_be_logged_again(tmp_path, tail):
+    whole = "".join(f'{{"step": {step}, "loss": 2.0}}\n' for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(whole + tail)
+    t = telemetry(tmp_path, first_step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    t.metrics(4, values(4))
+    t.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_resuming_before_everything_logged(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
+    telemetry(tmp_path).close()
+    assert steps(tmp_path) == []
+
+
+def test_the_bar_counts_from_the_first_step(tmp_path, capsys):
+    t = telemetry(tmp_path, first_step=4)
+    t.step(5)
+    t.say("a line")
+    t.step(10)
+    t.close()
+    out = capsys.readouterr()
+    assert "4/10" in out.err and "10/10" in out.err
+    assert out.out == "a line\n"
+
+
+def test_tensorboard_holds_scalars_and_the_grid(tmp_path):
+    t = telemetry(tmp_path, first_step=2)
+    for step in (3, 4, 5):
+        t.step(step)
+        t.metrics(step, values(step))
+    grid = np.random.default_rng(0).integers(0, 256, (17, 17, 3)).astype(np.uint8)
+    t.grid(4, grid, tmp_path / "samples" / "a.png")
+    t.close()
+    found = events(tmp_path)
+    scalars = {(v.tag, e.step): v.simple_value for e in found for v in e.summary.value if v.HasField("simple_value")}
+    assert scalars[("loss", 3)] == 1.5 and scalars[("loss", 4)] == 2.0
+    assert ("skipped_in_a_row", 4) in scalars and ("time_per_step", 4) in scalars
+    pictures = [(v.tag, e.step, v.image) for e in found for v in e.summary.value if v.HasField("image")]
+    assert [(tag, step) for tag, step, _ in pictures] == [("samples", 4)]
+    assert (pictures[0][2].height, pictures[0][2].width, pictures[0][2].colorspace) == (17, 17, 3)
+    # A board that shows steps 3 and on of a run that was killed is told to drop them.
+    assert [e.step for e in found if e.HasField("session_log")] == [3]
+
+
+def test_curves(tmp_path):
+    t = telemetry(tmp_path)
+    t.close()
+    assert write_curves(tmp_path) is None
+    for first in (0, 2):
+        t = telemetry(tmp_path, first_step=first)
+        for step in (first + 1, first + 2):
+            t.metrics(step, values(step))
+        t.close()
+    assert write_curves(tmp_path) == tmp_path / "curves.png"
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 500 and len(image.convert("L").getcolors()) > 10
+        without = np.asarray(image)
+    records = [json.dumps(record | {"eval_fid": record["loss"]}) for record in lines(tmp_path)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records))
+    write_curves(tmp_path)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert (np.asarray(image) != without).any(), "evaluations have a curve"
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records).replace("eval_fid", "another"))
+    write_curves(tmp_path)
+    with Image.open(tmp_path / "curves.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), without)

@@ -1,0 +1,184 @@
+"""Images on their way to disk: whatever a kill leaves, the same command ends in the same files."""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
+from speedit_jax.sampling.writer import GRID, Output, checksum
+
+COUNT, BATCH, SHAPE = 11, 4, (5, 6, 3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
+LABELS = (np.arange(COUNT) % 3).astype(np.int32)
+SETTINGS = {"workdir": "run", "seed": 0, "num_steps": (1, 2), "guide": {"workdir": "other", "checkpoint_step": 3}}
+
+
+def make(out: Path, folders=None, **changes) -> Output:
+    settings = SETTINGS | {"png_files": folders is not None} | changes
+    return Output(out, settings, LABELS, BATCH, folders)
+
+
+def drive(output: Output, overwrite: bool = False) -> list[int]:
+    """What the command does; returns the batches that it drew."""
+    finished = output.claim(overwrite)
+    if finished is None:
+        return []
+    missing = np.flatnonzero(~finished).tolist()
+    for i in missing:
+        output.write(i, IMAGES[i * BATCH : (i + 1) * BATCH])
+    output.finish(None)
+    return missing
+
+
+def contents(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_outputs(tmp_path):
+    assert drive(make(tmp_path / "x")) == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png"]
+    whole = io.BytesIO()
+    np.savez(whole, IMAGES[:COUNT], LABELS)
+    assert (tmp_path / "x.npz").read_bytes() == whole.getvalue()
+    assert zipfile.ZipFile(tmp_path / "x.npz").testzip() is None
+    assert json.loads((tmp_path / "x.json").read_text())["num_steps"] == [1, 2]
+    grid = np.asarray(Image.open(tmp_path / "x.png"))
+    np.testing.assert_array_equal(grid[: 9 * SHAPE[0] : 9, : 9 * SHAPE[1] : 9], IMAGES[0])  # 48 // 5 = 9 times enlarged
+    assert drive(make(tmp_path / "x")) == []  # complete
+
+
+def test_a_grid_shows_the_first_images_of_many(tmp_path):
+    count = GRID + 30
+    images = np.random.default_rng(1).integers(0, 256, (count, 2, 2, 1), np.uint8)
+    output = Output(tmp_path / "x", {}, np.zeros(count, np.int32), 26)
+    for i in range(output.batches):
+        output.claim(False)
+        output.write(i, images[i * 26 : (i + 1) * 26])
+    output.finish(None)
+    cell = 3 * 24  # pixels and gap, enlarged
+    assert Image.open(tmp_path / "x.png").size == (10 * cell - 24, 10 * cell - 24)
+
+
+def test_png_files_are_a_data_source(tmp_path):
+    output = make(tmp_path / "x", ("cat", "dog", "an_owl"))
+    drive(output)
+    config = {"source": f"folder:{tmp_path / 'x'}", "height": 5, "width": 6, "channels": 3}
+    rest = {"split": "train", "classes": "", "max_broken": 0, "synthetic_size": 1, "synthetic_classes": 0}
+    source = open_source(ml_collections.ConfigDict(config | rest))
+    assert source.class_names == ("an_owl", "cat", "dog") and len(source) == COUNT
+    for i, name in enumerate(source.files):
+        number = int(Path(name).stem)
+        assert Path(name).parent.name == ("cat", "dog", "an_owl")[LABELS[number]]
+        np.testing.assert_array_equal(np.round((source[i]["image"] + 1) * 127.5), IMAGES[number])
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, n: int) -> None:
+    """No operation on directories works from the n-th on."""
+    count = 0
+
+    def dying(real):
+        def operation(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count >= n:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return operation
+
+    for name in ("mkdir", "rename", "replace", "rmdir", "unlink"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["into nothing", "over other images"])
+@pytest.mark.parametrize("folders", [None, ("a", "b", "c")], ids=["npz", "PNG files"])
+def test_killed_anywhere_is_the_same_to_the_byte(tmp_path, folders, old):
+    drive(make(tmp_path / "reference" / "x", folders))
+    expected = contents(tmp_path / "reference")
+    n = 0
+    while True:
+        n += 1
+        out = tmp_path / str(n) / "x"
+        if old:
+            drive(make(out, seed=5))
+            before = contents(out.parent)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, n)
+            try:
+                drive(make(out, folders), overwrite=old)
+                break
+            except Killed:
+                pass
+        if old and out.with_suffix(".json").exists():
+            # What a JSON stands beside is what it says: the old images until the new ones are there.
+            whole = before if json.loads(out.with_suffix(".json").read_text())["seed"] == 5 else expected
+            assert whole.items() <= contents(out.parent).items()
+        finished = {int(path.stem) for path in out.with_suffix(".partial").glob("*.npy")}
+        complete = out.with_suffix(".json").exists() and contents(out.parent).items() >= expected.items()
+        again = drive(make(out, folders), overwrite=old)
+        assert contents(out.parent) == expected and not out.with_suffix(".partial").exists()
+        assert again == ([] if complete else [i for i in range(3) if i not in finished])
+    assert n > 10 and complete
+
+
+@pytest.mark.parametrize("stage", ["begun", "complete"])
+def test_other_settings_are_refused(tmp_path, stage):
+    ours, others = make(tmp_path / "x"), make(tmp_path / "x", seed=1)
+    ours.claim(False)
+    ours.write(0, IMAGES[:BATCH])
+    if stage == "complete":
+        drive(ours)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"x\.(partial|npz) holds .* of other settings \(seed was 0, now 1\); .*--overwrite"):
+        others.claim(False)
+    assert contents(tmp_path) == before
+    assert drive(others, overwrite=True) == [0, 1, 2]
+    assert json.loads((tmp_path / "x.json").read_text())["seed"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png"]
+
+
+def test_complete_images_stand_beside_the_beginning_of_others(tmp_path):
+    """Of --overwrite, killed."""
+    ours, others = make(tmp_path / "x"), make(tmp_path / "x", seed=1)
+    drive(ours)
+    others.claim(True)
+    others.write(1, IMAGES[BATCH : 2 * BATCH])
+    before = contents(tmp_path)
+    assert drive(ours) == [] and contents(tmp_path) == before
+    assert drive(others, overwrite=True) == [0, 2]
+
+
+def test_the_run_may_have_moved(tmp_path):
+    drive(make(tmp_path / "x"))
+    assert drive(make(tmp_path / "x", workdir="elsewhere", guide={"workdir": "there", "checkpoint_step": 3})) == []
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.png", "x.json", "x.partial/a.txt", "x/a.txt"])
+def test_files_of_others_are_not_replaced(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"another --out"):
+        make(tmp_path / "x", ("a", "b", "c")).claim(False)
+    assert contents(tmp_path) == {name: hashlib.sha256(b"mine").hexdigest()}
+
+
+def test_the_checksum_sees_every_number():
+    tree = {"a": np.ones((2, 3), np.float32), "b": {"c": np.float32(2)}}
+    assert checksum(tree) == checksum({"b": {"c": np.float32(2)}, "a": np.ones((2, 3), np.float32)})
+    other = {"a": np.ones((2, 3), np.float32), "b": {"c": np.float32(2 + 2**-22)}}
+    assert checksum(tree) != checksum(other)

@@ -1,0 +1,73 @@
+"""Atomic writes."""
+
+import hashlib
+import json
+
+import pytest
+
+from speedit_jax import storage
+from speedit_jax.errors import UserError
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_has_the_name_is_whole(tmp_path, shared):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with storage.replacing(path, shared) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("half"), lambda p: p.mkdir()])
+def test_a_failure_leaves_what_was_there(tmp_path, make):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="no"), storage.replacing(path) as partial:
+        make(partial)
+        raise ValueError("no")
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("half"), lambda p: (p / "b").mkdir(parents=True)])
+def test_what_a_kill_left_is_replaced(tmp_path, make):
+    make(tmp_path / "a.txt.partial")
+    storage.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_of_one_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with storage.replacing(path, shared=True) as one, storage.replacing(path, shared=True) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and names(tmp_path) == ["a.txt"]
+
+
+def test_json_and_checksum(tmp_path):
+    path = tmp_path / "a.json"
+    storage.write_json(path, {"é": [1, None]})
+    assert json.loads(path.read_text()) == {"é": [1, None]}
+    assert storage.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_new_file_gets_its_directory(tmp_path):
+    storage.write_new(tmp_path / "a" / "b", lambda partial: partial.mkdir())
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"^cannot write {tmp_path}/file/b: .*(Not a directory|File exists)"):
+        storage.write_new(tmp_path / "file" / "b", lambda partial: partial.write_text(""))
+
+
+def test_first_line():
+    assert storage.first_line(ValueError("one\ntwo")) == "one"
+    assert storage.first_line(ValueError()) == "ValueError"
+    assert storage.first_line(ValueError("x" * 300)) == "x" * 200
