@@ -35,11 +35,14 @@ TINY = [
     "--config.checkpoint.every=3",
     "--config.sampling.num_steps=3",
 ]
-# Up to ten times as fast as XLA compiles for CPUs otherwise, and arrays as small as the tests' are computed as fast.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
-ONE_DEVICE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION}
+# XLA's flags. Without optimisation it compiles for CPUs up to ten times as fast, and arrays as small as the tests' are computed
+# as fast. SPEEDIT_DEFAULT_COMPILATION=1 compiles as users do.
+COMPILATION = ""
+if os.environ.get("SPEEDIT_DEFAULT_COMPILATION") != "1":
+    COMPILATION = "--xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+        COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+ONE_DEVICE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILATION}
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
@@ -52,7 +55,7 @@ class Result:
 
 def child(module: str, args: list[str], xla_flags: str, out: str, err: str) -> None:
     """`python -m module args`, in a fork of the server."""
-    os.environ["XLA_FLAGS"] = f"{FAST_COMPILATION} {xla_flags}"
+    os.environ["XLA_FLAGS"] = f"{COMPILATION} {xla_flags}"
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = [module, *args]

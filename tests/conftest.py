@@ -1,7 +1,7 @@
 """Eight CPU devices for every test; `-m tpu` and `-m gpu` run on the accelerator that is there.
 
 Most of the time would go to compilation: what XLA has compiled is kept in pytest's cache, for tests and commands that compile
-the same, and CPUs compile without optimisation.
+the same, and CPUs compile without optimisation unless SPEEDIT_DEFAULT_COMPILATION=1 (tests/commands.py).
 """
 
 import os
@@ -11,6 +11,9 @@ import pytest
 from absl import flags
 
 ACCELERATORS = ("tpu", "gpu")
+# The files that take longest. They start first, so that at the end of a parallel run no core waits for the others; xdist's
+# --dist loadfile keeps that order with --no-loadscope-reorder.
+LONG = ("test_multihost", "test_kill_resume", "test_sample_resume", "test_gradients", "test_build", "test_step")
 
 # grain's worker code reads absl flags, which no app.run parses here.
 flags.FLAGS.mark_as_parsed()
@@ -21,11 +24,15 @@ def pytest_configure(config):
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    from commands import EIGHT_DEVICES, FAST_COMPILATION  # a module that takes the environment as it is now
+    from commands import COMPILATION, EIGHT_DEVICES  # a module that takes the environment as it is now
 
     if config.option.markexpr not in ACCELERATORS:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["XLA_FLAGS"] = f"{FAST_COMPILATION} {EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
+        os.environ["XLA_FLAGS"] = f"{COMPILATION} {EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import io
 import nbclient
 import nbformat
 import numpy as np
-from commands import FAST_COMPILATION, ROOT
+from commands import COMPILATION, ROOT
 from PIL import Image
 
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -20,7 +20,7 @@ def pictures(cell):
 
 def test_it_trains_samples_and_plots(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)  # and one device
+    monkeypatch.setenv("XLA_FLAGS", COMPILATION)  # and one device
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:  # the same cells, fewer steps
         cell.source = cell.source.replace("training.num_steps=1000", "training.num_steps=120")

@@ -1,6 +1,6 @@
 """The mesh, the rule table, and who holds which rows of a batch.
 
-PYTHONPATH=tests python -m training.test_sharding writes the golden table anew.
+PYTHONPATH=tests python -m test_sharding writes the golden table anew.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def dit_s2() -> str:
 
 
 def test_golden_table():
-    anew = "PYTHONPATH=tests python -m training.test_sharding"
+    anew = "PYTHONPATH=tests python -m test_sharding"
     assert dit_s2() == GOLDEN.read_text(), f"if the change is meant, write {GOLDEN.name} anew: {anew}; and review its diff"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import FAST_COMPILATION, hosts
+from commands import COMPILATION, hosts
 from PIL import Image
 from tiny import TINY
 
@@ -39,7 +39,7 @@ DRAWN = {
 
 
 def start(workdir: Path, devices: int, *arguments: str, **variables: str) -> subprocess.Popen:
-    flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
+    flags = f"{COMPILATION} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
     overrides = [f"--config.{key}={value}" for key, value in CONFIG.items()]
     return subprocess.Popen(
