@@ -10,7 +10,7 @@ import speedit_jax
 ROOT = Path(speedit_jax.__file__).parent
 
 # Modules directly under speedit_jax are commands; packages not named here may not exist.
-FLOORS = {"training": 3, "models": 2} | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
+FLOORS = {"conversion": 4, "training": 3, "models": 2} | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
 COMMANDS = 4
 # Library -> the only places that may import it.
 OWNERS = {
