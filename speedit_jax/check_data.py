@@ -12,7 +12,6 @@ python -m speedit_jax.encode --verify.
 import dataclasses
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
@@ -23,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from speedit_jax import __version__, cli
+from speedit_jax import __version__, cli, storage
 from speedit_jax.data.classes import describe
 from speedit_jax.data.folder import FolderSource
 from speedit_jax.data.images import open_image, parse_background
@@ -31,7 +30,6 @@ from speedit_jax.data.pixels import flatten
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.data.tfds import TfdsSource
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files
 
 _SOURCE = flags.DEFINE_string("source", None, "folder:PATH, tfds:NAME, digits or synthetic, as config.data.source.")
 _SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set or of the digits, as config.data.split.")
@@ -80,7 +78,7 @@ def check_data() -> int | None:
     report = summarize(source, examine_all(source), size)
     show(report)
     if out:
-        files.write_new(out, lambda partial: partial.write_text(json.dumps(report, indent=1) + "\n"))
+        storage.write_new(out, lambda partial: storage.write_json(partial, report))
         print(f"all of it in {out}")
     return 1 if report["unreadable"] else None
 

@@ -51,7 +51,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
 
     c.diffusion = diffusion = ml_collections.ConfigDict()
     diffusion.path = "vp"  # vp: diffusion, as the next keys say; linear or gvp: flow matching, which predicts the velocity
-    diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad or const
+    diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad (scaled_linear in diffusers) or const
+    diffusion.beta_start = 0.0  # of linear and quad: their first and last beta; 0 takes 1000 / num_steps times 1e-4 and
+    diffusion.beta_end = 0.0  # 0.02, as published; others are for weights of pipelines that were trained with them
     diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
     diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
@@ -109,7 +111,8 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
 
     c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
     sampling.sampler = "auto"  # ddpm, ddim or dpm++, of flows euler, heun or sde; auto: ddim or euler; docs/sampling.md
-    # How many, evenly spaced; or "ddim50", every so many; or "10,15,20", for sections from the least noisy to the noisiest.
+    # How many, evenly spaced; "ddim50", every so many from the first; "trailing50", back from the last; or "10,15,20", for
+    # sections from the least noisy to the noisiest.
     sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
     sampling.spacing = "even"  # of the steps: even in t, or logsnr: better for dpm++ with few steps
     sampling.eta = 0.0  # noise of ddim and dpm++: 0 is deterministic

@@ -21,7 +21,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.data import latents, loader
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
@@ -147,7 +147,7 @@ def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] =
 def write_claim(path: Path, what: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        latents.write_json(path, what)
+        storage.write_json(path, what, shared=True)
     except OSError as e:
         raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
 

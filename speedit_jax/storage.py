@@ -15,7 +15,7 @@ from speedit_jax.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Yields another name to write a file or directory to, and renames it to `path`: what has the name is whole.
+    """Yields another name to write a file or directory to, and renames that to `path`: what has the name is whole.
 
     A kill leaves PATH.partial behind, which the next writer replaces.
 
@@ -23,7 +23,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
         another's; what a kill leaves behind stays.
     """
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial" if shared else f"{path.name}.partial")
+    partial = unique_name(path) if shared else path.with_name(f"{path.name}.partial")
     _remove(partial)
     try:
         yield partial
@@ -33,6 +33,11 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         raise
 
 
+def unique_name(path: Path) -> Path:
+    """PATH.XXXXXXXX.partial, another one at each call."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -40,15 +45,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Atomically."""
-    with replacing(path) as partial:
+def write_text(path: Path, text: str, shared: bool = False) -> None:
+    """Atomically; `shared` as in `replacing`."""
+    with replacing(path, shared) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Atomically, one key a line."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+def write_json(path: Path, content: Any, shared: bool = False) -> None:
+    """Atomically, one key a line; numbers are finite, as JSON wants them."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n", shared)
 
 
 def write_new(path: Path, write: Callable[[Path], None]) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(speedit_jax.__file__).parent
 
 # Rooms and modules directly under speedit_jax; rooms not named here may not exist, and modules not named here are commands.
 FLOORS = (
-    {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "models": 2}
+    {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "conversion": 6, "models": 2}
     | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
     | {"sharding": 0.3, "storage": 0.2, "config": 0.1, "errors": 0}
 )

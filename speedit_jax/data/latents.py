@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 
 _LABEL = np.dtype("<i4")
@@ -31,26 +31,10 @@ def shard_name(index: int, total: int) -> str:
     return f"{index:05d}-of-{total:05d}.array_record"
 
 
-def _partial(path: Path) -> Path:
-    """Another name for each writer: where two write the same shard, by mistake, neither spoils the other's."""
-    return path.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-
-
 def remove_partial(directory: Path) -> None:
     """What killed processes left behind."""
     for path in directory.glob("*.partial"):
         path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = _partial(path)
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(
@@ -67,16 +51,16 @@ def write_shard(
     Raises:
       UserError: moments that are not finite, or not in float16; the shard is not written then.
     """
-    partial = _partial(path)
+    partial = storage.unique_name(path)
     try:
         count, first, second = _write_records(partial, examples, name)
         if finished := finished_shard(path):  # by another process, meanwhile
             return finished
-        facts = {"records": count, "sha256": sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
+        facts = {"records": count, "sha256": storage.sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), facts)
+    storage.write_json(path.with_suffix(".json"), facts, shared=True)
     return facts
 
 
@@ -162,7 +146,7 @@ def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, A
         "std": list(np.sqrt(square - mean**2)),
         "shards": shards,
     }
-    write_json(directory / HEADER, header)
+    storage.write_json(directory / HEADER, header, shared=True)
     return header
 
 
@@ -236,7 +220,7 @@ def open_latents(directory: Path) -> LatentSource:
         found = len(records)
     except Exception as e:
         # The reader's errors have no common class.
-        raise UserError(f"cannot read the shards of {directory}: {str(e).splitlines()[0]}; check them with --verify") from e
+        raise UserError(f"cannot read the shards of {directory}: {storage.first_line(e)}; check them with --verify") from e
     if found != header["count"]:
         raise UserError(f"{directory} holds {found} records, but its header says {header['count']}; check it with --verify")
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
@@ -269,7 +253,7 @@ def verify(directory: Path) -> dict[str, Any]:
     bad, infinite = [], []
     for shard in header["shards"]:
         path = directory / shard["name"]
-        if not path.exists() or sha256(path) != shard["sha256"]:
+        if not path.exists() or storage.sha256(path) != shard["sha256"]:
             bad.append(path.name)
         elif (index := _first_infinite(path)) is not None:
             infinite.append(f"{path.name} (record {index})")

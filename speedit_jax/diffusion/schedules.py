@@ -10,9 +10,9 @@ With :math:`\beta_t` the variance added at step t in 0..T-1 (Ho et al. 2020, arX
        c1_t     = beta_t sqrt(abar_{t-1}) / (1 - abar_t)
        c2_t     = (1 - abar_{t-1}) sqrt(alpha_t) / (1 - abar_t)
 
-Noise levels of T steps, where s = 1000 / T
-  (5)  linear:  beta_t = s (1e-4 + (0.02 - 1e-4) t / (T - 1))                 Ho et al.
-  (6)  quad:    beta_t = s (0.01 + (sqrt(0.02) - 0.01) t / (T - 1))^2
+Noise levels of T steps, from b_0 = s 1e-4 to b_1 = s 0.02 unless others are given, where s = 1000 / T
+  (5)  linear:  beta_t = b_0 + (b_1 - b_0) t / (T - 1)                        Ho et al.
+  (6)  quad:    beta_t = (sqrt(b_0) + (sqrt(b_1) - sqrt(b_0)) t / (T - 1))^2
   (7)  const:   beta_t = s 0.02
   (8)  squaredcos_cap_v2, cosine:  abar_t = f((t + 1) / T) / f(0), beta_t <= 0.999     IDDPM eq. (17)
        f(u) = cos^2((u + 0.008) / 1.008 pi / 2)
@@ -93,14 +93,15 @@ class Schedule:
 _FIRST_BETA, _LAST_BETA = 1e-4, 0.02
 
 
-def _linear(num_steps: int) -> np.ndarray:
+def _linear(num_steps: int, first: float = 0.0, last: float = 0.0) -> np.ndarray:
     scale = 1000 / num_steps
-    return np.linspace(scale * _FIRST_BETA, scale * _LAST_BETA, num_steps, dtype=np.float64)
+    return np.linspace(first or scale * _FIRST_BETA, last or scale * _LAST_BETA, num_steps, dtype=np.float64)
 
 
-def _quad(num_steps: int) -> np.ndarray:
+def _quad(num_steps: int, first: float = 0.0, last: float = 0.0) -> np.ndarray:
     scale = 1000 / num_steps
-    return scale * np.linspace(math.sqrt(_FIRST_BETA), math.sqrt(_LAST_BETA), num_steps, dtype=np.float64) ** 2
+    first, last = first / scale or _FIRST_BETA, last / scale or _LAST_BETA
+    return scale * np.linspace(math.sqrt(first), math.sqrt(last), num_steps, dtype=np.float64) ** 2
 
 
 def _const(num_steps: int) -> np.ndarray:
@@ -115,7 +116,7 @@ def _squaredcos_cap_v2(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.array([min(1 - abar((i + 1) / num_steps) / abar(i / num_steps), max_beta) for i in range(num_steps)])
 
 
-# `cosine` is what SpeeD calls squaredcos_cap_v2.
+# `cosine` is what SpeeD calls squaredcos_cap_v2, `quad` is diffusers' scaled_linear.
 SCHEDULES = {
     "linear": _linear,
     "squaredcos_cap_v2": _squaredcos_cap_v2,
@@ -123,19 +124,28 @@ SCHEDULES = {
     "quad": _quad,
     "const": _const,
 }
+_WITH_ENDS = ("linear", "quad")
 
 
-def make_schedule(name: str, num_steps: int) -> Schedule:
+def make_schedule(name: str, num_steps: int, beta_start: float = 0.0, beta_end: float = 0.0) -> Schedule:
     """The schedule `name` with `num_steps` noise levels.
 
+    Args:
+      beta_start, beta_end: first and last beta of linear and quad; 0 takes 1000 / T times 1e-4 and 0.02.
+
     Raises:
-      UserError: unknown name, or a number of steps the schedule is not defined for.
+      UserError: unknown name, or a number of steps or betas that the schedule is not defined for.
     """
     if name not in SCHEDULES:
         raise UserError(f"unknown diffusion.schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     if num_steps < 2:
         raise UserError(f"diffusion.num_steps={num_steps}: at least 2 noise levels are needed")
-    betas = SCHEDULES[name](num_steps)
+    for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if value and name not in _WITH_ENDS:
+            raise UserError(f"diffusion.{key}={value}: diffusion.schedule={name!r} has none; {' and '.join(_WITH_ENDS)} have")
+        if not 0 <= value < 1:
+            raise UserError(f"diffusion.{key}={value}: must lie in [0, 1); 0 is the schedule's own")
+    betas = SCHEDULES[name](num_steps, *((beta_start, beta_end) if name in _WITH_ENDS else ()))
     if betas.max() >= 1:
         raise UserError(
             f"diffusion.schedule={name!r} with diffusion.num_steps={num_steps} has a beta of {betas.max():.3g}; use more steps"
@@ -183,6 +193,7 @@ def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarra
       num_steps: of the schedule of training.
       spec: 250 or "250": so many, even over the whole schedule (`even_steps`);
         "ddim50": 50 at a fixed stride from step 0, as in DDIM: the last steps may be left out;
+        "trailing50": 50 evenly spaced back from the last step, the first left out (Lin et al., arXiv 2305.08891, table 2);
         "10,15,20" or (10, 15, 20): so many of each of three equal sections, the least noisy first, with both ends of each.
 
     Raises:
@@ -196,11 +207,14 @@ def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarra
             if len(steps) == int(stride_count):
                 return steps
         raise UserError(f"{text}: no stride takes {stride_count} of {num_steps} steps; {stride_count} spaces as many evenly")
+    trailing = text.removeprefix("trailing")
+    if text.startswith("trailing") and trailing.isdecimal() and 1 <= int(trailing) <= num_steps:
+        return np.round(np.arange(num_steps, 0, -num_steps / int(trailing)))[: int(trailing)].astype(int)[::-1] - 1
     counts = [count.strip() for count in text.split(",")]
     if len(counts) == 1 and counts[0].lstrip("-").isdecimal():
         return even_steps(num_steps, int(counts[0]))
     if not all(count.isdecimal() and int(count) for count in counts):
-        raise UserError(f"{text!r} is no number of sampling steps; write 50, ddim50, or 10,15,20 for sections")
+        raise UserError(f"{text!r} is no number of sampling steps; write 50, ddim50, trailing50, or 10,15,20 for sections")
     start, sections = 0, []
     for i, count in enumerate(map(int, counts)):
         size = num_steps // len(counts) + (i < num_steps % len(counts))

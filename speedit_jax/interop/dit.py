@@ -46,6 +46,8 @@ _EMBEDDERS = {
     "t_embedder.mlp.2": "timestep_embedder.linear_2",
     "y_embedder.embedding_table": "class_embedder.embedding_table",
 }
+_LABELS = "y_embedder.embedding_table.weight"
+_DIFFUSERS_LABELS = ".class_embedder.embedding_table.weight"
 _QKV = ("to_q", "to_k", "to_v")
 _DIFFUSERS_SETTINGS = {
     "activation_fn": "gelu-approximate",
@@ -112,7 +114,6 @@ def describe_shell(state: Mapping[str, np.ndarray]) -> dict[str, int]:
     """
     width, channels, patch, _ = shape_of(state, "x_embedder.proj.weight", 4)
     outputs, _ = shape_of(state, "final_layer.linear.weight", 2)
-    label = "y_embedder.embedding_table.weight"
     layers = [re.match(r"blocks\.(\d+)\.", name) for name in state]
     return {
         "width": width,
@@ -120,7 +121,7 @@ def describe_shell(state: Mapping[str, np.ndarray]) -> dict[str, int]:
         "patch": patch,
         "channels": channels,
         "out_channels": outputs // patch**2,
-        "label_rows": shape_of(state, label, 2)[0] if label in state else 0,
+        "label_rows": shape_of(state, _LABELS, 2)[0] if _LABELS in state else 0,
         "tokens": shape_of(state, COMPUTED, 3)[1] if COMPUTED in state else 0,
     }
 
@@ -192,6 +193,21 @@ def to_diffusers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         names = _diffusers_names(name, layers)
         renamed |= zip(names, np.split(value, 3) if ".qkv." in name else [value] * len(names), strict=True)
     return renamed
+
+
+def with_padding(state: Mapping[str, np.ndarray], classes: int) -> dict[str, np.ndarray]:
+    """The published code's tensors with a label table of classes + 1 rows, the null label's also for the classes that lack."""
+    table = state[_LABELS]
+    return {**state, _LABELS: np.concatenate([table[:-1], np.repeat(table[-1:], classes + 2 - len(table), axis=0)])}
+
+
+def without_padding(state: Mapping[str, np.ndarray], classes: int) -> tuple[dict[str, np.ndarray], int]:
+    """diffusers' tensors with `classes` + 1 rows of labels, and `classes`; as they are, and 0, unless the others are padding."""
+    tables = {name: value for name, value in state.items() if name.endswith(_DIFFUSERS_LABELS)}
+    for value in tables.values():
+        if len(value) <= classes + 1 or (value[classes:] != value[-1]).any():
+            return dict(state), 0
+    return {**state, **{name: value[: classes + 1] for name, value in tables.items()}}, classes
 
 
 def from_diffusers(state: Mapping[str, np.ndarray], like: Any, patch: int) -> Any:

@@ -4,8 +4,6 @@ Our modules bear the port's names: "Mixed_5b", "branch1x1", "bn", "mean" is Mixe
 Layouts: convolutions OIHW -> HWIO, linear [out, in] -> [in, out].
 """
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files, layout
+from speedit_jax.interop import layout, tensors
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"
@@ -45,23 +43,9 @@ def read_inception(where: str | None) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{where}: no such file; download {URL}")
     try:
-        return _read(path)
+        return tensors.arrays(tensors.read(path))
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return files.read_safetensors(path)
-    if path.suffix in (".pt", ".pth"):
-        return files.arrays(files.read_pt(path))
-    if path.suffix != ".npz":
-        raise UserError("the weights are a .pth, .safetensors or .npz file")
-    try:
-        with np.load(path) as arrays:
-            return {name: np.asarray(arrays[name], np.float32) for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"it is no .npz file that can be read ({files.first_line(e)})") from e
 
 
 def arrange(state: dict[str, np.ndarray], like: Any, source: str) -> dict:

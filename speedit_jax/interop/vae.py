@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files
+from speedit_jax.interop import files, tensors
+from speedit_jax.storage import sha256
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # What diffusers may call the weights, the most exact and safest first; an index names the files of a large model.
@@ -146,10 +147,7 @@ def weights_files(place: Path) -> list[Path]:
 
 def checksum(place: Path) -> str:
     """SHA-256 of the file of weights; of several, of their checksums."""
-    sums = []
-    for path in weights_files(place):
-        with path.open("rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    sums = [sha256(path) for path in weights_files(place)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
@@ -182,7 +180,7 @@ def _read_tensors(paths: list[Path]) -> dict[str, np.ndarray]:
     state = {}
     for path in paths:
         try:
-            state |= files.arrays(files.read_pt(path)) if path.suffix in _PICKLES else files.read_safetensors(path)
+            state |= tensors.arrays(tensors.read(path))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
     return state

@@ -17,7 +17,7 @@ from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
 from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
-from speedit_jax.diffusion.schedules import make_schedule
+from speedit_jax.diffusion.schedules import Schedule, make_schedule
 from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.encoders.autoencoder import Autoencoder
@@ -28,8 +28,13 @@ from speedit_jax.training.state import TrainState, initial_state, make_optimizer
 from speedit_jax.training.step import make_train_step
 
 
+def _schedule(config: ml_collections.ConfigDict) -> Schedule:
+    diffusion = config.diffusion
+    return make_schedule(diffusion.schedule, diffusion.num_steps, diffusion.beta_start, diffusion.beta_end)
+
+
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
-    schedule, path = make_schedule(config.diffusion.schedule, config.diffusion.num_steps), config.diffusion.path
+    schedule, path = _schedule(config), config.diffusion.path
     if path in PATHS:
         if config.diffusion.loss != "mse":
             raise UserError(
@@ -43,8 +48,7 @@ def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | Flo
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
     if isinstance(diffusion, FlowMatching):
-        vp = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
-        return make_flow_strategy(diffusion, vp, config.training.batch_size, **config.timesteps)
+        return make_flow_strategy(diffusion, _schedule(config), config.training.batch_size, **config.timesteps)
     # The bound does not depend on what is predicted, so neither does its weight.
     prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
     return _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)

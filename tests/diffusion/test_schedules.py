@@ -165,7 +165,7 @@ def test_sections_of_unequal_sizes():
         ("1001", "^1001 sampling steps"),
         ("ddim300", "ddim300: no stride takes 300 of 1000 steps; 300 spaces"),
         ("ddim1", "ddim1: no stride"),
-        ("ddim", "'ddim' is no number of sampling steps; write 50, ddim50, or 10,15,20"),
+        ("ddim", "'ddim' is no number of sampling steps; write 50, ddim50, trailing50, or 10,15,20"),
         ("fast", "'fast' is no number"),
         ("10,,5", "no number"),
         ("10,0,5", "no number"),
@@ -200,3 +200,23 @@ def test_user_errors_name_the_key(name, num_steps, message):
 def test_a_schedule_is_a_row_of_probabilities(betas):
     with pytest.raises(ValueError, match="'mine'"):
         Schedule("mine", np.array(betas), np.arange(len(betas)))
+
+
+def test_given_ends():
+    linear, quad = (make_schedule(name, 500, 0.00085, 0.012).betas for name in ("linear", "quad"))
+    for betas, line in ((linear, linear), (quad, np.sqrt(quad))):
+        np.testing.assert_allclose(betas[[0, -1]], (0.00085, 0.012), rtol=1e-12)
+        np.testing.assert_allclose(np.diff(line), np.diff(line)[0], rtol=1e-9)
+    np.testing.assert_array_equal(make_schedule("quad", 250, 0.0, 0.0).betas, make_schedule("quad", 250).betas)
+    with pytest.raises(UserError, match=r"diffusion\.beta_end=0\.012: diffusion\.schedule='cosine' has none"):
+        make_schedule("cosine", 500, 0.0, 0.012)
+    with pytest.raises(UserError, match=r"diffusion\.beta_start=-1: must lie in"):
+        make_schedule("linear", 500, -1, 0.012)
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 999, 1000])
+def test_trailing_steps_end_at_the_last(count):
+    steps = sampling_steps(1000, f"trailing{count}")
+    assert len(steps) == count and steps[-1] == 999
+    assert (np.diff(steps) > 0).all() and steps[0] >= 0
+    np.testing.assert_allclose(np.diff(steps), 1000 / count, atol=1)

@@ -72,7 +72,13 @@ def test_files_that_are_something_else(tmp_path):
     assert_one_line(read(lambda s: s.update(spare=np.zeros(1))), "some/where", "extra spare")
     assert_one_line(read(lambda s: s.update({"fc.weight": np.zeros((8, 6))})), "fc.weight", "(8, 6)", "(9, 6)")
     (tmp_path / "x.bin").touch()
-    assert_one_line(lambda: read_inception(str(tmp_path / "x.bin")), "x.bin", ".pth, .safetensors or .npz")
-    for name in ("x.npz", "x.safetensors"):
-        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-        assert_one_line(lambda name=name: read_inception(str(tmp_path / name)), name, "can be read")
+    assert_one_line(lambda: read_inception(str(tmp_path / "x.bin")), "x.bin", "empty")
+    (tmp_path / "x.npz").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert_one_line(lambda: read_inception(str(tmp_path / "x.npz")), "x.npz", "Git LFS")
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors", "x.pth"])
+def test_what_is_not_finite_is_named(tmp_path, name):
+    state = tensors()
+    state[f"{BN}.running_var"] = np.full_like(state[f"{BN}.running_var"], np.inf)
+    assert_one_line(lambda: read_inception(write(tmp_path / name, state)), f"{BN}.running_var is not finite")

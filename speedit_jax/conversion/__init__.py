@@ -1,0 +1,1 @@
+"""Weights of other programs in and out: what the command convert does."""

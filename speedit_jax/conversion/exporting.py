@@ -1,0 +1,150 @@
+"""A run's weights for other programs."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from speedit_jax import storage
+from speedit_jax.conversion.diffusers import INSTEAD, NOT_DIFFUSERS, NULL_LABEL, diffusers_label, no_pipeline, refuse_diffusers
+from speedit_jax.conversion.scheduler import PREDICTION_TYPES
+from speedit_jax.conversion.tables import dig_notes, one_device, table
+from speedit_jax.encoders.autoencoder import open_autoencoder
+from speedit_jax.errors import UserError
+from speedit_jax.interop import dig, dit, files, pipeline
+from speedit_jax.interop.dit import Network
+from speedit_jax.interop.layout import COMPUTED
+from speedit_jax.interop.tensors import check_finite
+from speedit_jax.models.build import Model, parse_name
+from speedit_jax.models.layers import sincos_position_table
+from speedit_jax.training.run import Run, open_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What is to be written.
+
+    Attributes:
+      run: that they are of.
+      network: what the tensors will say of themselves.
+      params: its weights.
+      state: the same under the published names, without the position table.
+      origin: which weights they are, for people.
+    """
+
+    run: Run
+    network: Network
+    params: Mapping
+    state: Mapping[str, np.ndarray]
+    origin: str
+
+
+def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, vae: str | None) -> None:
+    """Writes the weights of a run.
+
+    Args:
+      to: FILE.pt, FILE.safetensors, or DIR/ for diffusers.
+      weights: ema, raw or ema_DECAY.
+      checkpoint_step: newest, best or a number.
+      vae: where the autoencoder is, of a run on latents; None: where it was in training.
+
+    Raises:
+      UserError: there are no such weights, they are not finite, or the format cannot hold them.
+    """
+    out = Path(to).expanduser()
+    directory = to.endswith("/") or not out.suffix
+    if not directory and out.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"--to={to}: must end in .pt, .safetensors, or / for a diffusers directory")
+    if out.exists():
+        raise UserError(f"--to={to} exists; remove it, or name another")
+    if out.suffix == ".pt":
+        files.need_torch()
+    run = open_run(workdir, checkpoint_step, one_device())
+    config, model = run.config, run.model
+    if config.model.qk_norm:
+        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format has a place for")
+    backbone, _, patch = parse_name(config.model.name)
+    names = table(backbone)
+    network = network_of(model, names.shapes(run.shapes, patch))
+    if directory:
+        refuse_diffusers(model, network)
+        autoencoder = open_autoencoder(vae, run.latents, network.channels, run.mesh)
+        alone = no_pipeline(autoencoder, run.class_names)
+        refuse_prediction(run.diffusion.prediction, alone)
+    params = run.restore(weights)
+    state = names.to_torch(jax.device_get(params), patch)
+    try:
+        check_finite(state)
+    except UserError as e:
+        raise UserError(
+            f"the {weights} weights of step {run.step} of {workdir}: {e}; an earlier --checkpoint_step may be whole"
+        ) from e
+    origin = f"{weights} weights of step {run.step}"
+    exported = Exported(run, network, params, state, f"{origin} of {workdir.name}")
+    if directory:
+        write_diffusers(out, exported, None if alone else autoencoder.directory, alone)
+    else:
+        write_file(out, exported)
+    print(f"{origin} in {out}")
+
+
+def refuse_prediction(prediction: str, alone: str) -> None:
+    """Raises a UserError for what diffusers would take for something else.
+
+    Args:
+      alone: why there is no pipeline, whose scheduler says what is predicted; "" if there is.
+    """
+    if prediction == "epsilon" or (prediction in PREDICTION_TYPES and not alone):
+        return
+    why = f", which only a pipeline says, and {alone}" if prediction in PREDICTION_TYPES else ""
+    raise UserError(f"{NOT_DIFFUSERS} it predicts {prediction}, not epsilon{why}; {INSTEAD}")
+
+
+def write_diffusers(out: Path, exported: Exported, autoencoder: Path | None, alone: str) -> None:
+    """A DiTPipeline's directory, or the transformer's where there is no autoencoder."""
+    config, model, names = exported.run.config, exported.run.model, exported.run.class_names
+    diffusion, network, state = exported.run.diffusion, exported.network, exported.state
+    label = diffusers_label(config, one_device(), model, exported.params)
+    readme = f"DiT, {exported.origin}.\n\n{label}\n"
+    if autoencoder and len(names) < NULL_LABEL:
+        state = dit.with_padding(state, NULL_LABEL)
+        network = dataclasses.replace(network, label_rows=NULL_LABEL + 1)
+        readme += f"\nIts {len(names)} classes are 0..{len(names) - 1}; the others, to {NULL_LABEL}, are all the null label.\n"
+    transformer = dit.diffusers_config(network)
+    if not config.model.time_freq_shift:
+        transformer |= {pipeline.SHIFT: 0}
+    scheduler = pipeline.scheduler_config(
+        diffusion.schedule.betas, PREDICTION_TYPES[diffusion.prediction], config.sampling.num_steps
+    )
+    around = pipeline.Surroundings(scheduler, dict(enumerate(names)), autoencoder)
+    storage.write_new(out, lambda partial: pipeline.write(partial, transformer, dit.to_diffusers(state), readme, around))
+    print(label)
+    print(f"note: the transformer alone: {alone}" if alone else "A DiTPipeline: transformer, autoencoder and DDIM's schedule")
+
+
+def write_file(out: Path, exported: Exported) -> None:
+    """A .pt or .safetensors of the published names."""
+    height, width, _ = exported.run.model.image_shape
+    network = exported.network
+    positions = sincos_position_table(height // network.patch, width // network.patch, network.width).astype(np.float32)
+    state = {COMPUTED: positions[None], **exported.state}
+    state = dig.with_aliases(state) if network.backbone == "DiG" else state
+    write = files.write_pt if out.suffix == ".pt" else files.write_safetensors
+    storage.write_new(out, lambda partial: write(partial, state))
+    for note in dig_notes(exported.run.config, network.depth, (height, width)):
+        print(f"note: {note}")
+    prediction = exported.run.diffusion.prediction
+    if prediction != "epsilon":
+        print(f"note: it predicts {prediction}, which the file does not say and published samplers do not expect")
+
+
+def network_of(model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Network:
+    """What the exported tensors will say of themselves, and the heads."""
+    height, width, _ = model.image_shape
+    # Scalars that pretend to be large: only their shapes are looked at.
+    state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_shapes.items()}
+    network = (dig if dig.is_dig(state) else dit).describe(state)
+    tokens = height * width // network.patch**2
+    return dataclasses.replace(network, heads=model.heads, tokens=tokens)

@@ -1,0 +1,215 @@
+"""Weights of another program as the directory of a run, to sample from."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from speedit_jax.config import complete
+from speedit_jax.conversion.configure import fill_config
+from speedit_jax.conversion.tables import check_positions, dig_notes, one_device, table
+from speedit_jax.data.description import Description
+from speedit_jax.encoders.autoencoder import Autoencoder
+from speedit_jax.errors import UserError
+from speedit_jax.interop import dit, flow_time, weights
+from speedit_jax.interop.dit import Network
+from speedit_jax.interop.layout import COMPUTED
+from speedit_jax.interop.weights import Weights
+from speedit_jax.models.build import Model
+from speedit_jax.training import assembly, run
+from speedit_jax.training.checkpoint import Checkpoints, newest_step
+
+_COMPRESSED = 0.85  # of float32 weights is what orbax writes at best
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """Weights arranged as our parameters.
+
+    Attributes:
+      network, model: what they are of.
+      source: its images and classes.
+      params, ema: the parameters.
+      notes: what the user ought to know.
+    """
+
+    network: Network
+    model: Model
+    source: Description
+    params: Any
+    ema: Any
+    notes: list[str]
+
+
+def import_weights(
+    path: Path, workdir: Path, config: ml_collections.ConfigDict, given: Mapping[str, Any], reverse_time: bool | None
+) -> None:
+    """Imports what is at `path`.
+
+    Args:
+      config: the defaults, with `given` in it; becomes that of the weights.
+      given: {config key: value} of the command line.
+      reverse_time: whether a flow's time is 1 at noise; None leaves it to the file.
+
+    Raises:
+      UserError: it cannot be read or does not fit, or `workdir` holds something else.
+    """
+    try:
+        found = weights.read(path)
+        if reverse_time is not None:
+            found = dataclasses.replace(found, reversed_time=reverse_time)
+        fitted = fit(found, config, given)
+    except UserError as e:
+        raise UserError(f"--from={path}: {e}") from e
+    channels = fitted.network.channels
+    latents = autoencoder_of(config, channels)
+    meta = run.describe(config, fitted.source, fitted.source.image_shape, latents) | {"imported_from": str(path)}
+    there = place(workdir, meta, fitted)
+    total, classes = sum(leaf.size for leaf in jax.tree.leaves(fitted.ema)), len(fitted.source.class_names)
+    height, width, _ = fitted.source.image_shape
+    if there:
+        print("Already there, nothing to do:")
+    print(f"{config.model.name}: {total:,} parameters, {height} x {width} x {channels},", end=" ")
+    print(f"{classes or 'no'} classes, variance {config.diffusion.variance}, in {workdir}")
+    for note in fitted.notes:
+        print(f"note: {note}")
+    if channels > 3 and latents is None:
+        print("It draws latents; for pictures give sample --vae=DIR, a diffusers VAE, or import with --config.data.vae=DIR")
+    print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
+
+
+def fit(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
+    """Arranges both weights; where only one of them is whole it stands for both.
+
+    Raises:
+      UserError: neither fits.
+    """
+    notes = list(found.notes)
+    try:
+        whole, kind = _fit(found, found.ema, config, given), "ema"
+    except UserError as e:
+        if found.raw is found.ema:
+            raise
+        try:
+            whole, kind = _fit(found, found.raw, config, given), "raw"
+        except UserError:
+            raise e from None
+        notes.append(f"its EMA does not fit ({e}): the raw weights stand for both")
+    params = whole.params
+    if kind == "ema" and found.raw is not found.ema:
+        try:
+            params = arrange(found, found.raw, whole.network, config, jax.eval_shape(whole.model.init, jax.random.key(0)))
+        except UserError as e:
+            notes.append(f"its raw weights do not fit ({e}): the EMA stands for both")
+    return dataclasses.replace(whole, params=params, notes=notes + whole.notes)
+
+
+def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
+    """One of the two weights, as if there were no other."""
+    network = found.describe(state)
+    source, notes = fill_config(config, found, network, given)
+    height, width, _ = source.image_shape
+    model = assembly.make_model(config, one_device(), source.image_shape, len(source.class_names))
+    assembly.make_diffusion(config)  # which may not exist
+    params = arrange(found, state, network, config, jax.eval_shape(model.init, jax.random.key(0)))
+    notes += dig_notes(config, network.depth, (height, width))
+    if found.reversed_time:
+        notes.append("its time is reversed in the weights, v(x, s) = -v(x, 1 - s): here, and in an export, 0 is noise")
+    if COMPUTED in state:
+        error = check_positions(state[COMPUTED], height // network.patch, width // network.patch)
+        if error > 1e-6:
+            notes.append(f"its {COMPUTED} is up to {error:.1g} off the table it started from, which is ours")
+    return Fitted(network, model, source, params, params, notes)
+
+
+def arrange(
+    found: Weights, state: Mapping[str, np.ndarray], network: Network, config: ml_collections.ConfigDict, shapes: Any
+) -> Any:
+    """`state` as our parameters.
+
+    Raises:
+      UserError: a tensor is missing, extra or of another shape; or the time of what has none is to be reversed.
+    """
+    if found.reversed_time:
+        if config.diffusion.path == "vp" or found.diffusers:
+            raise UserError("--reverse_time is for flows under the published names: add --config.diffusion.path=linear or gvp")
+        state = flow_time.turned(state, config.model.time_freq_shift)
+    if not found.diffusers:
+        return table(network.backbone).from_torch(state, shapes, network.patch)
+    return dit.from_diffusers(state, shapes, network.patch)
+
+
+def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str, Any] | None:
+    """The identity of data.vae, which draws pictures of what a network of so many channels makes; None without one.
+
+    Raises:
+      UserError: it cannot be read, or has another number of channels.
+    """
+    where = config.data.vae
+    if not where:
+        return None
+    autoencoder = Autoencoder(where, one_device())
+    if autoencoder.channels != channels:
+        raise UserError(f"--config.data.vae={where} has latents of {autoencoder.channels} channels, the network draws {channels}")
+    return autoencoder.identity
+
+
+def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
+    """Writes the weights to `workdir`, unless these very weights are there; returns whether they were.
+
+    An import that was cut short, by a full disk as a rule, is made anew.
+
+    Raises:
+      UserError: `workdir` holds something else, or cannot be written.
+    """
+    path = workdir / "run.json"
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if "imported_from" in saved:
+        step = newest_step(workdir)
+        if step is None:
+            shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+            path.unlink()
+        elif _says_the_same(saved, meta) and _holds_the_same(workdir, step, fitted):
+            return True
+    check_space(workdir, (fitted.params, fitted.ema))
+    run.claim(workdir, meta)
+    with contextlib.closing(Checkpoints(workdir, create=True)) as checkpoints:
+        checkpoints.save_weights(0, fitted.params, fitted.ema, meta)
+        checkpoints.wait()
+    return False
+
+
+def check_space(workdir: Path, trees: Any) -> None:
+    """Raises a UserError where arrays do not fit on the disk: before they are half written, which takes the other half's room."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+    there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < _COMPRESSED * needed:
+        raise UserError(
+            f"--workdir={workdir}: the weights need {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are left on the device; make"
+            " room and run the same command again"
+        )
+
+
+def _says_the_same(saved: dict[str, Any], meta: dict[str, Any]) -> bool:
+    """Whether two imports describe one network, wherever its file was and whichever version imported it."""
+    saved, meta = ({**m, "config": complete(m["config"]).to_dict(), "imported_from": "", "versions": {}} for m in (saved, meta))
+    return json.loads(json.dumps(saved)) == json.loads(json.dumps(meta))
+
+
+def _holds_the_same(workdir: Path, step: int, fitted: Fitted) -> bool:
+    """Whether a checkpoint has the numbers of `fitted`."""
+    there = run.open_run(workdir, step, one_device())
+    with contextlib.closing(there.checkpoints):
+        for name, tree in (("raw", fitted.params), ("ema", fitted.ema)):
+            same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), there.restore(name), tree)
+            if not all(jax.tree.leaves(same)):
+                return False
+    return True

@@ -1,0 +1,92 @@
+"""Directories of weights: one file of several possible names, or shards and the index that lists them."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from speedit_jax.errors import UserError
+from speedit_jax.interop import tensors
+from speedit_jax.storage import first_line
+
+CONFIG = "config.json"
+# In this order. Variants are called model.fp16.safetensors, of shards model.safetensors.index.fp16.json or, once, the other way.
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_SUFFIXES = (".safetensors", ".bin")
+_STEM, _SUFFIX = "|".join(_STEMS), r"\.(safetensors|bin)"
+_VARIANT = re.compile(
+    rf"({_STEM})(\.(?P<file>\w+){_SUFFIX}|{_SUFFIX}\.index\.(?P<index>\w+)\.json|\.(?P<older>\w+){_SUFFIX}\.index\.json)"
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      UserError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path.name} cannot be read ({first_line(e)})") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} holds no names and values")
+    return content
+
+
+def read(directory: Path) -> dict[Any, Any]:
+    """What `tensors.read` finds in the weights of a directory.
+
+    Raises:
+      UserError: there are none, several variants, or shards are missing.
+    """
+    for stem in _STEMS:
+        for suffix in _SUFFIXES:
+            if (whole := directory / f"{stem}{suffix}").is_file():
+                return tensors.read(whole)
+            if (index := directory / f"{stem}{suffix}.index.json").is_file():
+                return read_shards(index)
+    variants = _variants(directory)
+    if not variants:
+        raise UserError(f"it holds no {_STEMS[0]}{_SUFFIXES[0]}, nor weights under another of diffusers' names")
+    if len(variants) > 1:
+        raise UserError(f"it holds {' and '.join(path.name for path in variants.values())}; give one of these files")
+    return read_file(*variants.values())
+
+
+def read_file(path: Path) -> dict[Any, Any]:
+    """As `tensors.read`, of a file or of the shards of an index."""
+    return read_shards(path) if path.suffix == ".json" else tensors.read(path)
+
+
+def read_shards(index: Path) -> dict[Any, Any]:
+    """The tensors that an index of shards lists.
+
+    Raises:
+      UserError: it lists none, or a shard is missing, damaged, or lacks a tensor.
+    """
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, Mapping) or not where:
+        raise UserError(f"{index.name} lists no weights")
+    found: dict[Any, Any] = {}
+    for name in sorted(set(where.values())):
+        path = index.parent / Path(name).name
+        if not path.is_file():
+            raise UserError(f"{path.name}, a shard that {index.name} lists, is missing")
+        try:
+            found |= tensors.read(path)
+        except UserError as e:
+            raise UserError(f"{path.name}: {e}") from e
+    if missing := [name for name in where if name not in found]:
+        raise UserError(f"{where[missing[0]]} lacks {missing[0]}, which {index.name} lists there")
+    return found
+
+
+def _variants(directory: Path) -> dict[str, Path]:
+    """The name of each variant, as fp16 or non_ema -> its file or the index of its shards, .safetensors before .bin."""
+    found: dict[str, Path] = {}
+    for path in sorted(directory.iterdir(), key=lambda path: (".bin" in path.name, path.name)):
+        if match := _VARIANT.fullmatch(path.name):
+            found.setdefault(match["file"] or match["index"] or match["older"], path)
+    return found
