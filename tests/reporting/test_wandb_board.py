@@ -13,6 +13,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.reporting import wandb_board
 from speedit_jax.reporting.telemetry import Telemetry
 from speedit_jax.reporting.wandb_board import WandbBoard, open_board
+from speedit_jax.sampling.images import write_png
 
 INSTALLED = importlib.util.find_spec("wandb") is not None
 
@@ -58,7 +59,9 @@ def write(workdir, steps):
     for step in steps:
         t.step(step)
         t.metrics(step, {"loss": jnp.float32(step / 2), "skipped_in_a_row": jnp.int32(0)})
-    t.images(workdir / "samples" / f"{steps[-1]}.png", steps[-1], np.zeros((4, 8, 8, 1), np.uint8))
+    path, grid = workdir / "samples" / f"{steps[-1]}.png", np.zeros((16, 16, 1), np.uint8)
+    write_png(path, grid)
+    t.grid(steps[-1], grid, path)
     t.close()
 
 
