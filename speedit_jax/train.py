@@ -226,8 +226,10 @@ def go_on(parts, source, workdir: Path, meta: dict, weights: dict, drawings, sta
             if stopping and not last:
                 break
         checkpoints.wait()
-    except Exception:
+    except Exception as e:
         rescue(checkpoints, telemetry, state, meta)
+        if isinstance(e, OSError) and e.filename:
+            raise UserError(f"{e.filename}: {e.strerror}; mend it and run the same command again") from e
         raise
 
     profiler.close()

@@ -163,6 +163,14 @@ def same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bo
     return one["weights"] == other["weights"] and all(configs[0][key] == configs[1][key] for key in shared)
 
 
+def recorded(meta: dict[str, Any]) -> list[tuple[int, dict[str, list[Any]]]]:
+    """(step, NAME -> [old, new]) of each time that a run went on with changes, as its metadata say."""
+    return [
+        (change["step"], {name: values for name, values in change.items() if name != "step"})
+        for change in meta.get("changes", [])
+    ]
+
+
 def spelled(different: dict[str, list[Any]], most: int = 3) -> str:
     """ "KEY was OLD, now NEW; ..." """
     said = [_spell(key, *values) for key, values in different.items()]

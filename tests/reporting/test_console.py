@@ -25,7 +25,9 @@ def test_the_share_left_is_what_an_average_holds(warmup):
 
 def test_a_long_average_of_a_short_run_is_said():
     said = opening(training__num_steps=1500)
-    assert "after 1,500 steps the average holds 86% with decay 0.9999 of the initial weights; set training.ema_warmup=True" in said
+    assert (
+        "after 1,500 steps the average holds 86% with decay 0.9999 of the initial weights; set training.ema_warmup=True" in said
+    )
     said = opening(training__num_steps=1500, training__ema_decay=0.99, training__extra_ema_decays=(0.999, 0.5))
     assert "holds 22% with decay 0.999 of" in said
     for fine in ({"training__num_steps": 100_000}, {"training__num_steps": 1500, "training__ema_warmup": True}):

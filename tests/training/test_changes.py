@@ -90,7 +90,12 @@ def test_a_key_alone(key):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("model__label_dropout", 0.0), ("optim__clip_norm", 0.0), ("diffusion__variance", "fixed_small"), ("model__convolution", "none")],
+    [
+        ("model__label_dropout", 0.0),
+        ("optim__clip_norm", 0.0),
+        ("diffusion__variance", "fixed_small"),
+        ("model__convolution", "none"),
+    ],
 )
 def test_a_value_that_gives_arrays_another_form(key, value):
     """The tree of the state says the same, where the key is of the model at hand."""
@@ -123,9 +128,8 @@ def test_where_the_data_are_does_not_matter():
     assert not compare(moved).changes
     others = moved | {"data_fingerprint": "0" * 16}
     assert list(compare(others).changes) == ["data.source", "data"]
-    assert "data.source was 'synthetic', now 'folder:/elsewhere/'; the data are not the same" == changes.spelled(
-        compare(others).changes
-    )
+    said = changes.spelled(compare(others).changes)
+    assert said == "data.source was 'synthetic', now 'folder:/elsewhere/'; the data are not the same"
 
 
 def test_an_older_fingerprint_is_the_same_data():

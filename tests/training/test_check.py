@@ -20,7 +20,7 @@ def test_every_number_is_finite(key, value):
 
 
 def test_numbers_in_lists_are_finite():
-    with pytest.raises(UserError, match="training.extra_ema_decays=nan: must be a finite number"):
+    with pytest.raises(UserError, match=r"training.extra_ema_decays=nan: must be a finite number"):
         check_numbers(tiny.make_config(training__extra_ema_decays=(0.5, math.nan)))
 
 

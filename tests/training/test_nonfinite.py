@@ -12,7 +12,9 @@ from speedit_jax.training.nonfinite import Skips
 
 @pytest.fixture(scope="module")
 def parts():
-    return tiny.make_trainer(training__max_skipped_in_a_row=3, training__log_every=2, data__vae="weights/vae")
+    parts = tiny.make_trainer(training__max_skipped_in_a_row=3, training__log_every=2)
+    parts.config.data.vae = "weights/vae"
+    return parts
 
 
 def batch(parts, bad=False, name="image"):

@@ -127,7 +127,9 @@ def test_a_key_younger_than_the_run_has_its_default(tmp_path):
 
 
 def test_the_two_ways_on_are_named(workdir):
-    with pytest.raises(UserError, match="or --continue_with_changes to go on from step 7 with these, or start a new run") as error:
+    with pytest.raises(
+        UserError, match="or --continue_with_changes to go on from step 7 with these, or start a new run"
+    ) as error:
         run.claim(workdir, describe(optim__learning_rate=1.0), step=7)
     assert f"--config.init_from={workdir}" in str(error.value)
     for with_changes in (False, True):
@@ -149,7 +151,7 @@ def test_changes_are_recorded_and_later_starts_are_compared_with_them(workdir):
     assert json.loads((workdir / "run.json").read_text()) == meta
     # Without the word: the same goes on, and keeps the record; the first settings are another run's by now.
     assert run.claim(workdir, first, step=9) == (meta, [])
-    with pytest.raises(UserError, match="optim.learning_rate was 0.5, now 0.0001"):
+    with pytest.raises(UserError, match=r"optim.learning_rate was 0.5, now 0.0001"):
         run.claim(workdir, describe(), step=9)
     other = describe(optim__learning_rate=0.5) | {"data_fingerprint": "0" * 16}
     meta, _ = run.claim(workdir, other, step=9, with_changes=True)
@@ -173,7 +175,7 @@ def test_a_run_older_than_the_mask_decays_as_it_did(tmp_path):
     assert same.optim.decay_mask == "all"
     source = open_source(same.data)
     assert run.claim(tmp_path, run.describe(same, source, source.image_shape, None))[1] == []
-    with pytest.raises(UserError, match="optim.decay_mask was 'all', now 'matrices'"):
+    with pytest.raises(UserError, match=r"optim.decay_mask was 'all', now 'matrices'"):
         run.claim(tmp_path, describe(optim__weight_decay=0.1, optim__decay_mask="matrices"))
     new = tiny.make_config()
     run.settle(new, tmp_path / "new")

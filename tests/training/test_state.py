@@ -62,7 +62,12 @@ def test_which_parameters_decay(name):
     """Parameters are stacked over layers, so a bias has two axes as a matrix has: against a list, by name."""
     kernels = {
         "DiT": ["adaLN", "attention/out", "attention/qkv", "mlp/down", "mlp/up"],
-        "DiG": ["adaLN", *(f"attention/{part}" for part in "gate_down gate_up k out q r v".split()), "mlp/down", "mlp/up"],
+        "DiG": [
+            "adaLN",
+            *(f"attention/{part}" for part in ("gate_down", "gate_up", "k", "out", "q", "r", "v")),
+            "mlp/down",
+            "mlp/up",
+        ],
     }[name[:3]]
     prefixes = {"DiT": ["blocks"], "DiG": [f"blocks/block_{i}" for i in range(4)]}[name[:3]]
     around = ["final", "final_adaLN", "patch", "timestep/hidden", "timestep/out"]
@@ -99,7 +104,7 @@ def test_without_decay_the_optimizer_is_optax_adamw():
 
 
 def test_an_unknown_mask():
-    with pytest.raises(UserError, match="unknown optim.decay_mask 'matrix'; choose one of auto, matrices, all"):
+    with pytest.raises(UserError, match=r"unknown optim.decay_mask 'matrix'; choose one of auto, matrices, all"):
         make_optimizer(tiny.make_config(optim__decay_mask="matrix"))
 
 
