@@ -120,7 +120,7 @@ def evaluate(evaluation: Evaluation, state: TrainState, step: int, telemetry: Te
 
 def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, meta: dict) -> None:
     """Saves the last whole step when an error ends the run. Of further errors nothing is said: the first is what to mend."""
-    quiet = contextlib.suppress(UserError, OSError)
+    quiet = contextlib.suppress(Exception)
     with quiet:
         telemetry.close()
     # Processes save together, and the others do not know; and a step that failed has eaten its state.
@@ -128,8 +128,8 @@ def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, me
         return
     with quiet:
         checkpoints.wait()
-    step = int(state.step)
     with quiet:
+        step = int(state.step)
         if step > (checkpoints.latest() or 0):
             checkpoints.save(step, state, meta)
             checkpoints.wait()

@@ -15,7 +15,6 @@ from speedit_jax.reporting.environment import HUGE_PAGES, huge_pages_left_out
 from speedit_jax.training.assembly import Assembly
 from speedit_jax.training.state import decays
 
-_SHOWN_CLASSES = 10
 _MUCH_LEFT = 0.01  # of the initial weights in an average at the end of training
 
 
@@ -25,8 +24,6 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     classes = len(source.class_names)
     lines = [
         f"data       {config.data.source}: {len(source)} images {source.image_shape}, {classes or 'no'} classes",
-        *class_counts(source),
-        *(f"           {note}" for note in getattr(source, "notes", ())),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
         f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP an image and training step",
@@ -48,17 +45,6 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         how = "encoded at each step" if parts.online else "stored"
         lines.append(f"latents    {model.image_shape} of {parts.latents['vae']}, {how}{pictures}")
     return lines
-
-
-def class_counts(source: Source) -> list[str]:
-    """How many images each class has, where the source knows without reading them."""
-    labels, names = getattr(source, "labels", None), source.class_names
-    if labels is None or not names:
-        return []
-    counts = np.bincount(labels, minlength=len(names))
-    shown = ", ".join(f"{name} {count}" for name, count in list(zip(names, counts, strict=True))[:_SHOWN_CLASSES])
-    more = f", ...; {counts.min()} to {counts.max()} images a class" if len(names) > _SHOWN_CLASSES else ""
-    return [f"           {shown}{more}"]
 
 
 def decay_line(parts: Assembly) -> list[str]:

@@ -71,7 +71,7 @@ def starting_weights(
         said = f"set {settings}" if settings else "encode with the same VAE"
         raise UserError(
             f"init_from={where} was trained otherwise ({changes.spelled(different)}): {said}, or say --continue_with_changes to"
-            " train its weights over"
+            " start from these weights all the same"
         )
     if different:
         lines.append(f"trained otherwise: {changes.spelled(different, len(different))}")

@@ -46,21 +46,3 @@ def test_what_decays_is_said_where_anything_does():
 
 def _leaves(tree):
     return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
-
-
-def test_the_images_of_each_class_are_counted():
-    digits = open_source(tiny.make_config(data__source="digits").data)
-    (line,) = console.class_counts(digits)
-    counts = np.bincount(digits.labels)
-    assert line.split(", ") == [f"{' ' * 11}0 {counts[0]}", *(f"{i} {counts[i]}" for i in range(1, 10))]
-    # The synthetic set would have to draw every image to know.
-    assert console.class_counts(open_source(tiny.make_config().data)) == []
-
-
-def test_of_many_classes_the_extremes_are_said():
-    class Many:
-        labels = np.repeat(np.arange(12), np.arange(3, 15))
-        class_names = tuple("abcdefghijkl")
-
-    (line,) = console.class_counts(Many())
-    assert line.strip() == "a 3, b 4, c 5, d 6, e 7, f 8, g 9, h 10, i 11, j 12, ...; 3 to 14 images a class"
