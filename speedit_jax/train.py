@@ -154,9 +154,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
     grids, evaluation = make_drawings(parts, source)
-    step, _ = peek(workdir) or (0, None)
     weights, lines = {}, console.opening(parts, source)
-    if config.init_from and not step:
+    if config.init_from and not peek(workdir):
         weights, taken_over = starting_weights(config.init_from, parts, source.class_names, _CHANGES.value)
         lines += [f"init from  {line}" for line in taken_over]
     if evaluation:
@@ -165,6 +164,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         say(*lines)
         return dry_run(parts, source)
     with lock.held(workdir):
+        step, _ = peek(workdir) or (0, None)
         older = getattr(source, "older_fingerprints", ())
         meta = run.describe(config, source, parts.model.image_shape, parts.latents)
         meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
@@ -172,7 +172,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         return go_on(parts, source, workdir, meta, weights, (grids, evaluation), started)
 
 
-def go_on(parts, source, workdir: Path, meta: dict, weights: dict, drawings, started: float) -> int | None:
+def go_on(
+    parts: Assembly,
+    source: Source,
+    workdir: Path,
+    meta: dict,
+    weights: dict,
+    drawings: tuple[FixedSamples | None, Evaluation | None],
+    started: float,
+) -> int | None:
     """Takes the steps that a run still lacks."""
     config, mesh, (grids, evaluation) = parts.config, parts.mesh, drawings
     kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}

@@ -139,10 +139,12 @@ def test_what_changes_rounding_only(run, images, tmp_path):
     assert "the same to rounding: model.remat was 'none', now 'lean'; training.accumulation was 1, now 2" in result.out
     assert "Going on from the checkpoint of step 10" in result.out
     found, expected = weights(tmp_path / "run"), weights(tmp_path / "whole")
-    for item in expected:
-        largest = jax.tree.map(lambda a, b: np.abs(a - b).max(), found[item], expected[item])
-        # Weights are of the order of 1, steps of 2e-3; the sum of two halves rounds otherwise than the whole.
-        assert max(jax.tree.leaves(largest)) < 1e-6, largest
+    for state in (*found.values(), *expected.values()):
+        # Softmax does not see the bias of keys (layer, [q, k, v], ...): its gradient is rounding alone, which Adam makes large.
+        state["blocks"]["attention"]["qkv"]["bias"] = state["blocks"]["attention"]["qkv"]["bias"][:, ::2]
+    largest = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, expected)
+    # Weights are of the order of 1, steps of 2e-3; the sum of two halves rounds otherwise than the whole.
+    assert max(jax.tree.leaves(largest)) < 1e-6, largest
 
 
 def test_a_learning_rate_that_changes(run, tmp_path):
@@ -214,7 +216,7 @@ def test_two_starts_in_one_workdir(run, tmp_path):
         assert_fails(result, f"process {first.pid}", str(workdir), "--workdir")
         assert_works(run("sample", f"--workdir={workdir}", "--num_images=2", f"--out={tmp_path / 'new'}"))
         assert_works(run("report", f"--workdir={workdir}", f"--out={tmp_path / 'page.html'}"))
-        saved = int(steps(workdir)[-1])
+        saved, _ = peek(workdir)
     finally:
         first.kill()
         first.wait()
