@@ -9,6 +9,9 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+# Keys whose default is not how runs behaved that are older than the key: how they did.
+LEGACY = {"optim.decay_mask": "all"}
+
 
 def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     """The defaults of all knobs, for a model "BACKBONE-SIZE/PATCH"."""
@@ -87,7 +90,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     optim.b1 = 0.9
     optim.b2 = 0.999
     optim.eps = 1e-8
-    optim.weight_decay = 0.0
+    optim.weight_decay = 0.0  # decoupled (AdamW), times the learning rate; 0 decays nothing
+    # What decays: matrices (not biases, norms, the label table or DiG's filters) or all; auto: matrices, but all in a run that
+    # is older than this key.
+    optim.decay_mask = "auto"
     optim.clip_norm = 1.0  # largest global norm of a gradient; 0 does not clip
 
     c.training = training = ml_collections.ConfigDict()
@@ -144,14 +150,16 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
 
 
 def complete(saved: dict[str, Any]) -> ml_collections.ConfigDict:
-    """A saved config. Keys younger than the run get their defaults, which reproduce how older runs behaved."""
+    """A saved config. Keys younger than the run get the values that reproduce how it behaved: their defaults, or LEGACY's."""
 
     def over(defaults, saved):
         if not isinstance(defaults, dict) or not isinstance(saved, dict):
             return saved
         return defaults | {key: over(defaults.get(key), value) for key, value in saved.items()}
 
-    return ml_collections.ConfigDict(over(get_config().to_dict(), saved))
+    older = get_config()
+    older.update_from_flattened_dict(LEGACY)
+    return ml_collections.ConfigDict(over(older.to_dict(), saved))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

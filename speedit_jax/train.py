@@ -5,6 +5,7 @@
 Run the same command again after an interruption and it goes on from the last checkpoint, to the same result.
 """
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -26,17 +27,21 @@ from speedit_jax.reporting.page import write_report
 from speedit_jax.reporting.telemetry import PEAK_FLOPS, Profiler, Telemetry
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
-from speedit_jax.training import run, topologies
+from speedit_jax.training import lock, run, topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.batches import batches
 from speedit_jax.training.check import check_numbers
-from speedit_jax.training.checkpoint import Checkpoints, newest_step
+from speedit_jax.training.checkpoint import Checkpoints, peek
 from speedit_jax.training.finetune import start_from, starting_weights
+from speedit_jax.training.nonfinite import Skips
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
+_CHANGES = flags.DEFINE_bool(
+    "continue_with_changes", False, "Go on from the newest checkpoint though settings or data are others; the run records which."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, say what it takes, and write nothing.")
 
 
@@ -67,7 +72,11 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
 def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: dict, key: jax.Array) -> TrainState:
     """The state to go on from: a checkpoint's, or that before the first step."""
     if step:
-        state = checkpoints.restore(step, parts.shapes, parts.shardings)
+        try:
+            state = checkpoints.restore(step, parts.shapes, parts.shardings)
+        except UserError as e:
+            way = "; go on with the run's own settings, or start a new one from its weights with --config.init_from"
+            raise UserError(f"{e}{way if _CHANGES.value else ''}") from e
         say(f"Going on from the checkpoint of step {step}.")
         return state
     state = parts.initial_state(key)
@@ -109,14 +118,24 @@ def evaluate(evaluation: Evaluation, state: TrainState, step: int, telemetry: Te
     return {"evaluation": evaluation.record(values)}
 
 
-def check_finite(written: dict[str, float] | None, config: ml_collections.ConfigDict) -> None:
-    """Stops a run that has stopped learning."""
-    limit = config.training.max_skipped_in_a_row
-    if written and written["skipped_in_a_row"] >= limit:
-        raise UserError(
-            f"the last {written['skipped_in_a_row']:.0f} gradients were not finite (training.max_skipped_in_a_row={limit});"
-            " lower optim.learning_rate or set model.dtype=float32, and go on in a new --workdir"
-        )
+def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, meta: dict) -> None:
+    """Saves the last whole step when an error ends the run. Of further errors nothing is said: the first is what to mend."""
+    quiet = contextlib.suppress(Exception)
+    with quiet:
+        telemetry.close()
+    # Processes save together, and the others do not know; and a step that failed has eaten its state.
+    if jax.process_count() > 1 or any(array.is_deleted() for array in jax.tree.leaves(state)):
+        return
+    with quiet:
+        checkpoints.wait()
+    with quiet:
+        step = int(state.step)
+        if step > (checkpoints.latest() or 0):
+            checkpoints.save(step, state, meta)
+            checkpoints.wait()
+            say(f"An error ends the run; step {step} is saved.")
+    with quiet:
+        checkpoints.close()
 
 
 def dry_run(parts: Assembly, source: Source) -> None:
@@ -130,22 +149,40 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     started = time.perf_counter()
     check_numbers(config)
     wandb_board.check(config.training.wandb_project)
+    run.settle(config, workdir)
     source = open_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
     grids, evaluation = make_drawings(parts, source)
-    weights, taken_over = {}, []
-    if config.init_from and newest_step(workdir) is None:
-        weights, taken_over = starting_weights(config.init_from, parts)
-    meta = run.describe(config, source, parts.model.image_shape, parts.latents)
-    if not _DRY_RUN.value:
-        run.claim(workdir, meta)
-    say(*console.opening(parts, source), *(f"init from  {line}" for line in taken_over))
+    weights, lines = {}, console.opening(parts, source)
+    if config.init_from and not peek(workdir):
+        weights, taken_over = starting_weights(config.init_from, parts, source.class_names, _CHANGES.value)
+        lines += [f"init from  {line}" for line in taken_over]
     if evaluation:
-        say(f"evaluation {evaluation}")
+        lines.append(f"evaluation {evaluation}")
     if _DRY_RUN.value:
+        say(*lines)
         return dry_run(parts, source)
+    with lock.held(workdir):
+        step, _ = peek(workdir) or (0, None)
+        older = getattr(source, "older_fingerprints", ())
+        meta = run.describe(config, source, parts.model.image_shape, parts.latents)
+        meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
+        say(*lines, *(f"settings   {line}" for line in changed))
+        return go_on(parts, source, workdir, meta, weights, (grids, evaluation), started)
 
+
+def go_on(
+    parts: Assembly,
+    source: Source,
+    workdir: Path,
+    meta: dict,
+    weights: dict,
+    drawings: tuple[FixedSamples | None, Evaluation | None],
+    started: float,
+) -> int | None:
+    """Takes the steps that a run still lacks."""
+    config, mesh, (grids, evaluation) = parts.config, parts.mesh, drawings
     kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(workdir, create=True, **kept)
     step, num_steps = checkpoints.latest() or 0, config.training.num_steps
@@ -156,6 +193,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         evaluation.prepare(workdir)
     key = jax.random.key(config.seed)
     state, train_step = first_state(parts, checkpoints, step, weights, key), parts.jit_step()
+    run.record(workdir, meta)
     say(f"Compiling; then training from step {step} to {num_steps}.")
     stop = Stop()
     telemetry = open_telemetry(parts, workdir, step, started)
@@ -163,38 +201,46 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     step_flops = int(3 * parts.model.forward_flops * config.training.batch_size)
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
+    skips = Skips(parts, int(state.skipped))
 
-    for batch in telemetry.waiting_for(batches(parts, source, step, num_steps)):
-        profiler.before(step)
-        with jax.set_mesh(mesh):
-            state, metrics = train_step(state, batch, key)
-        step += 1
-        profiler.after(step, metrics)
-        telemetry.step(step)
-        last = step == num_steps
-        evaluating = evaluation is not None and (step % config.evaluation.every == 0 or last)
-        if step % config.training.log_every == 0 or evaluating or last:
-            check_finite(telemetry.metrics(step, metrics), config)
-        stopping = stop(step)
-        drawing = grids is not None and (step % config.training.sample_every == 0 or last)
-        saving = step % config.checkpoint.every == 0 or evaluating or last or stopping
-        if drawing or saving:
-            # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.
-            jax.block_until_ready(metrics)  # what the device still computes is not part of the pause
-            evaluated = evaluate(evaluation, state, step, telemetry) if evaluating else {}
-            check_finite(telemetry.flush(), config)
-            since = time.perf_counter()
-            if drawing:
-                show_grid(grids, state, workdir, step, telemetry)
-            if saving:
-                checkpoints.save(step, state, meta | evaluated)
-                environment.write(step)
-            telemetry.paused(since)
-        if stopping and not last:
-            break
+    try:
+        for batch in telemetry.waiting_for(batches(parts, source, step, num_steps)):
+            profiler.before(step)
+            with jax.set_mesh(mesh):
+                state, metrics = train_step(state, batch, key)
+            step += 1
+            profiler.after(step, metrics)
+            telemetry.step(step)
+            skips.look(step, batch)
+            last = step == num_steps
+            evaluating = evaluation is not None and (step % config.evaluation.every == 0 or last)
+            if step % config.training.log_every == 0 or evaluating or last:
+                telemetry.say(skips.check(telemetry.metrics(step, metrics)))
+            stopping = stop(step)
+            drawing = grids is not None and (step % config.training.sample_every == 0 or last)
+            saving = step % config.checkpoint.every == 0 or evaluating or last or stopping
+            if drawing or saving:
+                # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.
+                jax.block_until_ready(metrics)  # what the device still computes is not part of the pause
+                evaluated = evaluate(evaluation, state, step, telemetry) if evaluating else {}
+                telemetry.say(skips.check(telemetry.flush()))
+                since = time.perf_counter()
+                if drawing:
+                    show_grid(grids, state, workdir, step, telemetry)
+                if saving:
+                    checkpoints.save(step, state, meta | evaluated)
+                    environment.write(step)
+                telemetry.paused(since)
+            if stopping and not last:
+                break
+        checkpoints.wait()
+    except Exception as e:
+        rescue(checkpoints, telemetry, state, meta)
+        if isinstance(e, OSError) and e.filename:
+            raise UserError(f"{e.filename}: {e.strerror}; mend it and run the same command again") from e
+        raise
 
     profiler.close()
-    checkpoints.wait()
     best = checkpoints.best()
     checkpoints.close()
     telemetry.close()
@@ -202,10 +248,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     if jax.process_index() == 0:
         write_curves(workdir)
         write_report(workdir)
+    skipped = [f"Skipped          {text}" for text in filter(None, [skips.summary()])]
     if step < num_steps:
-        say(f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
+        say(*skipped, f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
         return INTERRUPTED
-    return say(*console.closing(workdir, parts.model, best))
+    return say(*console.closing(workdir, parts.model, best), *skipped)
 
 
 def main() -> int | None:

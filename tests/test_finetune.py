@@ -1,6 +1,7 @@
 """A run that starts from another's weights: other classes, another resolution, another network."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from commands import TINY, assert_fails, assert_works
 
 from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.finetune import label_rows
 
 SYNTHETIC = ["--config.data.source=synthetic", "--config.data.channels=1"]
 # A step that moves nothing: the weights that a run started from are those that it ends with.
@@ -48,13 +50,52 @@ def test_the_same_classes_take_everything_over(run, trained, tmp_path):
 def test_other_classes_and_another_size_keep_all_but_the_label_table(run, trained, tmp_path):
     shape = ["--config.data.height=12", "--config.data.width=16", "--config.data.synthetic_classes=3"]
     out = start(run, trained, tmp_path / "run", *SYNTHETIC, *shape)
-    assert "classes 10 -> 3: the label table starts anew" in out
+    assert "classes 10 -> 3: 0 rows of the label table are kept, by name, 3 start anew, 10 are dropped\n" in out
     before, after = saved(trained, "ema"), saved(tmp_path / "run", "ema")
     assert before.keys() == after.keys()
     label = [name for name in after if name.startswith("label/")]
     assert len(label) == 1 and after[label[0]].shape[0] == 4
+    np.testing.assert_array_equal(after[label[0]][3], before[label[0]][10], err_msg="the null label's row")
     for name in after.keys() - set(label):
         np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_rows_of_the_label_table_are_matched_by_name(run, trained, tmp_path):
+    """The digits in another order, and only some of them."""
+    out = start(run, trained, tmp_path / "run", "--config.data.classes=7,2,4")
+    assert "classes 10 -> 3: 3 rows of the label table are kept, by name, 7 are dropped\n" in out
+    before, after = (saved(workdir, "ema")["label/table"] for workdir in (trained, tmp_path / "run"))
+    np.testing.assert_array_equal(after, before[[7, 2, 4, 10]])
+
+
+def test_one_class_more_keeps_the_others(run, tmp_path):
+    first = [*STILL, "--config.data.classes=1,2"]
+    assert_works(run("train", *TINY, *first, f"--workdir={tmp_path / 'two'}"))
+    out = start(run, tmp_path / "two", tmp_path / "run", "--config.data.classes=0,1,2", "--config.seed=1")
+    assert "classes 2 -> 3: 2 rows of the label table are kept, by name, 1 start anew\n" in out
+    before, after = (saved(workdir, "ema")["label/table"] for workdir in (tmp_path / "two", tmp_path / "run"))
+    np.testing.assert_array_equal(after[1:], before)
+    assert after[0].any() and (after[0] != before[0]).any()
+
+
+def test_without_a_null_label_before_its_row_starts_anew(run, tmp_path):
+    assert_works(run("train", *TINY, *STILL, "--config.model.label_dropout=0.0", f"--workdir={tmp_path / 'first'}"))
+    out = start(run, tmp_path / "first", tmp_path / "run")
+    assert "10 rows of the label table are kept, by name, the null label's row starts anew\n" in out
+    before, after = (saved(workdir, "ema")["label/table"] for workdir in (tmp_path / "first", tmp_path / "run"))
+    np.testing.assert_array_equal(after[:10], before)
+
+
+def test_rows_of_imported_weights_without_names_are_matched_by_number():
+    def rows(names, imported):
+        meta = {"imported_from": "a.pt"} if imported else {}
+        run = types.SimpleNamespace(class_names=names, meta=meta, model=types.SimpleNamespace(null_label=3))
+        return [array.tolist() for array in label_rows(run, ("cat", "dog", "0"), 3)]
+
+    assert rows(["0", "1", "2"], imported=True) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert rows(["0", "1", "2"], imported=False) == [[0, 3], [2, 3]]
+    assert rows(["bird", "cat", "0"], imported=True) == [[1, 2, 3], [0, 2, 3]]
+    assert rows(["0", "1"], imported=True) == [[0, 3], [2, 3]], "another number of classes is another set"
 
 
 def test_without_classes(run, trained, tmp_path):
@@ -81,7 +122,15 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
     [
         (["--config.model.width=32"], ["holds another network", "has shape", "more"]),
         (["--config.model.name=DiG-tiny/2"], ["holds another network", "blocks/"]),
-        (["--config.diffusion.prediction=v"], ["predicts epsilon, not v"]),
+        (
+            ["--config.diffusion.prediction=v"],
+            ["diffusion.prediction was 'epsilon', now 'v'", "--config.diffusion.prediction=ep"],
+        ),
+        (["--config.diffusion.schedule=cosine"], ["set --config.diffusion.schedule=linear", "--continue_with_changes"]),
+        (["--config.diffusion.num_steps=500"], ["set --config.diffusion.num_steps=1000"]),
+        (["--config.diffusion.path=linear"], ["diffusion.path was 'vp', now 'linear'"]),
+        (["--config.model.time_freq_shift=1"], ["set --config.model.time_freq_shift=0"]),
+        (["--config.diffusion.variance=fixed_small"], ["holds another network", "final/kernel"]),
         (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints"]),
     ],
 )
@@ -89,6 +138,19 @@ def test_another_network_is_refused_before_anything_is_written(run, trained, tmp
     workdir = tmp_path / "run"
     assert_fails(run("train", *TINY, f"--workdir={workdir}", f"--config.init_from={trained}", *flags), *words)
     assert not workdir.exists()
+
+
+def test_what_was_trained_otherwise_is_taken_on_the_word(run, trained, tmp_path):
+    flags = ["--config.diffusion.schedule=cosine", "--config.model.time_freq_shift=1", "--continue_with_changes"]
+    out = start(run, trained, tmp_path / "run", *flags)
+    said = "trained otherwise: model.time_freq_shift was 0, now 1; diffusion.schedule was 'linear', now 'cosine'"
+    assert f"init from  {said}\n" in out
+
+
+def test_two_names_of_one_schedule(run, trained, tmp_path):
+    other = ["--config.diffusion.schedule=cosine"]
+    assert_works(run("train", *TINY, *STILL, *other, f"--workdir={tmp_path / 'first'}"))
+    assert "otherwise" not in start(run, tmp_path / "first", tmp_path / "run", "--config.diffusion.schedule=squaredcos_cap_v2")
 
 
 def test_the_run_records_what_it_started_from(run, trained, tmp_path):

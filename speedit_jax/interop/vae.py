@@ -201,7 +201,7 @@ def arrange(state: dict[str, np.ndarray], like: Any, source: str) -> dict:
       source: where `state` comes from, for messages.
 
     Raises:
-      UserError: tensors are missing, not expected, of another shape or not finite.
+      UserError: tensors are missing, not expected, or of another shape.
     """
     state = {_current_name(name): array for name, array in state.items()}
     expected, missing, misshapen = set(), [], []
@@ -229,10 +229,6 @@ def arrange(state: dict[str, np.ndarray], like: Any, source: str) -> dict:
         if any(_ORIGINAL_NAMES.match(name) for name in state):
             raise UserError(f"{source} has the names of the original Stable Diffusion code, not of a diffusers VAE; {_CONVERT}")
         raise UserError(f"{source} is not the VAE of its {CONFIG}: it {text}; place the two files of one diffusers VAE there")
-    if broken := [name for name, value in state.items() if not np.isfinite(value).all()]:
-        raise UserError(
-            f"{source} has numbers that are not finite in {_listed(broken)}; download it again, or take its float32 version"
-        )
     return params
 
 

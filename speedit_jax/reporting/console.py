@@ -2,22 +2,30 @@
 
 from pathlib import Path
 
+import jax
+import ml_collections
+import numpy as np
 from clu import parameter_overview
 
 from speedit_jax import sharding
+from speedit_jax.data import classes
 from speedit_jax.data.sources import Source
+from speedit_jax.encoders.autoencoder import scale_warning
 from speedit_jax.kernels.gla import GLA_PAYS_FROM
 from speedit_jax.models.build import Model, parse_name
 from speedit_jax.reporting.environment import HUGE_PAGES, huge_pages_left_out
 from speedit_jax.training.assembly import Assembly
+from speedit_jax.training.state import decays
+
+_MUCH_LEFT = 0.01  # of the initial weights in an average at the end of training
 
 
 def opening(parts: Assembly, source: Source) -> list[str]:
     """What is about to run."""
     config, model, mesh = parts.config, parts.model, parts.mesh
-    classes = len(source.class_names)
     lines = [
-        f"data       {config.data.source}: {len(source)} images {source.image_shape}, {classes or 'no'} classes",
+        f"data       {config.data.source}: {len(source):,} images {source.image_shape}",
+        *(f"           {line}" for line in classes.describe(source)),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
         f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP an image and training step",
@@ -27,6 +35,7 @@ def opening(parts: Assembly, source: Source) -> list[str]:
             f"           at {model.tokens} tokens DiT is as fast or faster; GLA pays from about {GLA_PAYS_FROM} on (docs/gla.md)"
         )
     lines.append(f"timesteps  {parts.strategy.describe(config.training.batch_size)}")
+    lines += [*decay_line(parts), *ema_line(config.training)]
     axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     device = mesh.devices.flat[0]
     processes = len({d.process_index for d in mesh.devices.flat})
@@ -37,7 +46,42 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         pictures = "" if parts.autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
         how = "encoded at each step" if parts.online else "stored"
         lines.append(f"latents    {model.image_shape} of {parts.latents['vae']}, {how}{pictures}")
+        if not parts.online and (warning := scale_warning(source.header)):
+            lines.append(f"           warning: {warning}")
     return lines
+
+
+def decay_line(parts: Assembly) -> list[str]:
+    """What weight decay reaches, if there is any."""
+    optim = parts.config.optim
+    if not optim.weight_decay:
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(parts.shapes.params)
+    reached = sum(leaf.size for path, leaf in leaves if decays(optim.decay_mask, path))
+    which = "all parameters" if optim.decay_mask == "all" else "matrices only"
+    share = reached / sum(leaf.size for _, leaf in leaves)
+    return [f"decay      {optim.weight_decay:g}, {which}: {reached:,} parameters, {share:.1%} (optim.decay_mask)"]
+
+
+def ema_line(training: ml_collections.ConfigDict) -> list[str]:
+    """A warning where the weights at the start would be much of an average at the end."""
+    decays = (training.ema_decay, *training.extra_ema_decays)
+    left = {decay: share_left(decay, training.ema_warmup, training.num_steps) for decay in decays}
+    much = [f"{share:.0%} with decay {decay:g}" for decay, share in left.items() if share > _MUCH_LEFT]
+    if not much:
+        return []
+    return [
+        f"ema        warning: after {training.num_steps:,} steps the average holds {' and '.join(much)} of the initial weights;"
+        " set training.ema_warmup=True or a smaller training.ema_decay"
+    ]
+
+
+def share_left(decay: float, warmup: bool, num_steps: int) -> float:
+    """The share of the initial weights in an average after `num_steps` steps: the product of the decays of all steps."""
+    if not warmup:
+        return decay**num_steps
+    steps = np.arange(num_steps, dtype=np.float64)
+    return float(np.prod(np.minimum(decay, (1 + steps) / (10 + steps))))
 
 
 def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | None) -> list[str]:

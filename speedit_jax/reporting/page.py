@@ -21,7 +21,7 @@ from speedit_jax.reporting.curves import read_metrics
 from speedit_jax.reporting.environment import NAME as ENVIRONMENT
 from speedit_jax.reporting.environment import read_environment
 from speedit_jax.reporting.markup import Html, byte_size, duration, image, join, pairs, table, tag
-from speedit_jax.training import assembly
+from speedit_jax.training import assembly, changes
 from speedit_jax.training.checkpoint import peek
 
 _GRIDS = 12  # shown at most, evenly chosen
@@ -326,6 +326,7 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
         ("draws", " x ".join(map(str, shape)) if isinstance(shape, list) else None),
         ("latents of", latents.get("vae") if isinstance(latents, dict) else None),
         ("classes", f"{len(names)}" if names else "none, unconditional"),
+        *((f"changed at step {step:,}", changes.spelled(changed, len(changed))) for step, changed in changes.recorded(meta)),
         *(meta["versions"].items() if isinstance(meta.get("versions"), dict) else ()),
     ]
     chips = tag("div", *(tag("span", name) for name in names), class_="chips")

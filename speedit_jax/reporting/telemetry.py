@@ -136,7 +136,7 @@ class Telemetry:
         """Hands over the metrics of a step, and writes those handed over before, which the device has finished.
 
         Returns:
-          What was written, or None. Reading a value waits for the device: one hand-over late, the wait is over.
+          What was written, with its step, or None. Reading a value waits for the device: one hand-over late, the wait is over.
         """
         written = self.flush()
         self._pending = (step, values)
@@ -186,8 +186,10 @@ class Telemetry:
             shown = {"loss": f"{values['loss']:.4f}"}
             if "time_images_per_second" in values:
                 shown["images/s"] = f"{values['time_images_per_second']:.0f}"
+            if values.get("skipped"):
+                shown["skipped"] = f"{values['skipped']:.0f}"
             self._bar.set_postfix(shown)
-        return values
+        return {"step": step} | values
 
     def grid(self, step: int, grid: np.ndarray, path: Path) -> None:
         """Shows a grid of samples, uint8 [H, W, C] and the PNG file `path`, on the boards."""
@@ -201,19 +203,21 @@ class Telemetry:
         """Leaves the time from `since` (time.perf_counter()) to now out of the throughput."""
         self._paused += time.perf_counter() - since
 
-    def say(self, line: str) -> None:
-        """Prints above the bar."""
-        if self._active:
+    def say(self, line: str | None) -> None:
+        """Prints above the bar, if there is a line."""
+        if self._active and line:
             self._bar.write(line)
 
     def close(self) -> None:
-        self.flush()
-        if self._active:
-            self._bar.close()
-            self._board.close()
-            if self._wandb:
-                self._wandb.close()
-            self._file.close()
+        try:
+            self.flush()
+        finally:
+            if self._active:
+                self._bar.close()
+                self._board.close()
+                if self._wandb:
+                    self._wandb.close()
+                self._file.close()
 
 
 @dataclasses.dataclass

@@ -1,10 +1,15 @@
 """Checks of a config's numbers, before anything is opened or compiled."""
 
+import math
+
 import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax import sharding
+from speedit_jax.config import flatten
 from speedit_jax.errors import UserError
+
+_LARGEST_SEED = 2**32 - 1  # jax takes larger ones modulo 2^32
 
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
@@ -40,12 +45,18 @@ _LEAST = {
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raises a UserError for a number that is out of range."""
+    """Raises a UserError for a number that is not finite or out of range."""
+    values = flatten(config.to_dict())
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name}={number}: must be a finite number")
+    for name in ("seed", "evaluation.seed"):
+        if values[name] > _LARGEST_SEED:
+            raise UserError(f"{name}={values[name]}: must be at most {_LARGEST_SEED}")
     for name, least in _LEAST.items():
-        section, _, key = name.rpartition(".")
-        value = (config[section] if section else config)[key]
-        if not value >= least:
-            raise UserError(f"{name}={value}: must be at least {least}")
+        if values[name] < least:
+            raise UserError(f"{name}={values[name]}: must be at least {least}")
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

@@ -232,16 +232,9 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
 
     def close(self) -> None:
-        self._manager.close()
-
-
-def newest_step(workdir: Path) -> int | None:
-    """Of the checkpoints in `workdir`; None where there are none, or no such directory."""
-    if not (workdir / "checkpoints").is_dir():
-        return None
-    checkpoints = Checkpoints(workdir)
-    with contextlib.closing(checkpoints):
-        return checkpoints.latest()
+        """Raises a UserError where what was to be saved could not be."""
+        with _named_failure(self.directory):
+            self._manager.close()
 
 
 def peek(workdir: Path) -> tuple[int, dict[str, Any]] | None:
@@ -258,10 +251,12 @@ def peek(workdir: Path) -> tuple[int, dict[str, Any]] | None:
 
 @contextlib.contextmanager
 def _named_failure(directory: Path):
-    """Turns what orbax raises on a failed write into one line; what was saved before is untouched."""
+    """Turns what orbax raises on a failed write into one line; what was saved before is untouched, what was not is removed."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as e:
+        for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+            shutil.rmtree(partial, ignore_errors=True)
         text = first_line(e)
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):

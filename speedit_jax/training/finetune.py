@@ -1,33 +1,54 @@
 """Starting from the weights of another run, or from imported ones."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from speedit_jax.config import flatten
 from speedit_jax.errors import UserError
+from speedit_jax.training import changes
 from speedit_jax.training.assembly import Assembly
-from speedit_jax.training.run import open_run
+from speedit_jax.training.run import Run, open_run
 from speedit_jax.training.state import TrainState
 
 KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 
 _SHOWN = 3  # names of parameters in one message
 
+# What no array shows: the same weights would mean something else.
+_MEANING = ("model.time_freq_shift", "diffusion.path", "diffusion.num_steps")
+_MEANING_OF_VP = ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end")
 
-def starting_weights(where: str, parts: Assembly) -> tuple[dict[KeyPath, jax.Array], list[str]]:
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Some rows of a table: row `new[i]` is to be row `old[i]` of `table`."""
+
+    table: jax.Array
+    old: np.ndarray
+    new: np.ndarray
+
+
+def starting_weights(
+    where: str, parts: Assembly, class_names: Sequence[str], with_changes: bool = False
+) -> tuple[dict[KeyPath, jax.Array | Rows], list[str]]:
     """The newest EMA weights of the run in `where`, for a run of `parts`.
 
-    Position tables are computed, so another resolution fits as it is; the label table is taken over only where the classes are
-    the same in number, since its rows mean nothing to others.
+    Position tables are computed, so another resolution fits as it is. Rows of the label table are taken over by the names of the
+    classes, and the null label's row; the others start anew.
 
     Args:
       where: a workdir of train or convert.
       parts: of the run that is to start.
+      class_names: of its data.
+      with_changes: take weights that were trained for another noise schedule, prediction, timestep embedding or autoencoder.
 
     Returns:
-      {path in the tree of parameters: array}, without what is to start anew; and lines for the user.
+      {path in the tree of parameters: array, or some of its rows}, without what is to start anew; and lines for the user.
 
     Raises:
       UserError: there are no weights, or they are of another network.
@@ -38,33 +59,105 @@ def starting_weights(where: str, parts: Assembly) -> tuple[dict[KeyPath, jax.Arr
     except UserError as e:
         raise UserError(f"init_from={where}: {e}") from e
 
-    model, prediction = parts.model, parts.diffusion.prediction
-    saved_model, shape = run.model, run.meta["image_shape"]
-    if run.diffusion.prediction != prediction:
-        raise UserError(f"init_from={where} predicts {run.diffusion.prediction}, not {prediction} (diffusion.prediction)")
+    shape = run.meta["image_shape"]
     lines = [f"{run.config.model.name} of {shape[0]} x {shape[1]}, EMA of step {run.step} in {where}"]
-    keep_labels = saved_model.num_classes == model.num_classes and saved_model.null_label == model.null_label
-    if not keep_labels:
-        lines.append(f"classes {saved_model.num_classes} -> {model.num_classes}: the label table starts anew")
     saved, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (saved, parts.shapes.params))
-    names = {path: jax.tree_util.keystr(path, simple=True, separator="/") for path in saved.keys() | wanted.keys()}
-    taken = {path: array for path, array in saved.items() if keep_labels or not names[path].startswith("label/")}
-    problems = [f"{names[path]} is not in this run's" for path in taken if path not in wanted]
-    problems += [
-        f"{names[path]} has shape {saved[path].shape}, not {wanted[path].shape}"
-        for path in taken
-        if path in wanted and saved[path].shape != wanted[path].shape
-    ]
-    problems += [f"{names[path]} is missing" for path in wanted if path not in taken and not names[path].startswith("label/")]
-    if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise UserError(f"init_from={where} holds another network: {'; '.join(sorted(problems)[:_SHOWN])}{more}")
+    table = {path: leaf for path, leaf in saved.items() if path[0].key == "label"}
+    taken = {path: leaf for path, leaf in saved.items() if path not in table}
+    _check_arrays(where, taken, {path: leaf for path, leaf in wanted.items() if path[0].key != "label"})
+    different = _differences(run, parts)
+    if different and not with_changes:
+        settings = " ".join(f"--config.{key}={old}" for key, (old, _) in different.items() if "." in key)
+        said = f"set {settings}" if settings else "encode with the same VAE"
+        raise UserError(
+            f"init_from={where} was trained otherwise ({changes.spelled(different)}): {said}, or say --continue_with_changes to"
+            " start from these weights all the same"
+        )
+    if different:
+        lines.append(f"trained otherwise: {changes.spelled(different, len(different))}")
+    old, new = label_rows(run, class_names, parts.model.null_label)
+    if parts.model.num_classes or run.model.num_classes:
+        lines.append(_kept(run, class_names, new, parts.model.null_label))
+    taken |= {path: Rows(leaf, old, new) for path, leaf in table.items() if path in wanted}
     return taken, lines
 
 
-def start_from(state: TrainState, weights: dict[KeyPath, jax.Array]) -> TrainState:
+def start_from(state: TrainState, weights: dict[KeyPath, jax.Array | Rows]) -> TrainState:
     """`state` with these parameters, raw and averaged."""
-    params = jax.tree_util.tree_map_with_path(lambda path, fresh: weights.get(path, fresh), state.params)
+
+    def one(path, fresh):
+        given = weights.get(path, fresh)
+        if isinstance(given, Rows):
+            put = jax.jit(lambda fresh, table: fresh.at[given.new].set(table[given.old]), out_shardings=fresh.sharding)
+            return put(fresh, given.table)
+        return given
+
+    params = jax.tree_util.tree_map_with_path(one, state.params)
     # The copies keep params and averages from sharing a buffer, which donation would free twice.
     ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.extra_ema)))
     return dataclasses.replace(state, params=params, ema=ema, extra_ema=dict(zip(state.extra_ema, extra, strict=True)))
+
+
+def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of the run's label table, rows of the new one that they become)."""
+    numbers = {name: number for number, name in enumerate(run.class_names)}
+    if _nameless(run) and len(numbers) == len(class_names):
+        numbers = {name: number for number, name in enumerate(class_names)}
+    pairs = [(numbers[name], number) for number, name in enumerate(class_names) if name in numbers]
+    if run.model.null_label is not None and null_label is not None:
+        pairs.append((run.model.null_label, null_label))
+    old, new = np.array(pairs, int).reshape(-1, 2).T
+    return old, new
+
+
+def _nameless(run: Run) -> bool:
+    """Imported weights may not say what their classes are: those have their numbers for names."""
+    return "imported_from" in run.meta and list(run.class_names) == [str(i) for i in range(len(run.class_names))]
+
+
+def _kept(run: Run, class_names: Sequence[str], new: np.ndarray, null_label: int | None) -> str:
+    """What becomes of the label table, in a line."""
+    before, after, kept = len(run.class_names), len(class_names), int((new < len(class_names)).sum())
+    how = "number, since the weights do not name them" if _nameless(run) and kept else "name"
+    said = [f"classes {before} -> {after}: {kept} rows of the label table are kept, by {how}"]
+    said += [f"{after - kept} start anew"] if after > kept else []
+    said += [f"{before - kept} are dropped"] if before > kept else []
+    if null_label is not None and len(new) == kept:
+        said.append("the null label's row starts anew")
+    return ", ".join(said)
+
+
+def _differences(run: Run, parts: Assembly) -> dict[str, list[Any]]:
+    """{key: [its value in the run, in the new one]} of what the weights mean."""
+    old, new = (flatten(config.to_dict()) for config in (run.config, parts.config))
+    keys = _MEANING + (_MEANING_OF_VP if {old["diffusion.path"], new["diffusion.path"]} == {"vp"} else ())
+    if old["diffusion.num_steps"] == new["diffusion.num_steps"] and _same_noise(run, parts):
+        keys = tuple(key for key in keys if not key.startswith(("diffusion.schedule", "diffusion.beta")))
+    found = {key: [old[key], new[key]] for key in keys if old.get(key) != new.get(key)}
+    # Of imported weights it may not be known whose latents they draw.
+    if run.latents and not changes.same_latents(run.latents, parts.latents):
+        found["latents"] = [run.latents["vae"], (parts.latents or {}).get("vae", "none")]
+    return found
+
+
+def _same_noise(run: Run, parts: Assembly) -> bool:
+    """Whether a schedule goes by two names."""
+    return np.array_equal(run.diffusion.schedule.betas, parts.diffusion.schedule.betas)
+
+
+def _check_arrays(where: str, saved: dict[KeyPath, Any], wanted: dict[KeyPath, Any]) -> None:
+    """Raises a UserError that names what differs."""
+
+    def name(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    problems = [f"{name(path)} is not in this run's" for path in saved if path not in wanted]
+    problems += [
+        f"{name(path)} has shape {saved[path].shape}, not {wanted[path].shape}"
+        for path in saved
+        if path in wanted and saved[path].shape != wanted[path].shape
+    ]
+    problems += [f"{name(path)} is missing" for path in wanted if path not in saved]
+    if problems:
+        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise UserError(f"init_from={where} holds another network: {'; '.join(sorted(problems)[:_SHOWN])}{more}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +12,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax import __version__, sharding, storage
-from speedit_jax.config import complete, flatten
+from speedit_jax.config import complete
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
+from speedit_jax.training import changes
 from speedit_jax.training.assembly import make_diffusion, make_model
 from speedit_jax.training.checkpoint import Checkpoints
-
-# Sections and keys that may differ between a run and its continuation: they do not change what is computed.
-_MAY_CHANGE = (
-    "checkpoint",
-    "evaluation",
-    "mesh",
-    "sampling",
-    "data.threads",
-    "data.vae",
-    "training.log_every",
-    "training.profile_at",
-    "training.profile_steps",
-    "training.sample_every",
-    "training.wandb_project",
-)
 
 
 def describe(
@@ -56,50 +43,89 @@ def describe(
     }
 
 
-def claim(workdir: Path, meta: dict[str, Any]) -> None:
+def settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Replaces "auto" by what the run in `workdir` has, where it stands for what depends on the run's age."""
+    saved = _read(workdir)
+    if saved and config.optim.decay_mask == "auto":
+        config.optim.decay_mask = complete(saved["config"]).optim.decay_mask
+
+
+def claim(
+    workdir: Path,
+    meta: dict[str, Any],
+    *,
+    step: int = 0,
+    older_fingerprints: Iterable[str] = (),
+    with_changes: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
     """Makes `workdir` this run's, or checks that it already is.
+
+    Args:
+      meta: of this run, as `describe` makes it.
+      step: of the newest checkpoint; 0 where there is none.
+      older_fingerprints: what earlier versions called the data.
+      with_changes: the run may go on with settings and data that make it another one.
+
+    Returns:
+      `meta` with what the run has changed so far under "changes", a list of {"step": n, NAME: [old, new], ...}; and lines for
+      the user. `record` writes changes down, when the state is known to fit.
 
     Raises:
       UserError: it holds another run, or files that no run.json explains; nothing is written then.
     """
-    path = workdir / "run.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
+    saved = _read(workdir)
+    if saved:
         if "imported_from" in saved:
             raise UserError(f"{workdir} holds weights imported from {saved['imported_from']}, no run; name another --workdir")
-        _check_same(workdir, saved, meta)
-        return
+        return _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
     for name in ("checkpoints", "metrics.jsonl"):
         if (workdir / name).exists():
             raise UserError(f"{workdir} holds {name} but no run.json; name another --workdir")
+    _write(workdir, meta)
+    return meta, []
+
+
+def record(workdir: Path, meta: dict[str, Any]) -> None:
+    """Writes down changes that are new since `claim`: a later start is compared with these settings."""
+    saved = _read(workdir)
+    if saved.get("changes", []) != meta.get("changes", []):
+        _write(workdir, meta)
+
+
+def _read(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(workdir: Path, meta: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            storage.write_json(path, meta)
+            storage.write_json(workdir / "run.json", meta)
         except OSError as e:
             raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
 
 
-def _check_same(workdir: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    old, new = flatten(complete(saved["config"]).to_dict()), flatten(meta["config"])
-    may_change = _MAY_CHANGE
-    if meta["config"]["optim"]["schedule"] == "constant":
-        # Only the cosine looks at where the run ends.
-        may_change += ("training.num_steps",)
-    different = [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == m or key.startswith(m + ".") for m in may_change)
-    ]
-    if saved["data_fingerprint"] != meta["data_fingerprint"]:
-        different.append("the data are not the same")
-    if (saved.get("latents") or {}).get("weights") != (meta.get("latents") or {}).get("weights"):
-        different.append("the autoencoder is not the same")
-    if different:
-        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+def _go_on(workdir, saved, meta, step, older_fingerprints, with_changes) -> tuple[dict[str, Any], list[str]]:
+    found = changes.compare(saved, meta, older_fingerprints, started=step > 0)
+    anew = f"start a new run from its weights with --config.init_from={workdir} and another --workdir"
+    if found.misfits:
+        way = f"its state does not fit these; {anew}"
+        if any(changes.is_of_the_network(key) for key in found.misfits):
+            way = "another network starts in another --workdir (init_from takes weights of the same network only)"
+        said = changes.spelled(found.misfits | found.changes)
+        raise UserError(f"{workdir} holds another run ({said}); use its settings to go on; {way}")
+    if found.changes and not with_changes:
         raise UserError(
-            f"{workdir} holds another run ({'; '.join(different[:3])}{more}); use its settings to go on, or another --workdir"
+            f"{workdir} holds another run ({changes.spelled(found.changes)}); use its settings to go on, or"
+            f" --continue_with_changes to go on from step {step} with these, or {anew}"
         )
+    lines = [f"the same to rounding: {changes.spelled(found.rounding)}"] if found.rounding else []
+    earlier = saved.get("changes", [])
+    if found.changes:
+        lines.append(f"changed from step {step} on: {changes.spelled(found.changes)}")
+        earlier = [*earlier, {"step": step, **found.changes}]
+    return meta | ({"changes": earlier} if earlier else {}), lines
 
 
 @dataclasses.dataclass(frozen=True)

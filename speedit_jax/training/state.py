@@ -15,6 +15,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
+DECAY_MASKS = ("auto", "matrices", "all")
 
 
 @jax.tree_util.register_dataclass
@@ -66,10 +67,37 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [optim.warmup_steps])
 
 
+def decays(mask: str, path: tuple[Any, ...]) -> bool:
+    """Whether weight decay reaches the parameter at `path`, as jax.tree_util gives it.
+
+    Kernels are matrices, but for DiG's filters: those act on the residual stream itself and start as the identity.
+    """
+    names = [part.key for part in path]
+    return mask == "all" or (names[-1] == "kernel" and "conv" not in names)
+
+
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW on a clipped gradient; `config` is the whole config."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on a clipped gradient; `config` is the whole config.
+
+    Raises:
+      UserError: unknown schedule or mask.
+    """
     optim = config.optim
-    adamw = optax.adamw(learning_rate(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay)
+    if optim.decay_mask not in DECAY_MASKS:
+        raise UserError(f"unknown optim.decay_mask {optim.decay_mask!r}; choose one of {', '.join(DECAY_MASKS)}")
+
+    def decay(updates, params):
+        def one(path, update, param):
+            return update + optim.weight_decay * param if decays(optim.decay_mask, path) else update
+
+        return jax.tree_util.tree_map_with_path(one, updates, params)
+
+    # As optax.adamw, whose own mask gives the state another form: a run could not go on with another mask.
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps),
+        optax.stateless(decay) if optim.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
     if not optim.clip_norm:
         return adamw
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)

@@ -45,7 +45,7 @@ def test_metrics_are_written_one_hand_over_late(tmp_path):
     t = telemetry(tmp_path)
     assert t.metrics(1, values(1)) is None
     assert steps(tmp_path) == []
-    assert t.metrics(2, values(2)) == {"loss": 0.5, "skipped_in_a_row": 0.0}
+    assert t.metrics(2, values(2)) == {"step": 1, "loss": 0.5, "skipped_in_a_row": 0.0}
     assert steps(tmp_path) == [1]
     assert t.flush()["loss"] == 1.0
     assert steps(tmp_path) == [1, 2]

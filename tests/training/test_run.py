@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from speedit_jax.config import complete
+from speedit_jax.config import complete, get_config
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 from speedit_jax.training import run
@@ -50,7 +50,7 @@ def test_claiming_again_changes_nothing(workdir):
         ({"timesteps__sampling": "uniform"}, "timesteps.sampling was None, now 'uniform'"),
         ({"data__flip": True}, "data.flip was False, now True"),
         # The data's shape changes the data too; both are said.
-        ({"data__height": 16}, "data.height was 8, now 16; the data are not the same"),
+        ({"data__height": 16}, r"image_shape was \[8, 8, 1\], now \[16, 8, 1\]; data.height was 8, now 16; the data are not"),
         (
             {"seed": 1, "model__depth": 3, "training__ema_decay": 0.5, "optim__b1": 0.5},
             r"model.depth .*; optim.b1 .*; seed was 0, now 1 and 1 more",
@@ -88,6 +88,7 @@ def test_other_data_are_refused(workdir):
         {"sampling__num_steps": 9, "sampling__guidance_scale": 4.0},
         {"data__threads": 1, "training__log_every": 3, "training__sample_every": 50},
         {"training__num_steps": 1000},
+        {"training__accumulation": 2, "model__remat": "lean", "data__max_broken": 3},
     ],
     ids=lambda changes: "+".join(changes),
 )
@@ -120,8 +121,65 @@ def test_a_key_younger_than_the_run_has_its_default(tmp_path):
     run.claim(tmp_path, meta)
     run.claim(tmp_path, describe())
     assert complete(meta["config"]).to_dict() == describe()["config"]
+    assert complete({}).to_dict() == get_config().to_dict() | {"optim": get_config().optim.to_dict() | {"decay_mask": "all"}}
     with pytest.raises(UserError, match="qk_norm was False, now True"):
         run.claim(tmp_path, describe(model__qk_norm=True))
+
+
+def test_the_two_ways_on_are_named(workdir):
+    with pytest.raises(
+        UserError, match="or --continue_with_changes to go on from step 7 with these, or start a new run"
+    ) as error:
+        run.claim(workdir, describe(optim__learning_rate=1.0), step=7)
+    assert f"--config.init_from={workdir}" in str(error.value)
+    for with_changes in (False, True):
+        with pytest.raises(UserError, match="another network starts in another --workdir"):
+            run.claim(workdir, describe(model__depth=3), with_changes=with_changes)
+        with pytest.raises(UserError, match=f"does not fit these; start a new run .*--config.init_from={workdir}") as error:
+            run.claim(workdir, describe(data__synthetic_classes=3), with_changes=with_changes)
+        assert "--continue_with_changes" not in str(error.value)
+
+
+def test_changes_are_recorded_and_later_starts_are_compared_with_them(workdir):
+    before = (workdir / "run.json").read_bytes()
+    first = describe(optim__learning_rate=0.5)
+    meta, lines = run.claim(workdir, first, step=7, with_changes=True)
+    assert lines == ["changed from step 7 on: optim.learning_rate was 0.0001, now 0.5"]
+    assert meta == first | {"changes": [{"step": 7, "optim.learning_rate": [1e-4, 0.5]}]}
+    assert (workdir / "run.json").read_bytes() == before, "until the state is known to fit"
+    run.record(workdir, meta)
+    assert json.loads((workdir / "run.json").read_text()) == meta
+    # Without the word: the same goes on, and keeps the record; the first settings are another run's by now.
+    assert run.claim(workdir, first, step=9) == (meta, [])
+    with pytest.raises(UserError, match=r"optim.learning_rate was 0.5, now 0.0001"):
+        run.claim(workdir, describe(), step=9)
+    other = describe(optim__learning_rate=0.5) | {"data_fingerprint": "0" * 16}
+    meta, _ = run.claim(workdir, other, step=9, with_changes=True)
+    run.record(workdir, meta)
+    assert [list(change) for change in meta["changes"]] == [["step", "optim.learning_rate"], ["step", "data"]]
+    assert json.loads((workdir / "run.json").read_text()) == meta
+
+
+def test_what_changes_rounding_is_said(workdir):
+    _, lines = run.claim(workdir, describe(training__accumulation=2))
+    assert lines == ["the same to rounding: training.accumulation was 1, now 2"]
+
+
+def test_a_run_older_than_the_mask_decays_as_it_did(tmp_path):
+    """Its metadata has no such key; the same command goes on with all parameters, another mask is another run."""
+    meta = describe(optim__weight_decay=0.1)
+    del meta["config"]["optim"]["decay_mask"]
+    run.claim(tmp_path, meta)
+    same = tiny.make_config(optim__weight_decay=0.1)
+    run.settle(same, tmp_path)
+    assert same.optim.decay_mask == "all"
+    source = open_source(same.data)
+    assert run.claim(tmp_path, run.describe(same, source, source.image_shape, None))[1] == []
+    with pytest.raises(UserError, match=r"optim.decay_mask was 'all', now 'matrices'"):
+        run.claim(tmp_path, describe(optim__weight_decay=0.1, optim__decay_mask="matrices"))
+    new = tiny.make_config()
+    run.settle(new, tmp_path / "new")
+    assert new.optim.decay_mask == "auto"
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])

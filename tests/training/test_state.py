@@ -1,6 +1,7 @@
 """The initial state, its sharding, and the learning rate."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -9,7 +10,7 @@ from tiny import MESHES, ONE
 
 from speedit_jax.errors import UserError
 from speedit_jax.training.checkpoint import arrays
-from speedit_jax.training.state import initial_state, learning_rate
+from speedit_jax.training.state import decays, initial_state, learning_rate, make_optimizer
 
 
 def initial_arrays(shape):
@@ -54,6 +55,57 @@ def test_moments_are_sharded_like_their_parameters():
     assert adam[0].count.is_fully_replicated
     # Ten kernels, the label table, and the biases of the heads and of the MLP's hidden width.
     assert sum(not s.is_fully_replicated for s in jax.tree.leaves(adam[0].mu)) == 13
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])
+def test_which_parameters_decay(name):
+    """Parameters are stacked over layers, so a bias has two axes as a matrix has: against a list, by name."""
+    kernels = {
+        "DiT": ["adaLN", "attention/out", "attention/qkv", "mlp/down", "mlp/up"],
+        "DiG": [
+            "adaLN",
+            *(f"attention/{part}" for part in ("gate_down", "gate_up", "k", "out", "q", "r", "v")),
+            "mlp/down",
+            "mlp/up",
+        ],
+    }[name[:3]]
+    prefixes = {"DiT": ["blocks"], "DiG": [f"blocks/block_{i}" for i in range(4)]}[name[:3]]
+    around = ["final", "final_adaLN", "patch", "timestep/hidden", "timestep/out"]
+    expected = {f"{module}/kernel" for module in around + [f"{p}/{k}" for p in prefixes for k in kernels]}
+    params = tiny.make_trainer(model__name=name, model__depth=4, model__qk_norm=True).shapes.params
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves if decays("matrices", path)}
+    assert decayed == expected
+    assert all(decays("all", path) for path, _ in leaves)
+
+
+@pytest.mark.parametrize("mask", ["auto", "matrices", "all"])
+def test_decay_against_optax(mask):
+    """One update of ours and of optax.adamw with its own mask, and the form of the state is the same for all."""
+    params = {"a": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0)}, "label": {"table": jnp.full((4, 2), 2.0)}}
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    ours = make_optimizer(tiny.make_config(optim__weight_decay=0.3, optim__decay_mask=mask, optim__clip_norm=0.0))
+    mine = {"a": {"kernel": True, "bias": mask == "all"}, "label": {"table": mask == "all"}}
+    theirs = optax.adamw(optax.constant_schedule(1e-4), weight_decay=0.3, mask=mine)
+    updates = [optimizer.update(grads, optimizer.init(params), params)[0] for optimizer in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    plain = optax.adamw(optax.constant_schedule(1e-4))
+    assert jax.tree.structure(ours.init(params)) == jax.tree.structure(plain.init(params))
+
+
+def test_without_decay_the_optimizer_is_optax_adamw():
+    params = {"a": {"kernel": jnp.full((2, 3), 2.0)}}
+    ours = make_optimizer(tiny.make_config(optim__clip_norm=0.0))
+    lowered = [
+        jax.jit(optimizer.update).lower(params, optimizer.init(params), params).as_text()
+        for optimizer in (ours, optax.adamw(learning_rate(tiny.make_config()), weight_decay=0.0))
+    ]
+    assert lowered[0] == lowered[1]
+
+
+def test_an_unknown_mask():
+    with pytest.raises(UserError, match=r"unknown optim.decay_mask 'matrix'; choose one of auto, matrices, all"):
+        make_optimizer(tiny.make_config(optim__decay_mask="matrix"))
 
 
 def _is_adam(x):

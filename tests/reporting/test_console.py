@@ -1,0 +1,48 @@
+"""What training says before its first step."""
+
+import numpy as np
+import pytest
+import tiny
+
+from speedit_jax.data.sources import open_source
+from speedit_jax.reporting import console
+from speedit_jax.training.step import ema_decay
+
+
+def opening(**settings):
+    config = tiny.make_config(**settings)
+    return "\n".join(console.opening(tiny.make_trainer(**settings), open_source(config.data)))
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_share_left_is_what_an_average_holds(warmup):
+    """Against an average that starts at 1 and of which every later value is 0."""
+    average = 1.0
+    for step in range(50):
+        average *= float(ema_decay(0.97, warmup, np.int32(step)))
+    assert console.share_left(0.97, warmup, 50) == pytest.approx(average, rel=1e-5)  # its decays are float32
+
+
+def test_a_long_average_of_a_short_run_is_said():
+    said = opening(training__num_steps=1500)
+    assert (
+        "after 1,500 steps the average holds 86% with decay 0.9999 of the initial weights; set training.ema_warmup=True" in said
+    )
+    said = opening(training__num_steps=1500, training__ema_decay=0.99, training__extra_ema_decays=(0.999, 0.5))
+    assert "holds 22% with decay 0.999 of" in said
+    for fine in ({"training__num_steps": 100_000}, {"training__num_steps": 1500, "training__ema_warmup": True}):
+        assert "ema  " not in opening(**fine)
+
+
+def test_what_decays_is_said_where_anything_does():
+    assert "decay" not in opening(training__num_steps=100_000)
+    params = tiny.make_trainer().shapes.params
+    total = sum(leaf.size for leaf in _leaves(params))
+    assert f"decay      0.1, all parameters: {total:,} parameters, 100.0%" in opening(
+        optim__weight_decay=0.1, optim__decay_mask="all"
+    )
+    assert "decay      0.1, matrices only: " in opening(optim__weight_decay=0.1)
+
+
+def _leaves(tree):
+    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]

@@ -1,0 +1,37 @@
+"""Numbers of a config are finite and in range."""
+
+import math
+
+import pytest
+import tiny
+
+from speedit_jax.config import flatten, get_config
+from speedit_jax.errors import UserError
+from speedit_jax.training.check import check_numbers
+
+FLOATS = [key for key, value in flatten(get_config().to_dict()).items() if isinstance(value, float)]
+
+
+@pytest.mark.parametrize("key", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_every_number_is_finite(key, value):
+    with pytest.raises(UserError, match=f"{key}={value}: must be a finite number"):
+        check_numbers(tiny.make_config(**{key: value}))
+
+
+def test_numbers_in_lists_are_finite():
+    with pytest.raises(UserError, match=r"training.extra_ema_decays=nan: must be a finite number"):
+        check_numbers(tiny.make_config(training__extra_ema_decays=(0.5, math.nan)))
+
+
+@pytest.mark.parametrize("key", ["seed", "evaluation.seed"])
+def test_seeds(key):
+    for seed in (0, 2**32 - 1):
+        check_numbers(tiny.make_config(**{key: seed}))
+    for seed, bound in ((-1, "at least 0"), (2**32, "at most 4294967295"), (2**64, "at most 4294967295")):
+        with pytest.raises(UserError, match=f"{key}={seed}: must be {bound}"):
+            check_numbers(tiny.make_config(**{key: seed}))
+
+
+def test_the_defaults_pass():
+    check_numbers(get_config())
