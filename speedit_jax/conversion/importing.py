@@ -24,7 +24,7 @@ from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly, run
-from speedit_jax.training.checkpoint import Checkpoints, newest_step
+from speedit_jax.training.checkpoint import Checkpoints, peek
 
 _COMPRESSED = 0.85  # of float32 weights is what orbax writes at best
 
@@ -172,7 +172,7 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
     path = workdir / "run.json"
     saved = json.loads(path.read_text()) if path.is_file() else {}
     if "imported_from" in saved:
-        step = newest_step(workdir)
+        step = (peek(workdir) or (None,))[0]
         if step is None:
             shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
             path.unlink()
