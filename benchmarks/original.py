@@ -45,7 +45,7 @@ class Original:
         width, depth, heads = SIZES["DiT"]["S"]
         sizes = {"hidden_size": width, "depth": depth, "num_heads": heads, "input_size": LATENTS[0], "num_classes": CLASSES}
         self.network = make_network(load("dit_models", checkout / "models.py"), **sizes)
-        self.update_ema = _function(checkout / "train.py", "update_ema")
+        self.update_ema = function_of(checkout / "train.py", "update_ema")
 
     def parameters(self, like: Any) -> Any:
         """The network's weights arranged as our parameters."""
@@ -53,7 +53,7 @@ class Original:
         return names.TABLE.from_torch(state, like, PATCH)
 
 
-def _function(path: Path, name: str) -> Callable:
+def function_of(path: Path, name: str) -> Callable:
     """One function of a file the rest of which is not run."""
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]

@@ -8,7 +8,7 @@ import re
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*))?")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 
 
@@ -84,9 +84,8 @@ def _instruction(line: str) -> Instruction | None:
         return None
     start = match.end()
     shape_end = _closing(line, start) + 1 if line[start] == "(" else line.index(" ", start)
-    arrays = tuple(
-        Array(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims, _ in _ARRAY.findall(line[start:shape_end])
-    )
+    found = _ARRAY.findall(line[start:shape_end])
+    arrays = tuple(Array(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in found)
     opens = line.index("(", shape_end)
     closes = _closing(line, opens)
     operands = tuple(_OPERAND.findall(line[opens:closes]))

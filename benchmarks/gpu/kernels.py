@@ -13,44 +13,13 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.hlo import Instruction, Module
 
-FREE = {
-    "parameter",
-    "constant",
-    "bitcast",
-    "get-tuple-element",
-    "tuple",
-    "partition-id",
-    "replica-id",
-    "after-all",
-    "opt-barrier",
-}
+FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "partition-id", "replica-id", "after-all"}
 # What only moves data; a kernel of nothing else computes nothing.
-MOVES = FREE | {
-    "copy",
-    "dynamic-slice",
-    "dynamic-update-slice",
-    "slice",
-    "transpose",
-    "reshape",
-    "concatenate",
-    "pad",
-    "broadcast",
-}
-MOVES |= {"convert", "reverse", "iota", "fusion"}
+MOVES = FREE | {"copy", "dynamic-slice", "dynamic-update-slice", "slice", "transpose", "reshape", "concatenate", "pad"}
+MOVES |= {"broadcast", "convert", "reverse", "iota", "fusion"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_TRANSCENDENTAL = {
-    "exponential",
-    "log",
-    "log-plus-one",
-    "exponential-minus-one",
-    "rsqrt",
-    "sqrt",
-    "tanh",
-    "sine",
-    "cosine",
-    "power",
-}
-_TRANSCENDENTAL |= {"logistic", "erf", "divide"}
+_TRANSCENDENTAL = {"exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "erf", "rsqrt", "sqrt", "tanh"}
+_TRANSCENDENTAL |= {"sine", "cosine", "power", "divide"}
 
 
 @dataclasses.dataclass
@@ -122,7 +91,7 @@ class Reader:
         if inner and instruction.opcode.startswith("fusion"):
             reads, writes, stacked = self._traffic(inner)
             work, origins, opcodes = self._inside(inner)
-            results = [i for i in inner.values() if i.root][0].arrays
+            results = next(i for i in inner.values() if i.root).arrays
         else:
             reads = sum(around[name].bytes for name in instruction.operands)
             writes, stacked = instruction.bytes, 0

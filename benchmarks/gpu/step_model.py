@@ -68,6 +68,7 @@ class Card:
 # The first two were measured, on one card of each kind: a large copy, and a product of 8192 x 8192 matrices.
 CARDS = {"h100": Card(3.0e12, 798e12), "h200": Card(4.3e12, 788e12)}
 
+_SCAN_OPERATIONS = ("add", "add_any", "pad", "slice", "exp", "reduce_sum")
 # The first that matches where a kernel comes from names its part of the step.
 PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("loss and diffusion", lambda o: "jvp()" in o),
