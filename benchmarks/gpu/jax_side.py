@@ -30,7 +30,7 @@ from speedit_jax.training.assembly import Assembly, assemble
 
 PEAK = 989e12  # FLOPs a second of an H100 or H200 in bfloat16, by the data sheet
 CLASSES = 1000
-COMPILERS = 3  # threads
+COMPILERS = 5  # threads, of which one holds Python's lock at a time while it traces
 # Seconds that a measurement takes once it is compiled, with room; what does not fit before the deadline is skipped.
 MIXER_S, STEP_S, SAMPLE_S, PROFILE_S = 4, 8, 12, 10
 

@@ -45,7 +45,7 @@ class Kernel:
       origins: op_name -> bytes of what its instructions make, of all that compute something.
       reads, writes: bytes a call.
       stacked: bytes a call, of both, that are rows of a larger array: what a loop over layers hands on.
-      target: the kernel's name, of one written by hand.
+      target: the kernel's name, of one written by hand, or the library's.
       dtypes: of the arrays that it writes.
     """
 
@@ -87,7 +87,9 @@ class Reader:
     def _kernel(self, computation: str, instruction: Instruction, calls: int) -> Kernel:
         around = self._module[computation]
         inner = self._module.get(instruction.attribute(r"calls=%([\w.\-]+)") or "")
-        target = instruction.attribute(r'\bname = "(\w+)"') if instruction.opcode == "custom-call" else None
+        target = None
+        if instruction.opcode == "custom-call":
+            target = instruction.attribute(r'\bname = "(\w+)"') or instruction.attribute(r'custom_call_target="([^"]+)"')
         if inner and instruction.opcode.startswith("fusion"):
             reads, writes, stacked = self._traffic(inner)
             work, origins, opcodes = self._inside(inner)
@@ -99,8 +101,7 @@ class Reader:
             opcodes, results = frozenset({instruction.opcode}), instruction.arrays
         if not origins:
             origins = {instruction.op_name: instruction.bytes}
-        if target:
-            work = self._handwritten.get(target, Work())
+        work = self._handwritten.get(target or "", work)
         dtypes = tuple(sorted({array.dtype for array in results}))
         return Kernel(instruction.name, calls, reads, writes, stacked, work, origins, opcodes, target, dtypes)
 
@@ -173,6 +174,10 @@ class Reader:
             return Work(products=2 * size * math.prod(contracted))
         if opcode == "custom-call" and "__cublas" in instruction.attributes:
             return Work(products=2 * size * self._contracted(around, instruction))
+        if opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
+            # q [B, T, H, K] comes first: two products forward, five backward, over T keys.
+            q = around[instruction.operands[0]].arrays[0]
+            return Work(products=(10 if "Backward" in instruction.attributes else 4) * q.size * q.dims[1])
         if opcode == "convolution":
             kernel = around[instruction.operands[1]].arrays[0]
             return Work(products=2 * size * kernel.size // max(kernel.dims))
@@ -196,7 +201,7 @@ def handwritten(jaxpr) -> dict[str, Work]:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             programs = math.prod(eqn.params["grid_mapping"].grid)
-            name = eqn.params["name"] if "name" in eqn.params else eqn.params["name_and_src_info"].name
+            name = eqn.params["name"] or eqn.params["jaxpr"].debug_info.func_name
             found[name] = _of_jaxpr(eqn.params["jaxpr"]) * programs
         else:
             for inner in _inner(eqn):

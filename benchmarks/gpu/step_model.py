@@ -89,7 +89,9 @@ PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 
 def part(kernel: Kernel) -> str:
-    if kernel.target:
+    if kernel.target and "fmha" in kernel.target:
+        return "softmax attention"
+    if kernel.target and not kernel.target.startswith("__"):
         return "GLA's kernels"
     if kernel.work.products:
         return "matrix products"

@@ -51,7 +51,8 @@ def parse() -> argparse.Namespace:
 
 def side(args: argparse.Namespace, record: Record, plan: plans.Plan) -> None:
     """One of the two long-lived processes; small files in the folder say how far each is."""
-    ready, go = args.out / f"{args.side}.ready", args.out / f"{args.side}.go"
+    ready, go = (args.out / f"{args.side}.{word}" for word in ("ready", "go"))
+    parent = os.getppid()
     if args.side == "jax":
         from benchmarks.gpu.jax_side import Side
 
@@ -67,6 +68,8 @@ def side(args: argparse.Namespace, record: Record, plan: plans.Plan) -> None:
         measured.warm_up(args.started + COMPILE * args.seconds)
     ready.touch()
     while not go.exists():
+        if os.getppid() != parent:
+            raise SystemExit("error: the visit that started this process is gone")
         time.sleep(0.2)
     measured.measure()
 
@@ -129,6 +132,8 @@ def main() -> None:
         side(args, record, plans.rehearsal() if args.rehearsal else plans.full())
         return
     record.write("visit", seconds=args.seconds, rehearsal=args.rehearsal, **environment())
+    for old in (*args.out.glob("*.ready"), *args.out.glob("*.go")):
+        old.unlink()
     processes = {which: start(args, which) for which in ("jax", "torch")}
     tests = {"values": VALUES} if args.rehearsal else {"values": VALUES, "resume": RESUME}
     running = {name: start_tests(args, name, files) for name, files in tests.items() if f"tests/{name}" not in record.done}
