@@ -120,8 +120,7 @@ class Assembly:
 
     @functools.cached_property
     def _states(self) -> tuple[TrainState, TrainState]:
-        with jax.set_mesh(self.mesh):
-            return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
+        return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
 
     @property
     def shapes(self) -> TrainState:
@@ -166,8 +165,10 @@ class Assembly:
 
     def lower_step(self) -> jax.stages.Lowered:
         """The training step, lowered on shapes alone."""
+        # Nothing may run under a mesh of devices that are not there, and finding the shardings runs a little.
+        step = self.jit_step()
         with jax.set_mesh(self.mesh):
-            return self.jit_step().lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
+            return step.lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
 
 
 def assemble(config: ml_collections.ConfigDict, source: Source | Description, mesh: Mesh) -> Assembly:
