@@ -13,6 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import integrate, stats
 
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
 from speedit_jax.diffusion.gaussian import PREDICTIONS
 from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace
 from speedit_jax.diffusion.timesteps import PRESETS, SAMPLINGS, WEIGHTINGS, TableStrategy, make_strategy, meaningful_steps
@@ -343,7 +345,10 @@ def test_weights_of_an_error_minimise_the_same_whatever_is_predicted(weighting):
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "lognormal", "logit_normal", "speed_cvpr25", "clts", "loss_second_moment"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["uniform", "lognormal", "logit_normal", "laplace", "speed_cvpr25", "clts", "loss_second_moment", "gradient_noise"],
+)
 def test_factors_of_the_mse_are_the_same_whatever_is_predicted(strategy):
     weights = [make_strategy(LINEAR, strategy, prediction=p).weights for p in PREDICTIONS]
     np.testing.assert_array_equal(weights[1:], [weights[0]] * 2)
@@ -410,6 +415,33 @@ def test_logit_normal_against_drawn_times():
     assert (np.abs(blocks - expected) < 5 * np.sqrt(expected / n))[often].all()
 
 
+@pytest.mark.parametrize("mean, scale", [(0.0, 0.5), (1.5, 2.0), (-3.0, 1.0)])
+def test_laplace_is_the_nearest_step_of_a_laplace_log_snr(mean, scale):
+    strategy = make_strategy(LINEAR, "laplace", laplace_mean=mean, laplace_scale=scale)
+    density, log_snr = strategy.density, np.log(SNR)
+    edges = np.concatenate([[np.inf], (log_snr[1:] + log_snr[:-1]) / 2, [-np.inf]])
+    # scipy's law between the borders; from the side on which the difference of two numbers keeps its digits.
+    law = stats.laplace(mean, scale)
+    expected = np.where(log_snr > mean, law.sf(edges[1:]) - law.sf(edges[:-1]), law.cdf(edges[:-1]) - law.cdf(edges[1:]))
+    np.testing.assert_allclose(density, expected, rtol=1e-9)
+    assert density.sum() == pytest.approx(1, abs=1e-12) and (density > 0).all()
+    # The paper's schedule draws from the same law: log-SNR of an even u is mu - b sgn(1/2 - u) log(1 - 2 |u - 1/2|).
+    u = (np.arange(100_000) + 0.5) / 100_000
+    drawn = mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5))
+    np.testing.assert_allclose(np.cumsum(density)[:-1], 1 - np.searchsorted(np.sort(drawn), edges[1:-1]) / len(u), atol=2e-5)
+
+
+def test_laplace_draws_about_equal_signal_and_noise():
+    strategy = make_strategy(LINEAR, "laplace")
+    assert np.log(SNR)[np.argmax(strategy.density / -np.gradient(np.log(SNR)))] == pytest.approx(0, abs=0.01)
+    # Within a factor of e in SNR lie 1 - e^-2 of the draws.
+    assert strategy.density[np.abs(np.log(SNR)) < 1].sum() == pytest.approx(1 - math.exp(-2), abs=5e-3)
+    flow = make_flow_strategy(FlowMatching("linear"), LINEAR, 256, strategy="laplace")
+    of_flow = FlowMatching("linear").schedule.alphas_cumprod
+    level = np.log(of_flow / (1 - of_flow))
+    assert flow.density[np.abs(level) < 1].sum() == pytest.approx(1 - math.exp(-2), abs=5e-3)
+
+
 @pytest.mark.parametrize("strategy", ["lognormal", "logit_normal"])
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE, QUAD], ids=lambda s: s.name)
 def test_no_tail_is_lost_to_rounding(schedule, strategy):
@@ -429,8 +461,10 @@ def test_no_tail_is_lost_to_rounding(schedule, strategy):
         ("gamma", np.inf),
         ("sigma_data", 0),
         *((f"{name}_std", 0) for name in ("log_sigma", "logit", "clts")),
-        *((f"{name}_mean", np.nan) for name in ("log_sigma", "logit", "clts")),
+        *((f"{name}_mean", np.nan) for name in ("log_sigma", "logit", "clts", "laplace")),
         ("clts_steps", 0),
+        ("laplace_scale", 0),
+        ("probe_every", 0),
     ],
 )
 def test_numbers_out_of_range(key, value):
@@ -438,7 +472,7 @@ def test_numbers_out_of_range(key, value):
         make_strategy(LINEAR, "uniform", **{key: value})
 
 
-UNFIXED = ("clts", "loss_second_moment")  # densities that are not one table
+UNFIXED = ("clts", "loss_second_moment", "gradient_noise")  # densities that are not one table
 
 
 def parts(strategy):
@@ -512,7 +546,8 @@ INDEPENDENT = [("uniform", {}), ("p2", {}), ("speed_cvpr25", {})]
 
 
 @pytest.mark.parametrize(
-    "n, strategy, keys", [(n, "speedit", {}) for n in (1, 2, 3, 7)] + [(256, *s) for s in PAIRED + INDEPENDENT]
+    "n, strategy, keys",
+    [(n, "speedit", {}) for n in (1, 2, 3, 7)] + [(256, *s) for s in PAIRED + INDEPENDENT + [("laplace", {})]],
 )
 def test_structure_of_a_draw(n, strategy, keys):
     strategy = make_strategy(LINEAR, strategy, **keys)
