@@ -146,7 +146,8 @@ class Run:
         if self.step % self.scale.evaluate_all_every == 0 or self.complete:
             weights |= {"slow_ema": self.state.extra_ema[str(SLOW_EMA)], "raw": self.state.params}
         row = {"step": self.step, "images_trained_on": self.step * self.scale.batch_size, "loss": loss}
-        row["probes"] = getattr(self.parts.strategy, "probes_until", lambda step: 0)(self.step)
+        every = self.parts.strategy.probe_every
+        row["probes"] = -(-self.step // every) if every else 0  # each costs the gradients of one more batch
         row["data_digest"], row["train_seconds"] = self.progress["data_digest"], self.progress["train_seconds"]
         row["weights"] = {name: self._evaluate(params) for name, params in weights.items()}
         self.progress["rows"].append(row)

@@ -10,11 +10,13 @@ from speedit_jax.config import get_config
 EVALUATION_SEED = 20_240_325  # of the samples' and the held-out images' noise: the same for all runs, and no run's own
 FAST_EMA, SLOW_EMA = 0.995, 0.999
 
-# name -> what it changes of the uniform baseline.
+# name -> what it changes of the uniform baseline; learning rates are multiples of its own.
 STRATEGIES = {
     "uniform": {},
     "speedit": {"timesteps.strategy": "speedit"},
     "speed_cvpr25": {"timesteps.strategy": "speed_cvpr25"},
+    "dig": {"model.name": "DiG"},
+    "dig_speedit": {"model.name": "DiG", "timesteps.strategy": "speedit"},
     "uniform_lr_half": {"optim.learning_rate": 0.5},
     "uniform_lr_double": {"optim.learning_rate": 2.0},
     "laplace": {"timesteps.strategy": "laplace"},
@@ -31,7 +33,8 @@ STRATEGIES = {
     "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
 }
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
-BASELINE_OF = {"logit_normal_v": "uniform_v"}
+BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
+BASELINE_OF = {"logit_normal_v": "uniform_v"} | BACKBONES  # of the others it is BASELINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Scale:
     Attributes:
       sets: image sets, in order.
       width, depth, heads, patch: of the DiT.
+      dig_width: of the DiG, so that both have as many parameters, to 1 %.
       batch_size, num_steps, learning_rate, warmup: of training; the rate is constant after its warm-up.
       evaluate_every: steps between two evaluations of the fast average.
       evaluate_all_every: steps between two evaluations of the slow average and the raw weights, too.
@@ -53,6 +57,7 @@ class Scale:
     width: int = 128
     depth: int = 4
     heads: int = 4
+    dig_width: int = 112
     patch: int = 4
     batch_size: int = 64
     num_steps: int = 4000
@@ -69,6 +74,7 @@ class Scale:
 
 _GPU = Scale(
     width=256,
+    dig_width=248,
     depth=6,
     batch_size=128,
     num_steps=20_000,
@@ -87,6 +93,7 @@ SCALES = {
         width=16,
         depth=1,
         heads=2,
+        dig_width=16,
         batch_size=32,
         num_steps=6,
         warmup=1,
@@ -132,9 +139,12 @@ def pieces(scale: str) -> list[Piece]:
 
 def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
-    scale, c = SCALES[piece.scale], get_config(f"DiT-S/{SCALES[piece.scale].patch}")
+    scale, changes = SCALES[piece.scale], STRATEGIES[piece.strategy]
+    backbone = changes.get("model.name", "DiT")
+    c = get_config(f"{backbone}-S/{scale.patch}")
     c.seed = piece.seed
-    c.model.update({"width": scale.width, "depth": scale.depth, "heads": scale.heads, "scan_unroll": scale.depth})
+    width = scale.dig_width if backbone == "DiG" else scale.width
+    c.model.update({"width": width, "depth": scale.depth, "heads": scale.heads, "scan_unroll": scale.depth})
     c.timesteps.strategy = "uniform"
     c.timesteps.clts_steps = scale.num_steps // 2
     c.optim.learning_rate = scale.learning_rate
@@ -142,7 +152,8 @@ def make_config(piece: Piece) -> ml_collections.ConfigDict:
     c.training.update({"num_steps": scale.num_steps, "batch_size": scale.batch_size})
     c.training.update({"ema_decay": FAST_EMA, "extra_ema_decays": (SLOW_EMA,), "ema_warmup": True})
     c.sampling.update({"sampler": "dpm++", "spacing": "logsnr", "num_steps": scale.sampler_steps, "guidance_scale": 1.0})
-    for name, value in STRATEGIES[piece.strategy].items():
+    for name, value in changes.items():
         section, _, key = name.partition(".")
-        c[section][key] = value * scale.learning_rate if key == "learning_rate" else value
+        if section != "model":
+            c[section][key] = value * scale.learning_rate if key == "learning_rate" else value
     return c

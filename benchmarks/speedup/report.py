@@ -1,8 +1,8 @@
-"""The page about the strategies, its tables and figures, from the raw numbers of benchmarks.speedup.
+"""The pages about strategies and backbones, their tables and figures, from the raw numbers of benchmarks.speedup.
 
   python -m benchmarks.speedup.report --scale=cpu
 
-Writes OUT/speedup_SCALE.md and OUT/speedup_SCALE_SET.png. A number whose runs are not made is "not measured yet".
+Writes OUT/speedup_SCALE.md, OUT/speedup_SCALE_dig.md and figures. A number whose runs are not made is "not measured yet".
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speedup.analysis import SHARES, SpeedUp, curve, distance, missing, planned_seeds, read, seeds_of, speed_up
-from benchmarks.speedup.plan import BASELINE, BASELINE_OF, FIRST, SCALES, STRATEGIES, Piece, pieces
+from benchmarks.speedup.plan import BACKBONES, BASELINE, BASELINE_OF, FIRST, SCALES, STRATEGIES, Piece, pieces
 from speedit_jax.errors import UserError
 from speedit_jax.storage import write_text
 
@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_YET = "not measured yet"
 CLAIM = 3.3  # times fewer steps: SpeeDiT's figure for DiT-XL/2 on ImageNet at 256 pixels
 
+TIMESTEPS = [name for name in STRATEGIES if name not in BACKBONES]
+COMPARED = [name for name in TIMESTEPS if name not in (BASELINE, BASELINE_OF["logit_normal_v"])]
 Records = dict[Piece, dict]
 
 
@@ -53,25 +55,23 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def speed_table(records: Records, scale: str, image_set: str) -> list[str]:
+def speed_table(records: Records, scale: str, image_set: str, strategies: list[str]) -> list[str]:
     rows, without = [], []
-    for strategy in STRATEGIES:
-        if strategy in (BASELINE, *BASELINE_OF.values()):
-            continue
+    for strategy in strategies:
         if found := speed_ups(records, image_set, strategy):
             seeds = len(seeds_of(records, image_set, strategy))
             planned = planned_seeds(scale, image_set, strategy)
             rows.append([f"`{strategy}`", f"{seeds} of {planned}", *(show(one, seeds) for one in found)])
         else:
             without.append(f"`{strategy}`")
-    header = ["strategy", "seeds", *(f"to {BASELINE}'s quality at {share:.0%}" for share in SHARES)]
+    header = ["", "seeds", *(f"to the baseline's quality at {share:.0%}" for share in SHARES)]
     lines = [*table(header, rows), ""] if rows else []
     return [*lines, f"{NOT_YET.capitalize()}: {', '.join(without)}."] if without else lines[:-1]
 
 
-def quality_table(records: Records, image_set: str) -> list[str]:
+def quality_table(records: Records, image_set: str, strategies: list[str]) -> list[str]:
     rows = []
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         if not (found := last_rows(records, image_set, strategy)):
             continue
         weights = {name: [row["weights"][name] for row in found] for name in ("ema", "slow_ema", "raw")}
@@ -104,19 +104,36 @@ def verdict(records: Records, scale: str, image_set: str, strategy: str) -> str:
     return f"`{strategy}` on {image_set}: {outcome}. Speed-up to uniform's final quality: {show(end, seeds)}; published: {CLAIM}."
 
 
-def draw(records: Records, image_set: str, path: Path) -> bool:
-    """Fréchet distance against steps, of the complete runs; whether there are any."""
+def backbone_verdict(records: Records, scale: str, image_set: str, dig: str) -> str:
+    """One sentence on DiG's final distance over DiT's, of the seeds that both have."""
+    dit = BACKBONES[dig]
+    seeds = seeds_of(records, image_set, dig)
+    if len(seeds) < planned_seeds(scale, image_set, dig) or not {*seeds} <= {*seeds_of(records, image_set, dit)}:
+        return f"`{dig}` against `{dit}` on {image_set}: {NOT_YET}."
+    ours, theirs = (curve(records, image_set, name, seeds).distances[:, -1] for name in (dig, dit))
+    ratios = ours / theirs
+    outcome = "DiG is better" if ratios.max() < 1 else "DiT is better" if ratios.min() > 1 else "seeds disagree"
+    over = f"its final Fréchet distance over DiT's, by seed: {spread(list(ratios))}"
+    return f"`{dig}` against `{dit}` on {image_set}: {outcome}; {over}."
+
+
+def draw(records: Records, image_set: str, sides: dict[str, list[str]], path: Path) -> bool:
+    """Fréchet distance against steps, of the complete runs; whether there are any.
+
+    Args:
+      sides: title of a panel -> strategies.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    curves = {name: found for name in STRATEGIES if (found := curve(records, image_set, name))}
+    names = dict.fromkeys(name for side in sides.values() for name in side)
+    curves = {name: found for name in names if (found := curve(records, image_set, name))}
     if not curves:
         return False
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
-    sides = (list(FIRST), [name for name in STRATEGIES if name not in FIRST[1:]])
-    for axis, names, title in zip(axes, sides, ("as published", "the others"), strict=True):
+    figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4.5), layout="constrained", sharey=True, squeeze=False)
+    for axis, (title, names) in zip(axes[0], sides.items(), strict=True):
         for i, name in enumerate(name for name in names if name in curves):
             found, colour = curves[name], "black" if name == BASELINE else f"C{i % 10}"
             axis.plot(found.steps, found.distances.mean(0), color=colour, ls="-" if i < 10 else "--", label=name)
@@ -124,7 +141,7 @@ def draw(records: Records, image_set: str, path: Path) -> bool:
         axis.set(title=title, xlabel="steps", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("Fréchet distance in the judge's features, ema")
+    axes[0, 0].set_ylabel("Fréchet distance in the judge's features, ema")
     figure.suptitle(f"{image_set}: mean over seeds, and their range")
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -143,12 +160,12 @@ def unfinished(records: Records, scale: str) -> list[str]:
     return lines
 
 
-def page(records: Records, scale: str, out: Path) -> str:
+def opening(records: Records, scale: str, title: str) -> list[str]:
     of, done = SCALES[scale], sum(record["complete"] for record in records.values())
-    commits = sorted({session["commit"] for record in records.values() for session in record["sessions"]})
-    devices = sorted({session["device"] for record in records.values() for session in record["sessions"]})
-    lines = [
-        f"# Is SpeeDiT faster? Which strategy should you take? Scale `{scale}`",
+    sessions = [session for record in records.values() for session in record["sessions"]]
+    commits, devices = (", ".join(sorted({session[name] for session in sessions})) or "-" for name in ("commit", "device"))
+    return [
+        f"# {title} Scale `{scale}`",
         "",
         f"{done} of {len(pieces(scale))} runs are made. [The protocol](speedup_protocol.md) says what was run and what the",
         "numbers mean. This page is written by its script from the raw numbers in `speedup/`:",
@@ -156,25 +173,57 @@ def page(records: Records, scale: str, out: Path) -> str:
         f"    python -m benchmarks.speedup --scale={scale} --budget_s=3600",
         f"    python -m benchmarks.speedup.report --scale={scale}",
         "",
-        f"Commits {', '.join(commits) or '-'}; devices {', '.join(devices) or '-'}.",
+        f"Commits {commits}; devices {devices}.",
         f"A run is {of.num_steps} steps of {of.batch_size} images.",
         "The distances are in the features of the judge, a small network of this comparison, and are **not** Inception's FID.",
         "",
-        "## Verdicts",
-        "",
-        *(f"- {verdict(records, scale, image_set, name)}" for image_set in of.sets for name in FIRST[1:]),
     ]
-    for image_set in of.sets:
-        lines += ["", f"## {image_set}", ""]
-        if not any(piece.set == image_set for piece in records):
-            lines.append(f"{NOT_YET.capitalize()}.")
-            continue
-        lines += ["Speed-up in steps, with the 5th and 95th percentile over seeds; `<` where the target was not reached:", ""]
-        lines += [*speed_table(records, scale, image_set), "", *quality_table(records, image_set)]
-        if draw(records, image_set, out / f"speedup_{scale}_{image_set}.png"):
-            lines += ["", f"![Fréchet distance against steps](speedup_{scale}_{image_set}.png)"]
+
+
+def of_set(
+    records: Records, scale: str, image_set: str, compared: list[str], sides: dict[str, list[str]], figure: Path
+) -> list[str]:
+    """The tables and the figure of one image set.
+
+    Args:
+      compared: strategies that have a speed-up.
+      sides: of `draw`.
+    """
+    names = list(dict.fromkeys(name for side in sides.values() for name in side))
+    lines = ["", f"## {image_set}", ""]
+    if not any(piece.set == image_set and piece.strategy in names for piece in records):
+        return [*lines, f"{NOT_YET.capitalize()}."]
+    lines += ["Speed-up in steps, with the 5th and 95th percentile over seeds; `<` where the target was not reached:", ""]
+    lines += [*speed_table(records, scale, image_set, compared), "", *quality_table(records, image_set, names)]
+    if draw(records, image_set, sides, figure):
+        lines += ["", f"![Fréchet distance against steps]({figure.name})"]
+    return lines
+
+
+def page(records: Records, scale: str, out: Path) -> str:
+    """About the strategies; its figures are written to `out`."""
+    lines = opening(records, scale, "Is SpeeDiT faster? Which strategy should you take?")
+    lines += ["## Verdicts", ""]
+    lines += [f"- {verdict(records, scale, name, strategy)}" for name in SCALES[scale].sets for strategy in FIRST[1:]]
+    sides = {"as published": list(FIRST), "the others": [name for name in TIMESTEPS if name not in FIRST[1:]]}
+    for name in SCALES[scale].sets:
+        lines += of_set(records, scale, name, COMPARED, sides, out / f"speedup_{scale}_{name}.png")
     if begun := unfinished(records, scale):
         lines += ["", "## Runs on their way", "", "They count for nothing above.", "", *begun]
+    return "\n".join(lines) + "\n"
+
+
+def backbone_page(records: Records, scale: str, out: Path) -> str:
+    """About DiG; its figures are written to `out`."""
+    lines = opening(records, scale, "Is DiG as good as DiT?")
+    lines += [
+        "At as many parameters, to 1 %, and as many steps. [resolution.md](resolution.md) says what a step costs.",
+        "",
+    ]
+    lines += [f"- {backbone_verdict(records, scale, name, dig)}" for name in SCALES[scale].sets for dig in BACKBONES]
+    sides = {"DiG and DiT": [*BACKBONES.values(), *BACKBONES]}
+    for name in SCALES[scale].sets:
+        lines += of_set(records, scale, name, list(BACKBONES), sides, out / f"speedup_{scale}_{name}_dig.png")
     return "\n".join(lines) + "\n"
 
 
@@ -188,9 +237,10 @@ def main() -> None:
         records = read(args.raw, args.scale)
     except UserError as e:
         raise SystemExit(f"error: {e}") from e
-    path = args.out / f"speedup_{args.scale}.md"
-    write_text(path, page(records, args.scale, args.out))
-    print(f"{path}: {sum(record['complete'] for record in records.values())} of {len(pieces(args.scale))} runs")
+    for name, text in (("", page), ("_dig", backbone_page)):
+        path = args.out / f"speedup_{args.scale}{name}.md"
+        write_text(path, text(records, args.scale, args.out))
+        print(f"{path}: {sum(record['complete'] for record in records.values())} of {len(pieces(args.scale))} runs")
 
 
 if __name__ == "__main__":
