@@ -186,8 +186,9 @@ class LossSecondMomentStrategy:
 
 @dataclasses.dataclass(frozen=True)
 class GradientNoiseStrategy:
-    """Timesteps in proportion to the standard deviation of their gradient: of all densities, the one whose batches vary least.
+    """Timesteps in proportion to the standard deviation of their gradient.
 
+    Where the mean gradient at each t is small beside its noise, no other density makes the gradient of a batch vary less.
     The schedule is cut into `bins` equal parts, and p_t = (1 - u) n_b / sum + u / T for t in part b, with n_b the square root of
     v_b, the variance of one example's gradient, summed over the parameters. The importance is 1 / (T p_t), so that what is
     minimised is that of uniform draws. v is an average of measurements in which older ones count less; before the first, p is

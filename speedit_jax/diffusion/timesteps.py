@@ -14,8 +14,8 @@ Sampling densities
   (11) clts:     p_t = (1 - a) / T + a N(t; mu, sd^2) / sum, a from 0 at optimizer step 0 to 1: CLTS, arXiv 2404.07946
   (12) loss_second_moment:  p_t ~ sqrt(E[L_t^2]), the weights corrected for it: IDDPM, arXiv 2102.09672
   (15) laplace:  ln SNR ~ Laplace(m, b), mapped to the nearest ln SNR_t: arXiv 2407.03297
-  (16) gradient_noise:  p_t ~ sqrt(tr Cov[grad L_t]), measured on the way, the weights corrected for it: with it the gradient
-       of a batch varies least (Neyman's allocation). ANTS, arXiv 2411.09998, learns its density from gradients, too
+  (16) gradient_noise:  p_t ~ sqrt(tr Cov[grad L_t]), measured on the way, the weights corrected for it. Our own; ANTS,
+       arXiv 2411.09998, learns its density from gradients, too
 Weights
   (4)  none:     w_t = 1
   (5)  p2:       w_t = 1 / (1 + SNR_t) = 1 - abar_t: P2 with k = gamma = 1, arXiv 2204.00227
