@@ -145,6 +145,10 @@ def test_the_page_says_what_is_not_measured(rehearsal, tmp_path):
     assert "`laplace`" in page.partition("Not measured yet: ")[2].splitlines()[0]
     assert (tmp_path / "speedup_rehearsal_digits.png").exists()
     assert "`dig` against `uniform` on digits: not measured yet." in report.backbone_page(records, "rehearsal", tmp_path)
+    both = {Piece("rehearsal", "digits", name, seed): records[MADE[0]] for name in FIRST for seed in (0, 1)}
+    line = report.verdict(both, "rehearsal", "digits", "speedit")
+    assert "not shown: seeds differ more than strategies. Speed-up to uniform's final quality: 1.00 (1.00 to 1.00)" in line
+    assert line.endswith("published: 3.3. That of uniform with other learning rates: not measured yet.")
     begun = {piece: record | {"complete": False} for piece, record in records.items()}
     page = report.page(begun, "rehearsal", tmp_path)
     assert "| `speedit` |" not in page and "- `digits_speedit_seed0`: step 6 of 6" in page
