@@ -26,7 +26,7 @@ SIDES = {
     "DiT, flash": {"name": "DiT-S/2"},
 }
 TOPOLOGIES = ("h100", "v5e:2x2")
-CLASSES = 1000
+CLASSES = tuple(map(str, range(1000)))
 
 
 def measure(topology: str, overrides: dict, remat: str, pixels: int) -> dict[str, float] | str:
@@ -35,9 +35,9 @@ def measure(topology: str, overrides: dict, remat: str, pixels: int) -> dict[str
     config.model.update({"remat": remat, **overrides})
     config.training.batch_size = 1
     mesh = sharding.make_mesh(config.mesh, topologies.devices(topology)[0][:1])
-    source = Description((pixels // 8, pixels // 8, 4), tuple(map(str, range(CLASSES))))
+    parts = assemble(config, Description((pixels // 8, pixels // 8, 4), CLASSES), mesh)
     try:
-        compiled = assemble(config, source, mesh).lower_step().compile()
+        compiled = parts.lower_step().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

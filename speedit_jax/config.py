@@ -63,9 +63,11 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
-    # uniform, p2, min_snr, lognormal, logit_normal, clts, loss_second_moment, speedit or speed_cvpr25: docs/speedit.md
+    # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or
+    # speed_cvpr25: docs/speedit.md
     timesteps.strategy = "speedit"
-    # Replaces the strategy's density: uniform, lognormal, logit_normal, clts, loss_second_moment, speedit or speed
+    # Replaces the strategy's density: uniform, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise,
+    # speedit or speed
     timesteps.sampling = config_dict.placeholder(str)
     # Replaces its loss weight: none, p2, min_snr, edm, flow or change_aware
     timesteps.weighting = config_dict.placeholder(str)
@@ -81,6 +83,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     timesteps.clts_mean = 300.0  # clts: of the Gaussian that the density becomes, in thousandths of the schedule
     timesteps.clts_std = 250.0
     timesteps.clts_steps = 50_000  # clts: optimizer steps until it is reached, from uniform
+    timesteps.laplace_mean = 0.0  # laplace: of log-SNR; more is less noisy
+    timesteps.laplace_scale = 0.5  # and its mean distance from there
+    timesteps.probe_every = 100  # gradient_noise: optimizer steps between two measurements, each of the cost of a step
     timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
 
     c.optim = optim = ml_collections.ConfigDict()

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import FAST_COMPILATION
+from commands import COMPILATION
 
 from benchmarks.gpu import page, plan
 from benchmarks.gpu.record import Record, finished, read
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILATION, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILATION, "PYTHONPATH": str(ROOT)}
 
 
 def visit(out, *arguments):

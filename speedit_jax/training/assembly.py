@@ -47,11 +47,18 @@ def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | Flo
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
+    batch_size = config.training.batch_size
     if isinstance(diffusion, FlowMatching):
-        return make_flow_strategy(diffusion, _schedule(config), config.training.batch_size, **config.timesteps)
-    # The bound does not depend on what is predicted, so neither does its weight.
-    prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
-    return _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
+        strategy = make_flow_strategy(diffusion, _schedule(config), batch_size, **config.timesteps)
+    else:
+        # The bound does not depend on what is predicted, so neither does its weight.
+        prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
+        strategy = _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
+    if strategy.probe_every and batch_size % (2 * strategy.bins):
+        raise UserError(
+            f"training.batch_size={batch_size}: to measure gradients, {strategy.name} wants a multiple of {2 * strategy.bins}"
+        )
+    return strategy
 
 
 def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:
