@@ -22,6 +22,7 @@ from benchmarks.speedup.plan import FIRST, SCALES, STRATEGIES, Piece, make_confi
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
+from speedit_jax.training import step as step_module
 from speedit_jax.training.assembly import assemble
 
 SCALE = SCALES["rehearsal"]
