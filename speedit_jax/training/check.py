@@ -4,6 +4,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax import sharding
+from speedit_jax.config import LARGEST_SEED
 from speedit_jax.errors import UserError
 
 # The least value of each number that nothing else checks before it is used.
@@ -36,6 +37,8 @@ _LEAST = {
     "evaluation.num_images": 2,
     "evaluation.batch_size": 1,
     "evaluation.seed": 0,
+    "evaluation.loss_every": 0,
+    "evaluation.loss_images": 1,
 }
 
 
@@ -46,6 +49,9 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         value = (config[section] if section else config)[key]
         if not value >= least:
             raise UserError(f"{name}={value}: must be at least {least}")
+    for name, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+        if seed > LARGEST_SEED:
+            raise UserError(f"{name}={seed}: must be at most {LARGEST_SEED}")
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")
