@@ -116,8 +116,8 @@ class Assembly:
 
     @functools.cached_property
     def _states(self) -> tuple[TrainState, TrainState]:
-        with jax.set_mesh(self.mesh):
-            return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
+        # Not under the mesh: optax makes zeros on the way, and nothing can be computed on devices that are absent.
+        return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
 
     @property
     def shapes(self) -> TrainState:
@@ -162,8 +162,9 @@ class Assembly:
 
     def lower_step(self) -> jax.stages.Lowered:
         """The training step, lowered on shapes alone."""
+        step, shapes = self.jit_step(), self.shapes
         with jax.set_mesh(self.mesh):
-            return self.jit_step().lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
+            return step.lower(shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
 
 
 def assemble(config: ml_collections.ConfigDict, source: Source | Description, mesh: Mesh) -> Assembly:
