@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from vae_weights import write_vae
 
 import tiny
-from speedit_jax.encoders.autoencoder import latents_of, sample_posterior
+from speedit_jax.encoders.autoencoder import Autoencoder, latents_of, sample_posterior
 from speedit_jax.training.step import make_train_step, stream
 
 IDENTITY = {"vae": "", "weights": "", "config": {"scaling_factor": 0.5, "shift_factor": 0.25, "block_out_channels": [32]}}
@@ -38,3 +40,13 @@ def test_a_step_on_moments_is_a_step_on_their_latents():
     expected = trainer.train_step()(state, {"image": latents, "label": batch["label"]}, key)[1]
     for name in ("loss", "mse", "vb", "grad_norm"):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["encoder", "decoder"])
+def test_it_is_lowered_without_weights_on_the_devices(tmp_path, decode):
+    autoencoder = Autoencoder(str(write_vae(tmp_path, "four")), tiny.make_mesh((8, 1, 1)))
+    image_shape = autoencoder.image_shape((4, 4, autoencoder.channels))
+    compiled = autoencoder.lower(image_shape, 16, decode).compile()
+    assert "_params" not in vars(autoencoder)
+    (out,) = [s.shape for s in jax.tree.leaves(compiled.out_info)]
+    assert out == ((16, *image_shape) if decode else (16, 4, 4, 2 * autoencoder.channels))
