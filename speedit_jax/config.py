@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 # Keys whose default is not how runs behaved that are older than the key: how they did.
 LEGACY = {"optim.decay_mask": "all"}
+LARGEST_SEED = 2**32 - 1  # jax.random.key keeps 32 bits, and silently drops the others
 
 
 def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
@@ -146,6 +147,12 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     evaluation.reference = ""  # compare with: "" is the images of training; else as evaluate's --reference, an npz or images
     evaluation.split = "train"  # of a reference that is digits or tfds:NAME, as data.split
     evaluation.seed = 0  # of the noise, which is the same each time, and of random parts of the metrics
+    # The held-out loss: the unweighted mse on examples, timesteps and noise that stay the same, so that its values compare
+    # across strategies. A strategy moves the mean of its own training mse.
+    evaluation.loss_every = 0  # steps between measurements, of the EMA weights and of the raw ones; 0 measures none
+    evaluation.loss_source = ""  # the examples, as data.source; "" is data.source
+    evaluation.loss_split = ""  # of the digits or tfds, as data.split; "" is data.split, or train of another loss_source
+    evaluation.loss_images = 256  # examples, evenly spaced over the source; each is measured at 4 noise levels
 
     c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
     mesh.data = -1  # batch only
