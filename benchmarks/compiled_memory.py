@@ -15,8 +15,10 @@ import jax
 
 from speedit_jax import sharding
 from speedit_jax.config import get_config
+from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
-from speedit_jax.training import assembly, topologies
+from speedit_jax.training import topologies
+from speedit_jax.training.assembly import assemble
 
 SIDES = {
     "DiG": {"name": "DiG-S/2"},
@@ -24,7 +26,7 @@ SIDES = {
     "DiT, flash": {"name": "DiT-S/2"},
 }
 TOPOLOGIES = ("h100", "v5e:2x2")
-CLASSES = 1000
+CLASSES = tuple(map(str, range(1000)))
 
 
 def measure(topology: str, overrides: dict, remat: str, pixels: int) -> dict[str, float] | str:
@@ -33,9 +35,9 @@ def measure(topology: str, overrides: dict, remat: str, pixels: int) -> dict[str
     config.model.update({"remat": remat, **overrides})
     config.training.batch_size = 1
     mesh = sharding.make_mesh(config.mesh, topologies.devices(topology)[0][:1])
-    model = assembly.make_model(config, mesh, (pixels // 8, pixels // 8, 4), CLASSES)
+    parts = assemble(config, Description((pixels // 8, pixels // 8, 4), CLASSES), mesh)
     try:
-        compiled = topologies.lower(config, mesh, model, "train").compile()
+        compiled = parts.lower_step().compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise

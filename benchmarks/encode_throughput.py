@@ -28,11 +28,9 @@ from configs import imagenet
 from speedit_jax import sharding
 from speedit_jax.data import loader
 from speedit_jax.data.sources import Source, open_source
-from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.testing.vae_weights import write_vae
-from speedit_jax.training import assembly
-from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
-from speedit_jax.training.step import make_train_step
+from speedit_jax.training.assembly import assemble
+from speedit_jax.training.batches import batches
 
 PIXELS = 256
 THREADS = (0, 1, 2, 3, 4)
@@ -93,39 +91,20 @@ def loading(source: Source, batch_size: int, num_steps: int, threads: int) -> di
 class Training:
     """Loader, autoencoder where images come, and the train step, compiled and warm: what train.py's loop runs."""
 
-    def __init__(self, config, mesh, autoencoder: Autoencoder):
-        self._source, self._batch_size = open_source(config.data), config.training.batch_size
-        self._threads = config.data.threads
-        online = self._source.latents is None
-        self._autoencoder = autoencoder if online else None
-        identity = autoencoder.identity if online else self._source.latents
-        shape = autoencoder.latent_shape(self._source.image_shape) if online else self._source.image_shape
-        model = assembly.make_model(config, mesh, shape, len(self._source.class_names))
-        diffusion = assembly.make_diffusion(config)
-        strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
-        self._mesh, self._rows, self._key = mesh, sharding.batch_sharding(mesh), jax.random.key(0)
-        with jax.set_mesh(mesh):
-            _, shardings = state_shardings(mesh, model, optimizer, strategy)
-            init = jax.jit(lambda key: initial_state(model, optimizer, strategy, key), out_shardings=shardings)
-            self._state = init(self._key)
-        self._step = jax.jit(
-            make_train_step(model, diffusion, strategy, optimizer, config, identity),
-            in_shardings=(shardings, self._rows, None),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
+    def __init__(self, config, mesh):
+        self._source = open_source(config.data)
+        self._parts = assemble(config, self._source, mesh)
+        self._key = jax.random.key(0)
+        self._state, self._step = self._parts.initial_state(self._key), self._parts.jit_step()
         self.run(1)
 
     def run(self, num_steps: int) -> dict[str, float]:
         clock = Clock()
-        for batch in stream(self._source, self._batch_size, num_steps, self._threads):
-            batch = {name: jax.device_put(values, self._rows) for name, values in batch.items()}
-            if self._autoencoder:
-                batch["moments"] = self._autoencoder.moments(batch.pop("image"))
-            with jax.set_mesh(self._mesh):
+        for batch in batches(self._parts, self._source, 0, num_steps):
+            with jax.set_mesh(self._parts.mesh):
                 self._state, metrics = self._step(self._state, batch, self._key)
         jax.block_until_ready((self._state, metrics))
-        return clock.read(num_steps * self._batch_size)
+        return clock.read(num_steps * self._parts.config.training.batch_size)
 
 
 def main() -> None:
@@ -161,8 +140,8 @@ def main() -> None:
             record["loading"]["latents, 4 threads"].append(loading(latents, 8, args.images, 4))
 
         mesh = sharding.make_mesh(online.mesh, jax.devices()[:1])
-        autoencoder = Autoencoder(vae, mesh)
-        sides = {"stored": Training(stored, mesh, autoencoder), "online": Training(online, mesh, autoencoder)}
+        online.data.vae = vae
+        sides = {"stored": Training(stored, mesh), "online": Training(online, mesh)}
         record["training"] = {name: [] for name in sides}
         for _ in tqdm(range(args.rounds), "training"):
             for name, side in sides.items():

@@ -28,14 +28,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 from absl import logging
 
-from speedit_jax import __version__, sharding
-from speedit_jax.training import assembly
+from speedit_jax import __version__
+from speedit_jax.data.sources import open_source
+from speedit_jax.training.assembly import assemble
 from speedit_jax.training.checkpoint import Checkpoints, arrays
-from speedit_jax.training.state import make_optimizer, state_shardings
+from speedit_jax.training.run import Run as OpenRun
+from speedit_jax.training.run import open_run
+from speedit_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVE_EVERY, SAMPLE_EVERY, LOG_EVERY, EVALUATE_EVERY = 20, 40, 5, 10
@@ -170,9 +172,11 @@ def evidence(workdir: Path) -> dict[str, object]:
     checkpoints = Checkpoints(workdir)
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     for step in steps:
-        for name, array in arrays(restore(checkpoints, step)).items():
+        run = open_run(workdir, step)
+        for name, array in arrays(restore(run)).items():
             found[f"checkpoint {step}: {name}"] = (array.dtype.str, array.shape, array.tobytes())
-        found[f"evaluation {step}"] = json.dumps(checkpoints.meta(step).get("evaluation"))
+        found[f"evaluation {step}"] = json.dumps(run.meta.get("evaluation"))
+        run.checkpoints.close()
     found["best"] = checkpoints.choose("best")
     checkpoints.close()
     for i, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
@@ -184,15 +188,10 @@ def evidence(workdir: Path) -> dict[str, object]:
     return found | {f"leftover {path.relative_to(workdir)}": True for path in leftovers}
 
 
-def restore(checkpoints: Checkpoints, step: int):
-    """The state of a checkpoint, put together from the config it carries, as train.py does."""
-    meta = checkpoints.meta(step)
-    config = ml_collections.ConfigDict(meta["config"])
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    diffusion = assembly.make_diffusion(config)
-    model = assembly.make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
-    shapes = state_shardings(mesh, model, make_optimizer(config), assembly.make_strategy(config, diffusion))
-    return checkpoints.restore(step, *shapes)
+def restore(run: OpenRun) -> TrainState:
+    """The whole state of a checkpoint, not only the weights."""
+    parts = assemble(run.config, open_source(run.config.data), run.mesh)
+    return run.checkpoints.restore(run.step, parts.shapes, parts.shardings)
 
 
 def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:

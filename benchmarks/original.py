@@ -46,7 +46,7 @@ class Original:
         sizes = {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": PATCH, "num_classes": CLASSES}
         sizes |= {"input_size": LATENTS[0], "in_channels": LATENTS[2]}
         self.network = make_network(load("dit_models", checkout / "models.py"), **sizes)
-        self.update_ema = _function(checkout / "train.py", "update_ema")
+        self.update_ema = function_of(checkout / "train.py", "update_ema")
 
     def parameters(self, like: Any) -> Any:
         """The network's weights arranged as our parameters."""
@@ -54,7 +54,7 @@ class Original:
         return names.TABLE.from_torch(state, like, PATCH)
 
 
-def _function(path: Path, name: str) -> Callable:
+def function_of(path: Path, name: str) -> Callable:
     """One function of a file the rest of which is not run."""
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]

@@ -4,7 +4,7 @@
 
 PATH is a checkout of github.com/facebookresearch/DiT (benchmarks/original.py). 256 pixels
 (latents 32 x 32 x 4), float32, 50 steps of DDIM, guidance 1.5 on three channels, batch 8, which is 16 rows in the network:
-  ours      training/sampling.py as sample.py runs it
+  ours      sampling/sampler.py as sample.py runs it
   eager     the original's ddim_sample_loop with forward_with_cfg, as its sample.py sets them up
   compile   the same with forward_with_cfg through torch.compile
 All have the same random weights, labels and starting noise, and the samples are compared. About ten minutes on two cores.
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from benchmarks.original import CLASSES, LATENTS, Original, in_turn, nchw, parse, report
 from speedit_jax import sharding
 from speedit_jax.config import get_config
+from speedit_jax.data.description import Description
 from speedit_jax.sampling.sampler import Settings, image_noise, lower_sampler
-from speedit_jax.training import assembly
+from speedit_jax.training.assembly import assemble
 
 SIDES = ("ours", "eager", "compile")
 GUIDANCE = 1.5
@@ -37,13 +38,11 @@ def make_ours(original: Original, labels: np.ndarray, steps: int, key: jax.Array
         {"sampler": "ddim", "num_steps": steps, "guidance_scale": GUIDANCE, "guidance_channels": 3, "clip": False}
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    model = assembly.make_model(config, mesh, LATENTS, CLASSES)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.device_put(original.parameters(shapes), sharding.param_shardings(mesh, model.axes, shapes))
-    settings = Settings.from_config(config.sampling, model)
-    sample = lower_sampler(model, assembly.make_diffusion(config), settings, mesh, len(labels)).compile()
-    rows = sharding.batch_sharding(mesh)
-    indices, labels = (jax.device_put(x.astype(np.int32), rows) for x in (np.arange(len(labels)), labels))
+    parts = assemble(config, Description(LATENTS, tuple(map(str, range(CLASSES)))), mesh)
+    params = jax.device_put(original.parameters(parts.shapes.params), parts.shardings.params)
+    settings = Settings.from_config(config.sampling, parts.model)
+    sample = lower_sampler(parts.model, parts.diffusion, settings, mesh, len(labels)).compile()
+    indices, labels = (jax.device_put(x.astype(np.int32), parts.rows) for x in (np.arange(len(labels)), labels))
 
     def run():
         with jax.set_mesh(mesh):

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from benchmarks.original import CLASSES, LATENTS, Original, in_turn, nchw, parse, report
 from speedit_jax import sharding
 from speedit_jax.config import get_config
-from speedit_jax.training import assembly
-from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
-from speedit_jax.training.step import make_loss, make_train_step
+from speedit_jax.data.description import Description
+from speedit_jax.training.assembly import Assembly, assemble
+from speedit_jax.training.step import make_loss
 
 SIDES = ("ours", "eager", "compile")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -38,44 +38,32 @@ class Ours:
     def __init__(self, original: Original, batch: dict[str, np.ndarray]):
         self._mesh = sharding.make_mesh(get_config().mesh, jax.devices()[:1])
         self._key, self._batch = jax.random.key(0), batch
-        _, model, strategy, optimizer, shardings = self._parts("fp32")
+        parts = self._parts("fp32")
+        state = parts.initial_state(self._key)
         with jax.set_mesh(self._mesh):
-            init = jax.jit(lambda key: initial_state(model, optimizer, strategy, key), out_shardings=shardings)
-            state = init(self._key)
-            weights = jax.device_put(original.parameters(state.params), shardings.params)
+            weights = jax.device_put(original.parameters(state.params), parts.shardings.params)
             copies = jax.tree.map(lambda x: x.copy(), weights)
         self._state = dataclasses.replace(state, params=weights, ema=copies)
 
-    def _parts(self, precision: str):
+    def _parts(self, precision: str) -> Assembly:
         config = get_config("DiT-S/2")
         config.model.dtype = PRECISIONS[precision]
         config.training.batch_size = len(self._batch["label"])
         config.optim.clip_norm = 0.0  # as published
-        model = assembly.make_model(config, self._mesh, LATENTS, CLASSES)
-        strategy = assembly.make_strategy(config, assembly.make_diffusion(config))
-        optimizer = make_optimizer(config)
-        with jax.set_mesh(self._mesh):
-            _, shardings = state_shardings(self._mesh, model, optimizer, strategy)
-        return config, model, strategy, optimizer, shardings
+        return assemble(config, Description(LATENTS, tuple(map(str, range(CLASSES)))), self._mesh)
 
     def loss(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Of each example, [B], in float32."""
-        config, model, *_ = self._parts("fp32")
-        loss = jax.jit(make_loss(model, assembly.make_diffusion(config)))
+        parts = self._parts("fp32")
+        loss = jax.jit(make_loss(parts.model, parts.diffusion))
         with jax.set_mesh(self._mesh):
             _, terms = loss(self._state.params, inputs)
         return np.asarray(terms["loss"])
 
     def step(self, precision: str) -> Callable[[], None]:
-        config, model, strategy, optimizer, shardings = self._parts(precision)
-        rows = sharding.batch_sharding(self._mesh)
-        step = jax.jit(
-            make_train_step(model, assembly.make_diffusion(config), strategy, optimizer, config),
-            in_shardings=(shardings, rows, None),
-            out_shardings=(shardings, None),
-            donate_argnums=0,
-        )
-        batch = {name: jax.device_put(values, rows) for name, values in self._batch.items()}
+        parts = self._parts(precision)
+        step = parts.jit_step()
+        batch = {name: jax.device_put(values, parts.rows) for name, values in self._batch.items()}
 
         def run():
             with jax.set_mesh(self._mesh):

@@ -27,11 +27,10 @@ from tqdm import tqdm
 
 from speedit_jax import sharding
 from speedit_jax.config import get_config
+from speedit_jax.data.description import Description
 from speedit_jax.models.backbone import REMAT_POLICIES
 from speedit_jax.models.build import SIZES
-from speedit_jax.training import assembly
-from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
-from speedit_jax.training.step import make_train_step
+from speedit_jax.training.assembly import assemble
 
 SIDES = {
     "DiG": {"name": "DiG"},
@@ -40,7 +39,7 @@ SIDES = {
     "DiT, flash": {"name": "DiT", "attention": "auto"},
 }
 PIXELS_PER_TOKEN = 16  # a side: 8 by the autoencoder, 2 by the patch
-CLASSES = 1000
+CLASSES = tuple(map(str, range(1000)))
 
 
 class Side:
@@ -52,20 +51,14 @@ class Side:
         config.model.update({**overrides, "name": name, "remat": args.remat, "dtype": args.dtype})
         config.training.batch_size = args.batch_size
         shape = (pixels // 8, pixels // 8, 4)
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        model = assembly.make_model(config, mesh, shape, CLASSES)
-        diffusion = assembly.make_diffusion(config)
-        strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
+        parts = assemble(config, Description(shape, CLASSES), sharding.make_mesh(config.mesh, jax.devices()[:1]))
         self._key = jax.random.key(0)
         self._batch = {
             "image": np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32),
             "label": np.zeros(args.batch_size, np.int32),
         }
-        with jax.set_mesh(mesh):
-            shapes, shardings = state_shardings(mesh, model, optimizer, strategy)
-            step = jax.jit(make_train_step(model, diffusion, strategy, optimizer, config), donate_argnums=0)
-            self._step = step.lower(shapes, self._batch, self._key).compile()
-            self._state = jax.jit(lambda key: initial_state(model, optimizer, strategy, key), out_shardings=shardings)(self._key)
+        self._step = parts.lower_step().compile()
+        self._state = parts.initial_state(self._key)
         memory = self._step.memory_analysis()
         self.mib = {
             "state": memory.argument_size_in_bytes / 2**20,

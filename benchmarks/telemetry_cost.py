@@ -19,12 +19,10 @@ import numpy as np
 
 from configs import digits
 from speedit_jax import sharding
-from speedit_jax.data import loader
 from speedit_jax.data.sources import open_source
 from speedit_jax.reporting.telemetry import Telemetry
-from speedit_jax.training import assembly
-from speedit_jax.training.state import initial_state, make_optimizer, state_shardings
-from speedit_jax.training.step import make_train_step
+from speedit_jax.training.assembly import assemble
+from speedit_jax.training.batches import batches
 
 
 def main() -> None:
@@ -35,35 +33,14 @@ def main() -> None:
     config = digits.get_config()
     block, batch_size, num_steps = config.training.log_every, config.training.batch_size, 10**9
     source, mesh = open_source(config.data), sharding.make_mesh(config.mesh)
-    diffusion = assembly.make_diffusion(config)
-    strategy, optimizer = assembly.make_strategy(config, diffusion), make_optimizer(config)
-    model = assembly.make_model(config, mesh, source.image_shape, len(source.class_names))
-    key, rows = jax.random.key(config.seed), sharding.batch_sharding(mesh)
-    with jax.set_mesh(mesh):
-        _, shardings = state_shardings(mesh, model, optimizer, strategy)
-        state = jax.jit(lambda k: initial_state(model, optimizer, strategy, k), out_shardings=shardings)(key)
-    step_of = make_train_step(model, diffusion, strategy, optimizer, config)
-    common = {"in_shardings": (shardings, rows, None), "donate_argnums": 0}
-    full = jax.jit(step_of, out_shardings=(shardings, None), **common)
-    bare = jax.jit(lambda *inputs: step_of(*inputs)[0], out_shardings=shardings, **common)
-
-    local = sharding.local_rows(rows, batch_size)
-    batches = (
-        {name: sharding.global_array(rows, batch_size, local, values) for name, values in batch.items()}
-        for batch in loader.batches(
-            source,
-            seed=config.seed,
-            batch_size=batch_size,
-            rows=local,
-            first_step=0,
-            num_steps=num_steps,
-            threads=config.data.threads,
-        )
-    )
+    parts, key = assemble(config, source, mesh), jax.random.key(config.seed)
+    state, full = parts.initial_state(key), parts.jit_step()
+    bare = jax.jit(lambda *inputs: full(*inputs)[0], out_shardings=parts.shardings, donate_argnums=0)
+    loaded = batches(parts, source, 0, num_steps)
     seconds = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as scratch, jax.set_mesh(mesh):
         telemetry = Telemetry(Path(scratch), first_step=0, num_steps=(args.pairs + 1) * block, batch_size=batch_size)
-        timed, step = telemetry.waiting_for(batches), 0
+        timed, step = telemetry.waiting_for(loaded), 0
         for pair in range(args.pairs + 1):
             for which in ("with", "without") if pair % 2 else ("without", "with"):
                 jax.block_until_ready(state)
@@ -76,7 +53,7 @@ def main() -> None:
                         if step % block == 0:
                             telemetry.metrics(step, metrics)
                     else:
-                        state = bare(state, next(batches), key)
+                        state = bare(state, next(loaded), key)
                 jax.block_until_ready(state)
                 if pair:  # the first one compiles
                     seconds[which].append((time.perf_counter() - since) / block)

@@ -25,12 +25,10 @@ from scipy.integrate import solve_ivp
 from scipy.special import softmax
 
 from speedit_jax import sharding
-from speedit_jax.config import complete
 from speedit_jax.data.sources import load_digits
 from speedit_jax.diffusion.samplers import guided, spaced_steps
 from speedit_jax.diffusion.schedules import make_schedule
-from speedit_jax.training import assembly
-from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.run import open_run
 
 COUNTS, NUM_IMAGES = (5, 8, 10, 15, 20), 200
 SCHEDULE = make_schedule("linear", 1000)
@@ -94,17 +92,12 @@ def mixtures() -> Iterator[tuple[str, int, Predict]]:
 
 def network(workdir: str) -> tuple[int, Predict]:
     """Dimensions, and x0_hat of a run's EMA weights under its own guidance and clipping."""
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.choose("newest")
-    meta = checkpoints.meta(step)
-    config, shape, classes = complete(meta["config"]), meta["image_shape"], len(meta["class_names"])
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    model, diffusion = assembly.make_model(config, mesh, shape, classes), assembly.make_diffusion(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = checkpoints.restore_weights(step, "ema", shapes, sharding.param_shardings(mesh, model.axes, shapes))
-    apply, labels = functools.partial(model.apply, params), jnp.arange(NUM_IMAGES) % classes
-    denoise = guided(apply, labels, model.null_label, config.sampling.guidance_scale, shape[-1])
-    x0_hat = jax.jit(lambda x, t: diffusion.predict_x0_and_eps(denoise(x, t), x, t, config.sampling.clip)[0])
+    run = open_run(workdir, mesh=mesh)
+    shape, sampling = run.model.image_shape, run.config.sampling
+    apply, labels = functools.partial(run.model.apply, run.restore()), jnp.arange(NUM_IMAGES) % len(run.class_names)
+    denoise = guided(apply, labels, run.model.null_label, sampling.guidance_scale, shape[-1])
+    x0_hat = jax.jit(lambda x, t: run.diffusion.predict_x0_and_eps(denoise(x, t), x, t, sampling.clip)[0])
 
     def predict(x, alpha, sigma):
         t = jnp.full(NUM_IMAGES, np.abs(ALPHA - alpha).argmin())

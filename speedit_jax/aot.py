@@ -6,7 +6,8 @@
 The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
 the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints what each device has to hold, the collectives
 and the FLOPs, and writes them as JSON to --out. Exits with 1 if it does not fit. Without --image_shape and --num_classes the
-config's data are opened to learn them.
+config's data are opened to learn them. With data.vae the encoder that runs before each step, or the decoder that runs after the
+sampler, is compiled and counted too.
 """
 
 import time
@@ -16,15 +17,17 @@ from typing import Any
 import jax
 import ml_collections
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from speedit_jax import cli, sharding, storage
 from speedit_jax.data.description import Description
 from speedit_jax.data.sources import Source, open_source
+from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.sampler import Settings, lower_sampler
 from speedit_jax.training import topologies
-from speedit_jax.training.assembly import assemble
+from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.check import check_numbers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
@@ -34,9 +37,14 @@ _IMAGE_SHAPE = flags.DEFINE_list("image_shape", None, "H,W,C of what the model d
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 is unconditional.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
+AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder runs before each step, or after the sampler
 
-def open_data(config: ml_collections.ConfigDict) -> Source | Description:
-    """The config's data, or what --image_shape and --num_classes say of them."""
+
+def open_data(config: ml_collections.ConfigDict, mesh: Mesh) -> Source | Description:
+    """The config's data, or what --image_shape and --num_classes say of them.
+
+    With data.vae these are latents, which the model draws: stored ones, or of images that are as much larger as it makes them.
+    """
     if _IMAGE_SHAPE.value is None:
         return open_source(config.data)
     try:
@@ -45,7 +53,15 @@ def open_data(config: ml_collections.ConfigDict) -> Source | Description:
         raise UserError(f"--image_shape={','.join(_IMAGE_SHAPE.value)}: give H,W,C") from None
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
-    return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
+    shape, classes, vae = (height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))), config.data.vae
+    if not vae:
+        return Description(shape, classes)
+    autoencoder = Autoencoder(vae, mesh)
+    if autoencoder.channels != channels:
+        raise UserError(f"--image_shape has {channels} channels, but data.vae={vae} has latents of {autoencoder.channels}")
+    if config.data.source.startswith("latents:"):
+        return Description(shape, classes, latents=autoencoder.identity)
+    return Description(autoencoder.image_shape(shape), classes)
 
 
 def aot() -> int | None:
@@ -56,25 +72,25 @@ def aot() -> int | None:
     # Whatever accelerator is here: it is not the one that is asked about.
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
-    source = open_data(config)
     devices, allowed = topologies.devices(topology)
-    parts = assemble(config, source, sharding.make_mesh(config.mesh, devices))
-    model, mesh = parts.model, parts.mesh
-    if what == "train":
-        lowered = parts.lower_step()
-    else:
-        settings = Settings.from_config(config.sampling, model)
-        lowered = lower_sampler(model, parts.diffusion, settings, mesh, config.training.batch_size)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    parts = assemble(config, open_data(config, mesh), mesh)
+    model = parts.model
     shown = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     print(
         f"{what} {config.model.name} {model.image_shape}, {model.dtype}, {model.mixer} mixer, remat {config.model.remat},",
         end=" ",
     )
     print(f"batch {config.training.batch_size}, on {mesh.size} {mesh.devices.flat[0].device_kind}: {shown}", flush=True)
+    if parts.autoencoder and (parts.online or what == "sample"):
+        when = "before each step" if what == "train" else "after the sampler"
+        print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
     since = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        for name, lowered in programs(parts, what).items():
+            facts = topologies.measure(lowered.compile())
+            record |= facts if name == what else {name: facts}
     except jax.errors.JaxRuntimeError as e:
         # TPU's compiler refuses what exceeds the device's memory, and says so in many lines.
         if "RESOURCE_EXHAUSTED" not in str(e):
@@ -83,23 +99,56 @@ def aot() -> int | None:
         record |= {"fits": False, "error": line}
         print(f"does not fit: {line.strip()[:300]}")
     else:
-        record |= {"compile_seconds": round(time.perf_counter() - since, 1)} | topologies.measure(compiled)
-        record["fits"] = allowed is None or record["bytes_per_device"]["total"] <= allowed
+        record["compile_seconds"] = round(time.perf_counter() - since, 1)
+        record["bytes_needed"] = needed(record, AROUND[what])
+        if AROUND[what] in record and allowed is None:
+            # A TPU's compiler sees to one program at a time.
+            allowed = topologies.TPU_MEMORY[mesh.devices.flat[0].device_kind]
+        record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
     if _OUT.value:
         storage.write_json(Path(_OUT.value).expanduser(), record)
     return None if record["fits"] else 1
 
 
+def programs(parts: Assembly, what: str) -> dict[str, jax.stages.Lowered]:
+    """{"train" or "sample": it, "encoder" or "decoder": what runs before or after it, if anything does}."""
+    config, model, batch = parts.config, parts.model, parts.config.training.batch_size
+    if what == "train":
+        found = {what: parts.lower_step()}
+    else:
+        settings = Settings.from_config(config.sampling, model)
+        found = {what: lower_sampler(model, parts.diffusion, settings, parts.mesh, batch)}
+    if parts.autoencoder and (parts.online or what == "sample"):
+        pixels = parts.autoencoder.image_shape(model.image_shape)
+        found[AROUND[what]] = parts.autoencoder.lower(pixels, batch, decode=what == "sample")
+    return found
+
+
+def needed(record: dict[str, Any], around: str) -> int:
+    """Bytes on each device at the worst moment. The programs run in turn; what each takes in, weights above all, stays there."""
+    size = record["bytes_per_device"]
+    if around not in record:
+        return size["total"]
+    other = record[around]["bytes_per_device"]
+    return max(size["total"] + other["arguments"], other["total"] + size["arguments"])
+
+
 def report(record: dict[str, Any], allowed: int | None) -> None:
     if record["fits"]:
         print("fits;", end=" ")
-    else:
+    elif record["topology"].partition("x")[0] in topologies.GPUS:
         fraction = topologies.GPU_MEMORY_FRACTION
         print(f"does not fit in {allowed / 2**20:.1f} MiB, the {fraction:.0%} of the GPU that JAX takes by itself", end=" ")
         print("(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more);", end=" ")
+    else:
+        print(f"does not fit in {allowed / 2**20:.1f} MiB, all that the compiler gives to programs;", end=" ")
     print(f"compiled in {record['compile_seconds']} s")
     print("\n".join(topologies.lines(record)))
+    for around in AROUND.values():
+        if around in record:
+            print("\n".join([f"the {around}:", *topologies.lines(record[around])]))
+            print(f"  {'needed, in turn':<20} {record['bytes_needed'] / 2**20:10.1f} MiB a device")
 
 
 if __name__ == "__main__":

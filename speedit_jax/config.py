@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 # Keys whose default is not how runs behaved that are older than the key: how they did.
 LEGACY = {"optim.decay_mask": "all"}
+LARGEST_SEED = 2**32 - 1  # jax.random.key keeps 32 bits, and silently drops the others
 
 
 def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
@@ -63,9 +64,11 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
-    # uniform, p2, min_snr, lognormal, logit_normal, clts, loss_second_moment, speedit or speed_cvpr25: docs/speedit.md
+    # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or
+    # speed_cvpr25: docs/speedit.md
     timesteps.strategy = "speedit"
-    # Replaces the strategy's density: uniform, lognormal, logit_normal, clts, loss_second_moment, speedit or speed
+    # Replaces the strategy's density: uniform, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise,
+    # speedit or speed
     timesteps.sampling = config_dict.placeholder(str)
     # Replaces its loss weight: none, p2, min_snr, edm, flow or change_aware
     timesteps.weighting = config_dict.placeholder(str)
@@ -81,6 +84,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     timesteps.clts_mean = 300.0  # clts: of the Gaussian that the density becomes, in thousandths of the schedule
     timesteps.clts_std = 250.0
     timesteps.clts_steps = 50_000  # clts: optimizer steps until it is reached, from uniform
+    timesteps.laplace_mean = 0.0  # laplace: of log-SNR; more is less noisy
+    timesteps.laplace_scale = 0.5  # and its mean distance from there
+    timesteps.probe_every = 100  # gradient_noise: optimizer steps between two measurements, each of the cost of a step
     timesteps.lam = 0.6  # change_aware: 0.5 (no weighting) to 1
 
     c.optim = optim = ml_collections.ConfigDict()
@@ -141,6 +147,12 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     evaluation.reference = ""  # compare with: "" is the images of training; else as evaluate's --reference, an npz or images
     evaluation.split = "train"  # of a reference that is digits or tfds:NAME, as data.split
     evaluation.seed = 0  # of the noise, which is the same each time, and of random parts of the metrics
+    # The held-out loss: the unweighted mse on examples, timesteps and noise that stay the same, so that its values compare
+    # across strategies. A strategy moves the mean of its own training mse.
+    evaluation.loss_every = 0  # steps between measurements, of the EMA weights and of the raw ones; 0 measures none
+    evaluation.loss_source = ""  # the examples, as data.source; "" is data.source
+    evaluation.loss_split = ""  # of the digits or tfds, as data.split; "" is data.split, or train of another loss_source
+    evaluation.loss_images = 256  # examples, evenly spaced over the source; each is measured at 4 noise levels
 
     c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
     mesh.data = -1  # batch only

@@ -10,9 +10,12 @@ import ml_collections
 import numpy as np
 
 from speedit_jax import sharding
+from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
+from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.sampling.draw import draw_batches
+from speedit_jax.sampling.draw import draw_batches, in_batches
+from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.labels import parse_labels
 from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
 from speedit_jax.training.run import Run, open_run
@@ -67,39 +70,55 @@ class LoadedRun:
         Args:
           labels: classes by name or number, taken in turn; None is all classes.
           num_images: None is one of each label.
-          seed: of the noise.
+          seed: of the noise, 0 to 2^32 - 1.
           batch_size: images at a time, over all devices.
-          settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale, ...
+          settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale,
+            guidance_channels, clip, ...
 
         Returns:
-          uint8 [num_images, H, W, C].
+          uint8 [num_images, H, W, C]; latents without an autoencoder are no pictures: float32 [num_images, h, w, C].
 
         Raises:
-          UserError: there is no such class, or the model cannot serve the settings.
+          UserError: there is no such class, the model cannot serve the settings, or what it draws is not finite.
         """
+        if not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"seed={seed}: must lie in 0..{LARGEST_SEED}")
+        latents = self.autoencoder is not None or self.run.latents is not None
         classes = parse_labels(None if labels is None else list(map(str, labels)), self.class_names)
         count = len(classes) if num_images is None else num_images
-        chosen = Settings.from_config(self.config.sampling, self.model, **settings)
+        chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
         if chosen not in self._samplers:
             self._samplers[chosen] = make_sampler(self.model, self.diffusion, chosen, self.run.mesh)
         batch = min(batch_size, count)
         batch += -batch % sharding.batch_devices(self.run.mesh)
-        labels = classes[np.arange(count) % len(classes)].astype(np.int32)
-        drawn = draw_batches(self._samplers[chosen], self.params, jax.random.key(seed), labels, batch, self.autoencoder)
-        return np.concatenate([images for _, images in drawn])[:count]
+        labels = classes[np.arange(in_batches(count, batch)) % len(classes)].astype(np.int32)
+        drawn = draw_batches(self._samplers[chosen], self.params, jax.random.key(seed), labels, count, batch, self.autoencoder)
+        images = np.concatenate([images for _, images in drawn])[:count]
+        return images if self.run.draws_latents and not self.autoencoder else to_uint8(images)
 
 
-def load(workdir: str | Path, *, step: int | str = "newest", weights: str = "ema", vae: str | None = None) -> LoadedRun:
+def load(
+    workdir: str | Path,
+    *,
+    step: int | str = "newest",
+    weights: str = "ema",
+    vae: str | None = None,
+    dtype: str | None = None,
+    tile: bool = False,
+) -> LoadedRun:
     """Opens a run of `train`, or weights that `convert` imported.
 
     Args:
       workdir: its directory.
       step: of the checkpoint: a number, "newest", or "best" of the run's evaluations.
       weights: "ema", "raw", or "ema_DECAY" for one of training.extra_ema_decays.
-      vae: of a run on latents: where its autoencoder is now; None is where it was in training.
+      vae: of a run on latents: where its autoencoder is now; None is where it was in training, "none" draws the latents alone.
+      dtype: of activations: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16"; None is the run's model.dtype.
+      tile: decode latents in overlapping tiles, for pictures that do not fit in memory.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
-    run = open_run(workdir, step)
-    return LoadedRun(run, run.restore(weights), open_autoencoder(vae, run.latents, run.model.image_shape[2], run.mesh))
+    run = open_run(workdir, step, dtype=dtype)
+    autoencoder = open_autoencoder(vae, run.latents, run.model.image_shape[2], run.mesh, dtype or "auto", tile)
+    return LoadedRun(run, run.restore(weights), autoencoder)

@@ -19,15 +19,18 @@ from absl import flags
 from tqdm import tqdm
 
 from speedit_jax import __version__, cli, sharding, storage
+from speedit_jax.config import LARGEST_SEED
 from speedit_jax.data.image_sets import KINDS, Images, open_images
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.comparison import (
     FEATURES,
     METRICS,
+    NO_REFERENCE,
     Extractor,
     Options,
     Reference,
     choose_metrics,
+    crop_of,
     gather,
     make_extractor,
     measure,
@@ -48,7 +51,13 @@ _SIZE = flags.DEFINE_list(
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of KID's subsets and of the shuffle before the Inception Score's splits.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed",
+    0,
+    "Of KID's subsets and of the shuffle before the Inception Score's splits.",
+    lower_bound=0,
+    upper_bound=LARGEST_SEED,
+)
 _IS_SPLITS = flags.DEFINE_integer("is_splits", Options.is_splits, "Parts of the Inception Score.", lower_bound=1)
 _KID_SUBSETS = flags.DEFINE_integer("kid_subsets", Options.kid_subsets, "Random subsets for KID.", lower_bound=1)
 _KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", None, "Default: 1000, or all where there are fewer.", lower_bound=2)
@@ -56,8 +65,8 @@ _PR_NEIGHBOURS = flags.DEFINE_integer("pr_neighbours", Options.pr_neighbours, "k
 
 
 def evaluate() -> None:
-    if not _REFERENCE.value:
-        raise UserError("--reference is missing; --help has examples")
+    if not _REFERENCE.value and (_SAVE_STATISTICS.value or any(METRICS[name].compares for name in asked_metrics())):
+        raise UserError("--reference is missing; --help has examples, and --metrics=is needs none")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
     out, save = (Path(flag.value).expanduser() if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
@@ -89,13 +98,18 @@ def evaluate() -> None:
     if jax.process_index() != 0:
         return
     if save:
-        write_statistics(save, statistics, extractor.name, reference.count)
+        write_statistics(save, statistics, extractor.name, reference.origin)
         print(f"statistics of {reference.count} images, {extractor.name} features, in {save}")
     if images:
         values = {}
         for name in tqdm(names, unit="metric", leave=False):
             values |= measure(name, of_images, of_reference, statistics, options)
         report(values, images, reference, extractor, options, out, mesh.size)
+
+
+def asked_metrics() -> list[str]:
+    """Those of --metrics that exist; by default all. `choose_metrics` names the others."""
+    return [name for name in _METRICS.value or METRICS if name in METRICS]
 
 
 def open_both() -> tuple[Images | None, Reference]:
@@ -109,8 +123,10 @@ def open_both() -> tuple[Images | None, Reference]:
     if _IMAGES.value:
         images = open_images(_IMAGES.value, shape)
         if images is None:
-            raise UserError(f"--images={_IMAGES.value} has no arr_0; give {KINDS}")
+            raise UserError(f"--images={_IMAGES.value} has no arr_0, the name of pictures (latents are none); give {KINDS}")
         shape = shape or images.shape
+    if not _REFERENCE.value:
+        return images, NO_REFERENCE
     reference = open_reference(_REFERENCE.value, shape, _SPLIT.value, _FEATURES.value)
     compared, statistics = reference.images, reference.statistics
     if _SAVE_STATISTICS.value and statistics:
@@ -151,12 +167,16 @@ def report(
 ) -> None:
     """Prints a table, and writes --out."""
     count = "an unknown number of" if reference.count is None else reference.count
-    print(f"{_IMAGES.value}: {len(images)} images; {_REFERENCE.value}: {count} images; {extractor.name} features")
+    against = f"{reference.where}: {count} images; " if reference.where else ""
+    print(f"{_IMAGES.value}: {len(images)} images; {against}{extractor.name} features")
     for name, value in values.items():
         print(f"  {name:<10} {value:.6g}")
     dimension = extractor.outputs["pool"]
     if {"fid", "sfid"} & values.keys() and min(len(images), reference.count or dimension + 1) <= dimension:
         print(f"note: a Fréchet distance of no more images than features ({dimension}) is far too large; compare equal n only")
+    # Samples do not tell how the images were cropped that their network was trained on.
+    for note in reference.notes("centre" if crop_of(_IMAGES.value) == "centre" else None):
+        print(note)
     if not out:
         return
     settings = {"batch_size": _BATCH_SIZE.value} | dataclasses.asdict(options)
@@ -164,8 +184,10 @@ def report(
     record = {
         "images": {"from": _IMAGES.value, "n": len(images), "shape": list(images.shape)},
         "reference": {
-            "from": _REFERENCE.value,
+            "from": reference.where,
             "n": reference.count,
+            "shape": reference.origin.shape and list(reference.origin.shape),
+            "crop": reference.origin.crop,
             "images": len(reference.images) if reference.images else 0,
             "statistics": sorted(reference.statistics),
         },

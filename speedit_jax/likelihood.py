@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from speedit_jax import __version__, cli, sharding, storage
+from speedit_jax.config import LARGEST_SEED
 from speedit_jax.data import loader
 from speedit_jax.data.image_sets import Spread
 from speedit_jax.data.sources import Source, open_source
@@ -27,6 +28,7 @@ from speedit_jax.diffusion.likelihood import bound_terms, prior_bits
 from speedit_jax.diffusion.schedules import respace, sampling_steps
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
+from speedit_jax.sampling.draw import check_weights
 from speedit_jax.sampling.sampler import image_noise
 from speedit_jax.training.run import Run, open_run
 
@@ -36,7 +38,7 @@ _SPLIT = flags.DEFINE_string("split", None, "Of digits or tfds: as data.split; o
 _NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, evenly spaced. Default: all.", lower_bound=1)
 _UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Do not tell the network the images' classes.")
 _NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=LARGEST_SEED)
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
@@ -60,6 +62,7 @@ def likelihood() -> None:
     if jax.process_index() == 0:
         cli.check_writable(out)
     params = run.restore(_WEIGHTS.value)
+    check_weights(params)
 
     terms = measure(make_bound(model, diffusion, config.sampling.clip, mesh), params, source, count, diffusion, model, mesh)
     if jax.process_index() != 0:
@@ -179,8 +182,24 @@ def measure(
                 found.append({name: x[:inside] for name, x in bound(params, key, indices, images, labels, steps).items()})
                 bar.update(inside * len(steps))
             terms = {name: np.concatenate([f[name] for f in found], axis=1) for name in found[0] if name != "prior"}
+            check_finite(indices[0], terms)
             parts.append(terms | {"prior": found[0]["prior"]})
     return {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}
+
+
+def check_finite(first: int, terms: dict[str, np.ndarray]) -> None:
+    """Raises a UserError that names the first image of which a term, [B, T], is not finite.
+
+    Args:
+      first: number of the first of these images.
+    """
+    bad = np.any([~np.isfinite(values) for values in terms.values()], axis=0)
+    if bad.any():
+        image, level = np.argwhere(bad)[0]
+        raise UserError(
+            f"image {first + image}: the bound is not finite at noise level {level}. Likely causes: weights that do not fit this"
+            " config, or activations in bfloat16 (model.dtype)"
+        )
 
 
 def filled_batches(source: Source, count: int, mesh: Mesh) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -3,12 +3,15 @@
   python -m speedit_jax.sample --workdir=runs/digits --class_labels=0,1,2,3 --num_images=64 --out=samples.png
 
 Writes an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 labels), a PNG grid of the first images and a JSON of all
-settings; --png_files also each image. Stop it at any time and run the same command again: finished batches stay, and the
-result is the same to the byte. With --multihost the processes share every batch, and the first writes.
+settings; --png_files also each image. Latents without an autoencoder are written as float32 (`latents`, `labels`), not as
+pictures. Stop it at any time and run the same command again: finished batches stay, and the result is the same to the byte. With
+a larger --num_images it adds to the images that are there. With --multihost the processes share every batch, and the first
+writes.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +20,15 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from speedit_jax import cli, sharding
+from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.sampling.draw import draw_batches
+from speedit_jax.models.build import DTYPES
+from speedit_jax.sampling.draw import check_weights, draw_batches, in_batches
+from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
-from speedit_jax.sampling.writer import GRID, Output, checksum, claim
+from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
 from speedit_jax.training.run import Run, open_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -33,19 +39,27 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images of other sett
 _CLASS_LABELS = flags.DEFINE_list(
     "class_labels", None, "Classes, by name or number, taken in turn; or random. Default: all, in turn."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.", lower_bound=0, upper_bound=LARGEST_SEED
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time, over all devices; all batches are full.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
-_VAE = flags.DEFINE_string("vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training.")
+_VAE = flags.DEFINE_string(
+    "vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training. none: latents."
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, ("auto", *DTYPES), "Of activations. Default: the run's model.dtype.")
+_TILE = flags.DEFINE_bool("tile", False, "Decode latents in overlapping tiles, for pictures that do not fit in memory.")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpm++; of flows euler, heun, sde. Default: the run's, as below.")
 _NUM_STEPS = flags.DEFINE_string("num_steps", None, "Sampling steps: 50; of diffusion also ddim50, or 10,15,20 by section.")
 _SPACING = flags.DEFINE_string("spacing", None, "Of the steps: even or logsnr.")
 _ETA = flags.DEFINE_float("eta", None, "Noise of ddim and dpm++, 0 to 1.")
 _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Guidance, classifier-free or by --guide_workdir; 1 is none.")
+_GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Leading channels that are guided; 0 is all.", lower_bound=0)
 _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "And up to this one.")
+_CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
 _GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Its checkpoint. Default: the newest.")
 
@@ -59,58 +73,36 @@ def columns_for(labels: int, images: int) -> int | None:
 def sample() -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the directory of a training run")
-    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value)
-    model, mesh, workdir = run.model, run.mesh, run.workdir
-    given = {
-        "sampler": _SAMPLER.value,
-        "num_steps": int(steps) if (steps := _NUM_STEPS.value or "").isdecimal() else steps or None,
-        "spacing": _SPACING.value,
-        "eta": _ETA.value,
-        "guidance_scale": _GUIDANCE_SCALE.value,
-        "guidance_schedule": _GUIDANCE_SCHEDULE.value,
-        "guidance_low": _GUIDANCE_LOW.value,
-        "guidance_high": _GUIDANCE_HIGH.value,
-    }
+    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value, dtype=_DTYPE.value)
+    model, mesh = run.model, run.mesh
     guide = open_guide(run)
-    settings = Settings.from_config(run.config.sampling, model, guide and guide.model, **given)
-    settings = resolve(settings, run.diffusion)
-    autoencoder = open_autoencoder(_VAE.value, run.latents, model.image_shape[2], mesh)
-    labels, asked = choose_labels(run.class_names)
-    out = Path(_OUT.value).expanduser() if _OUT.value else workdir / "sampled"
+    autoencoder = open_autoencoder(
+        _VAE.value, run.latents, model.image_shape[2], mesh, dtype=_DTYPE.value or "auto", tile=_TILE.value
+    )
+    latents = run.draws_latents and not autoencoder
+    check_decoding(latents, autoencoder)
+    settings = choose_settings(run, guide, autoencoder)
+    out = Path(_OUT.value).expanduser() if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
     sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
     params = run.restore(_WEIGHTS.value)
     params = (params, guide.restore(_WEIGHTS.value)) if guide else params
-    batch = min(_BATCH_SIZE.value, len(labels))
-    batch += -batch % sharding.batch_devices(mesh)
-    record = {
-        "workdir": str(workdir),
-        "checkpoint_step": run.step,
-        "weights": _WEIGHTS.value,
-        "weights_sha256": checksum(params),
-        "seed": _SEED.value,
-        "num_images": len(labels),
-        "class_labels": asked,
-        "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
-        **dataclasses.asdict(settings),
-        "dtype": model.dtype,
-        "latents": autoencoder and {**autoencoder.identity, "dtype": autoencoder.dtype},
-        "batch_size": _BATCH_SIZE.value,
-        "devices": mesh.size,
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "png_files": _PNG_FILES.value,
-        "versions": run.meta["versions"] | {"sampled_with_jax": jax.__version__},
-    }
+    check_weights(params)
+    batch = _BATCH_SIZE.value + -_BATCH_SIZE.value % sharding.batch_devices(mesh)
+    count = _NUM_IMAGES.value
+    # Of the last batch's extra images too, so that a batch is the same to the bit when more images are asked for later.
+    labels, asked = choose_labels(run.class_names, in_batches(count, batch))
+    record = describe(run, guide, settings, autoencoder, asked, checksum(params))
     # Directories that folder: takes for classes; without classes it wants none.
-    folders = tuple(name.replace("/", "_") for name in run.class_names) or ("",)
-    output = Output(out, record, labels, batch, folders if _PNG_FILES.value else None)
+    folders = tuple(map(folder_name, run.class_names)) or ("",)
+    output = Output(out, record, labels[:count], batch, folders if _PNG_FILES.value else None, latents)
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:
         try:
-            draw(sampler, params, autoencoder, output, finished)
+            draw(sampler, params, autoencoder, output, labels, finished)
             if jax.process_index() == 0:
-                output.finish(None if asked == "random" else columns_for(len(asked), min(len(labels), GRID)))
+                output.finish(None if asked == "random" else columns_for(len(asked), min(count, GRID)))
         except OSError as e:
             raise UserError(f"cannot write to {out}: {e.strerror}; mend that and run the same command again") from e
     if jax.process_count() > 1:
@@ -120,16 +112,89 @@ def sample() -> None:
             print("Already there, nothing to do:")
         how = f"{_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps, guidance {settings.guidance_scale}"
         files = f", each in {out}/" if _PNG_FILES.value else ""
-        print(f"{len(labels)} images of step {run.step} ({how}) in {out}.png, {out}.npz{files}, settings in {out}.json")
+        what = "latents" if latents else "images"
+        print(f"{count} {what} of step {run.step} ({how}) in {output.grid}, {out}.npz{files}, settings in {out}.json")
+        if latents:
+            print(
+                f"These are latents, not pictures: float32 in {out}.npz, three of their channels in {output.grid.name}."
+                " For pictures name their autoencoder with --vae=DIR, and another --out."
+            )
 
 
-def choose_labels(class_names: list[str]) -> tuple[np.ndarray, list[int] | str]:
-    """(int32 [N], classes that are taken in turn, or "random").
+def check_decoding(latents: bool, autoencoder: Autoencoder | None) -> None:
+    """Raises a UserError for flags that want pictures, or an autoencoder, where there is none.
+
+    Args:
+      latents: what is drawn are latents, which nothing decodes.
+    """
+    if latents and _PNG_FILES.value:
+        raise UserError("--png_files: latents are no pictures; name the autoencoder that they are of, --vae=DIR")
+    if _TILE.value and not autoencoder:
+        raise UserError("--tile: nothing is decoded here; it is for latents and their autoencoder, --vae=DIR")
+
+
+def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None) -> Settings:
+    """The run's, and those of the flags.
+
+    Raises:
+      UserError: the model cannot serve them.
+    """
+    given = {
+        "sampler": _SAMPLER.value,
+        "num_steps": int(steps) if (steps := _NUM_STEPS.value or "").isdecimal() else steps or None,
+        "spacing": _SPACING.value,
+        "eta": _ETA.value,
+        "guidance_scale": _GUIDANCE_SCALE.value,
+        "guidance_channels": _GUIDANCE_CHANNELS.value,
+        "guidance_schedule": _GUIDANCE_SCHEDULE.value,
+        "guidance_low": _GUIDANCE_LOW.value,
+        "guidance_high": _GUIDANCE_HIGH.value,
+        "clip": _CLIP.value,
+    }
+    latents = autoencoder is not None or run.latents is not None
+    settings = Settings.from_config(run.config.sampling, run.model, guide and guide.model, latents, **given)
+    return resolve(settings, run.diffusion)
+
+
+def describe(
+    run: Run, guide: Run | None, settings: Settings, autoencoder: Autoencoder | None, class_labels: list[int] | str, weights: str
+) -> dict[str, Any]:
+    """All that the images depend on, JSON.
+
+    Args:
+      class_labels: as `choose_labels` returns them.
+      weights: their checksum.
+    """
+    decoder = autoencoder and {**autoencoder.identity, "dtype": autoencoder.dtype}
+    if _TILE.value:
+        decoder["tile"] = True
+    return {
+        "workdir": str(run.workdir),
+        "checkpoint_step": run.step,
+        "weights": _WEIGHTS.value,
+        "weights_sha256": weights,
+        "seed": _SEED.value,
+        "num_images": _NUM_IMAGES.value,
+        "class_labels": class_labels,
+        "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
+        **dataclasses.asdict(settings),
+        "dtype": run.model.dtype,
+        "latents": decoder,
+        "batch_size": _BATCH_SIZE.value,
+        "devices": run.mesh.size,
+        "device_kind": run.mesh.devices.flat[0].device_kind,
+        "png_files": _PNG_FILES.value,
+        "versions": run.meta["versions"] | {"sampled_with_jax": jax.__version__},
+    }
+
+
+def choose_labels(class_names: list[str], count: int) -> tuple[np.ndarray, list[int] | str]:
+    """(int32 [count], classes that are taken in turn, or "random").
 
     Raises:
       UserError: no such class.
     """
-    count, names = _NUM_IMAGES.value, _CLASS_LABELS.value
+    names = _CLASS_LABELS.value
     if class_names and names == ["random"] and "random" not in class_names:
         return random_labels(jax.random.key(_SEED.value), count, len(class_names)), "random"
     classes = parse_labels(names, class_names)
@@ -147,7 +212,7 @@ def open_guide(run: Run) -> Run | None:
             raise UserError(f"--guide_step={_GUIDE_STEP.value} needs --guide_workdir")
         return None
     try:
-        guide = open_run(_GUIDE_WORKDIR.value, _GUIDE_STEP.value, run.mesh)
+        guide = open_run(_GUIDE_WORKDIR.value, _GUIDE_STEP.value, run.mesh, _DTYPE.value)
     except UserError as e:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
@@ -163,17 +228,21 @@ def open_guide(run: Run) -> Run | None:
     return guide
 
 
-def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, finished: np.ndarray) -> None:
-    """Draws the batches that are not finished; process 0 writes them."""
-    writes = jax.process_index() == 0
-    there = min(int(finished.sum()) * output.batch, len(output.labels))
+def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, labels: np.ndarray, finished: np.ndarray) -> None:
+    """Draws the batches that are not finished; process 0 writes them.
+
+    Args:
+      labels: int32, of all images of all batches.
+    """
+    writes, count = jax.process_index() == 0, len(output.labels)
+    there = min(int(finished.sum()) * output.batch, count)
     if writes and there and not finished.all():
-        print(f"Going on: {there} of {len(output.labels)} images are there.")
+        print(f"Going on: {there} of {count} images are there.")
     missing, key = np.flatnonzero(~finished).tolist(), jax.random.key(_SEED.value)
-    with tqdm(total=len(output.labels), initial=there, unit="image", disable=not writes) as bar:
-        for i, images in draw_batches(sampler, params, key, output.labels, output.batch, autoencoder, missing):
+    with tqdm(total=count, initial=there, unit="image", disable=not writes) as bar:
+        for i, images in draw_batches(sampler, params, key, labels, count, output.batch, autoencoder, missing):
             if writes:
-                bar.update(output.write(i, images))
+                bar.update(output.write(i, images if output.latents else to_uint8(images)))
 
 
 if __name__ == "__main__":

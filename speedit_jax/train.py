@@ -20,11 +20,13 @@ from speedit_jax import cli, sharding
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.during_training import Evaluation
+from speedit_jax.evaluation.held_out import HeldOutLoss
 from speedit_jax.reporting import console, wandb_board
 from speedit_jax.reporting.curves import write_curves
 from speedit_jax.reporting.environment import Environment
 from speedit_jax.reporting.page import write_report
 from speedit_jax.reporting.telemetry import PEAK_FLOPS, Profiler, Telemetry
+from speedit_jax.sampling.draw import NotFiniteError
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
 from speedit_jax.training import lock, run, topologies
@@ -99,8 +101,16 @@ def open_telemetry(parts: Assembly, workdir: Path, step: int, started: float) ->
 
 
 def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, telemetry: Telemetry) -> None:
-    """Draws the EMA weights' samples to WORKDIR/samples and to the boards."""
-    (images,) = grids.draw(state.ema, grids.count)
+    """Draws the EMA weights' samples to WORKDIR/samples and to the boards.
+
+    Samples that are not finite do not stop training: its own steps are checked, and the sampler's settings, which may be at
+    fault, can be changed afterwards.
+    """
+    try:
+        (images,) = grids.draw(state.ema, grids.count)
+    except NotFiniteError as e:
+        telemetry.say(f"warning: no grid of samples at step {step}: {e}")
+        return
     if jax.process_index() == 0:
         columns = grids.num_classes if 1 < grids.num_classes <= 16 else None
         path, grid = workdir / "samples" / f"step_{step:07d}.png", image_grid(images, columns)
@@ -109,9 +119,14 @@ def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, 
 
 
 def evaluate(evaluation: Evaluation, state: TrainState, step: int, telemetry: Telemetry) -> dict:
-    """Measures the EMA weights; returns what the checkpoint says of it."""
+    """Measures the EMA weights; returns what the checkpoint says of it: nothing where samples are not finite (`show_grid`)."""
     since = time.perf_counter()
-    values = evaluation(state.ema)
+    try:
+        values = evaluation(state.ema)
+    except NotFiniteError as e:
+        telemetry.say(f"warning: no evaluation at step {step}: {e}")
+        telemetry.paused(since)
+        return {}
     telemetry.also({f"eval_{name}": value for name, value in values.items()})
     telemetry.say(f"Step {step}: {console.spelled(values)}.")
     telemetry.paused(since)
@@ -138,6 +153,15 @@ def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, me
         checkpoints.close()
 
 
+def measure_held_out(held_out: HeldOutLoss, state: TrainState, telemetry: Telemetry, metrics: dict) -> None:
+    """Logs the held-out loss of the EMA weights and of the raw ones with the step's metrics."""
+    jax.block_until_ready(metrics)  # what the device still computes is not part of the pause
+    since = time.perf_counter()
+    for prefix, params in (("", state.ema), ("raw_", state.params)):
+        telemetry.also({f"{prefix}heldout_{name}": value for name, value in held_out(params).items()})
+    telemetry.paused(since)
+
+
 def dry_run(parts: Assembly, source: Source) -> None:
     """Loads a batch and compiles the step; nothing is written."""
     next(batches(parts, source, 0, parts.config.training.num_steps))
@@ -154,12 +178,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
     grids, evaluation = make_drawings(parts, source)
+    held_out = HeldOutLoss(parts, source) if config.evaluation.loss_every else None
     weights, lines = {}, console.opening(parts, source)
     if config.init_from and not peek(workdir):
         weights, taken_over = starting_weights(config.init_from, parts, source.class_names, _CHANGES.value)
         lines += [f"init from  {line}" for line in taken_over]
     if evaluation:
         lines.append(f"evaluation {evaluation}")
+    if held_out:
+        lines.append(f"held out   {held_out}")
     if _DRY_RUN.value:
         say(*lines)
         return dry_run(parts, source)
@@ -169,7 +196,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         meta = run.describe(config, source, parts.model.image_shape, parts.latents)
         meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
         say(*lines, *(f"settings   {line}" for line in changed))
-        return go_on(parts, source, workdir, meta, weights, (grids, evaluation), started)
+        return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), started)
 
 
 def go_on(
@@ -178,11 +205,11 @@ def go_on(
     workdir: Path,
     meta: dict,
     weights: dict,
-    drawings: tuple[FixedSamples | None, Evaluation | None],
+    watching: tuple[FixedSamples | None, Evaluation | None, HeldOutLoss | None],
     started: float,
 ) -> int | None:
     """Takes the steps that a run still lacks."""
-    config, mesh, (grids, evaluation) = parts.config, parts.mesh, drawings
+    config, mesh, (grids, evaluation, held_out) = parts.config, parts.mesh, watching
     kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(workdir, create=True, **kept)
     step, num_steps = checkpoints.latest() or 0, config.training.num_steps
@@ -191,6 +218,8 @@ def go_on(
         return say(*console.closing(workdir, parts.model, checkpoints.best()))
     if evaluation:
         evaluation.prepare(workdir)
+    if held_out:
+        held_out.prepare()
     key = jax.random.key(config.seed)
     state, train_step = first_state(parts, checkpoints, step, weights, key), parts.jit_step()
     run.record(workdir, meta)
@@ -214,8 +243,11 @@ def go_on(
             skips.look(step, batch)
             last = step == num_steps
             evaluating = evaluation is not None and (step % config.evaluation.every == 0 or last)
-            if step % config.training.log_every == 0 or evaluating or last:
+            testing = held_out is not None and (step % config.evaluation.loss_every == 0 or last)
+            if step % config.training.log_every == 0 or evaluating or testing or last:
                 telemetry.say(skips.check(telemetry.metrics(step, metrics)))
+            if testing:
+                measure_held_out(held_out, state, telemetry, metrics)
             stopping = stop(step)
             drawing = grids is not None and (step % config.training.sample_every == 0 or last)
             saving = step % config.checkpoint.every == 0 or evaluating or last or stopping

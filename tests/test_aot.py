@@ -5,6 +5,9 @@ import json
 import jax
 import pytest
 from commands import TINY, assert_fails, assert_works
+from PIL import Image
+
+from speedit_jax.testing.vae_weights import write_vae
 
 MISTAKES = {
     "no config": (["--topology=v5e:2x2"], ["--config is missing"]),
@@ -39,3 +42,28 @@ def test_what_does_not_fit_says_so(run):
     flags = ["--config=configs/imagenet.py:DiT-XL/2", "--topology=v5e:2x2", "--image_shape=32,32,4", "--num_classes=1000"]
     result = run("aot", *flags, "--config.model.remat=none", "--config.training.batch_size=256")
     assert result.code == 1 and "does not fit" in result.out and "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_the_autoencoder_is_counted(run, tmp_path):
+    """Whether the data are images or --image_shape says what is drawn of them."""
+    pytest.importorskip("libtpu")
+    vae = write_vae(tmp_path / "vae", "four")
+    for i in range(2):
+        (tmp_path / "images" / "ab"[i]).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / "ab"[i] / "x.png")
+    flags = ["--config=configs/base.py:DiT-tiny/2", "--topology=v5e:2x2", f"--out={tmp_path / 'aot.json'}"]
+    flags += [f"--config.data.vae={vae}", "--config.sampling.clip=False", "--config.training.batch_size=16"]
+    data = [f"--config.data.source=folder:{tmp_path / 'images'}", "--config.data.height=64", "--config.data.width=64"]
+    records = []
+    for shape in (data, ["--image_shape=32,32,4", "--num_classes=2"]):
+        result = run("aot", *flags, *shape)
+        assert_works(result)
+        assert "(32, 32, 4)" in result.out and "before each step the encoder of" in result.out
+        records.append(json.loads((tmp_path / "aot.json").read_text()))
+    images, drawn = records
+    assert images["encoder"] == drawn["encoder"] and images["bytes_per_device"] == drawn["bytes_per_device"]
+    of_step, of_encoder = (facts["bytes_per_device"] for facts in (images, images["encoder"]))
+    assert of_encoder["arguments"] >= 4 * 64 * 64 * 3 * 4  # four images a device
+    assert images["encoder"]["flops_per_device"] > 0
+    assert images["bytes_needed"] == max(of_step["total"] + of_encoder["arguments"], of_encoder["total"] + of_step["arguments"])

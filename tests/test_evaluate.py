@@ -52,7 +52,14 @@ def test_table_and_json(evaluated, samples):
     result, record = evaluated
     assert f"{record['metrics']['fid']:.6g}" in result.out and "355 images" in result.out and "1442 images" in result.out
     assert record["images"] == {"from": str(samples), "n": 355, "shape": [8, 8, 1]}
-    assert record["reference"] == {"from": "digits", "n": 1442, "images": 1442, "statistics": []}
+    assert record["reference"] == {
+        "from": "digits",
+        "n": 1442,
+        "shape": [8, 8, 1],
+        "crop": "none",
+        "images": 1442,
+        "statistics": [],
+    }
     assert record["features"] == "pixels" and record["inception"] is None
     settings = {"batch_size": 64, "seed": 0, "is_splits": 10, "kid_subsets": 3, "kid_subset_size": 50, "pr_neighbours": 3}
     assert record["settings"] == settings
@@ -82,6 +89,7 @@ def test_statistics_stand_for_the_reference(run, evaluated, samples, tmp_path):
     record = json.loads(out.read_text())
     assert record["metrics"].keys() == {"fid"} and record["reference"]["n"] == 1442
     np.testing.assert_allclose(record["metrics"]["fid"], evaluated[1]["metrics"]["fid"], rtol=1e-9)
+    assert record["reference"]["shape"] == [8, 8, 1] and record["reference"]["crop"] == "none"
     # As ADM's reference batches: statistics of many images, and some of them.
     np.savez(path, digits("train")[:200], **adms, features=np.array("pixels"))
     assert_works(run("evaluate", *flags, *FEW, f"--reference={path}", f"--out={out}"))
@@ -98,6 +106,26 @@ def test_images_against_themselves(run, tmp_path):
     metrics = json.loads((tmp_path / "x.json").read_text())["metrics"]
     assert list(metrics) == ["precision", "recall", "fid"]
     assert metrics["precision"] == metrics["recall"] == 1 and metrics["fid"] < 1e-9
+
+
+def test_statistics_of_another_size_are_refused(run, samples, tmp_path):
+    path = tmp_path / "reference.npz"
+    size = ["--size=4,16,1", "--features=pixels", f"--save_statistics={path}"]
+    assert_works(run("evaluate", "--reference=synthetic", *size))
+    flags = ["evaluate", f"--images={samples}", "--features=pixels", f"--reference={path}"]
+    assert_fails(run(*flags), f"{path} holds statistics of images of 4x16x1", "8x8x1")
+    with np.load(path) as file:
+        np.savez(path, mu=file["mu"], sigma=file["sigma"], features=file["features"])  # as another program would write it
+    result = run(*flags)
+    assert_works(result)
+    assert f"note: {path} does not say of what size and crop its images were" in result.out
+
+
+def test_the_inception_score_asks_for_no_reference(run, samples, tmp_path):
+    flags = ["evaluate", f"--images={samples}", "--metrics=is"]
+    assert_fails(run(*flags), "--inception: ", "pt_inception-2015-12-05-6726825d.pth")
+    assert_fails(run(*flags[:2], "--metrics=is,fid"), "--reference is missing", "--metrics=is needs none")
+    assert_fails(run(*flags, f"--save_statistics={tmp_path / 'x.npz'}"), "--reference is missing")
 
 
 MISTAKES = {
@@ -160,6 +188,9 @@ def test_with_inception(run, tmp_path):
         "--kid_subsets=3",
         f"--out={tmp_path / 'x.json'}",
     ]
+    assert_works(run("evaluate", f"--images={tmp_path / 'samples.npz'}", "--metrics=is", *flags))
+    alone = json.loads((tmp_path / "x.json").read_text())
+    assert alone["metrics"].keys() == {"is", "is_std"} and alone["reference"]["from"] is None
     source = tmp_path / "reference.npz"
     images = np.random.default_rng(1).integers(0, 200, (14, 16, 16, 3), np.uint8)
     np.savez(source, images)

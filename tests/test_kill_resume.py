@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from commands import ONE_DEVICE
 
@@ -64,3 +66,18 @@ def test_the_comparison_covers_the_whole_run_and_sees_one_bit(script, reference)
             flipped = (dtype, shape, bytes([data[0] ^ 1]) + data[1:])
             assert script.differences(reference, reference | {name: flipped}) == [name]
     assert script.differences(reference, reference | {"leftover x.partial": True}) == ["leftover x.partial"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"], ids=["plain", "deterministic"])
+def test_on_a_gpu(script, tmp_path, flags):
+    """Whether the same holds there, where autotuning may choose other kernels in the second process, and under which flag."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("on a CPU the tests above; pytest -m gpu")
+    # Each process compiles for itself: one that finds what the first one compiled would prove less.
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XLA_FLAGS": f"{env.get('XLA_FLAGS', '')} {flags}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    reference = script.uninterrupted(tmp_path / "uninterrupted", STEPS, env)[0]
+    experiments = {"kill": [script.Strike("stepping", STEPS // 2, 0.1)]}
+    (row,) = script.study(experiments, reference, tmp_path, STEPS, env=env)
+    assert row["hits"][0]["phase"] != "finished" and row["problems"] == []

@@ -111,7 +111,7 @@ def test_samples_come_from_the_workdir_alone(ten, trained):
         "eta": 0.0,
         "guidance_channels": 0,
         "clip": True,
-        "batch_size": 64,
+        "batch_size": 16,
         "devices": 1,
         "device_kind": "cpu",
         "dtype": "float32",

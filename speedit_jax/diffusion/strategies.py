@@ -1,4 +1,4 @@
-r"""How timesteps are drawn: from a fixed density, from one that changes over training, or from one that follows the losses.
+r"""How timesteps are drawn: from a fixed density, from one that changes over training, or from one that follows measurements.
 
 A strategy is `init() -> s`, `sample(key, n, step, s) -> (t [n], weight [n], importance [n])`, `update(s, t, loss) -> s`; s lives
 in the train state, replicated over the mesh, and in the checkpoints. An example's loss is importance * (weight * mse + vb), or
@@ -6,12 +6,15 @@ importance * weight * vb where the bound is trained alone: the weight is part of
 only takes back that t was not drawn uniformly, and is 1 where the density is part of what is minimised, too. n is the whole
 optimizer batch, before accumulation and sharding.
 
+A strategy with a `probe_every` other than 0 also wants to know of gradients. Every so many steps the step draws
+`probe(key, n) -> (t [n], weight [n])`, measures, and tells it: `learn(s, variance) -> s`.
+
 `marginal(n, step)` is the exact density [T] of a timestep picked at random from the n of that optimizer step, in float64;
 `describe(n)` is one line for the log.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,7 @@ class TableStrategy:
     density: np.ndarray
     weights: np.ndarray
     pivot: int | None = None
+    probe_every: ClassVar[int] = 0
 
     def init(self) -> State:
         """Nothing to remember: the empty pytree."""
@@ -94,6 +98,7 @@ class CurriculumStrategy:
     last: np.ndarray
     steps: int
     weights: np.ndarray
+    probe_every: ClassVar[int] = 0
 
     def init(self) -> State:
         """Nothing to remember: the empty pytree."""
@@ -139,6 +144,7 @@ class LossSecondMomentStrategy:
     weights: np.ndarray
     history: int = 10
     uniform: float = 0.001
+    probe_every: ClassVar[int] = 0
 
     def init(self) -> State:
         num_steps = len(self.weights)
@@ -178,7 +184,84 @@ class LossSecondMomentStrategy:
         return f"{uniform}; once every timestep has {self.history} losses, in proportion to their root mean square"
 
 
-Strategy = TableStrategy | CurriculumStrategy | LossSecondMomentStrategy
+@dataclasses.dataclass(frozen=True)
+class GradientNoiseStrategy:
+    """Timesteps in proportion to the standard deviation of their gradient.
+
+    Where the mean gradient at each t is small beside its noise, no other density makes the gradient of a batch vary less.
+    The schedule is cut into `bins` equal parts, and p_t = (1 - u) n_b / sum + u / T for t in part b, with n_b the square root of
+    v_b, the variance of one example's gradient, summed over the parameters. The importance is 1 / (T p_t), so that what is
+    minimised is that of uniform draws. v is an average of measurements in which older ones count less; before the first, p is
+    uniform. Its state is {"variance": [bins] float32, the average not yet divided by the sum of its weights, 1 - decay^probes;
+    "probes": [] int32}.
+
+    Attributes:
+      name: what the log calls it.
+      weights: [T] float64.
+      probe_every: optimizer steps between two measurements; the first one is at step 0.
+      bins: how many parts.
+      decay: of the average, a measurement.
+      uniform: u; no importance is greater than 1 / u.
+    """
+
+    name: str
+    weights: np.ndarray
+    probe_every: int = 100
+    bins: int = 8
+    decay: float = 0.9
+    uniform: float = 0.1
+
+    @property
+    def edges(self) -> np.ndarray:
+        """The first timestep of each part, and T. [bins + 1] int"""
+        return -(-np.arange(self.bins + 1) * len(self.weights) // self.bins)
+
+    def init(self) -> State:
+        return {"variance": jnp.zeros(self.bins), "probes": jnp.zeros((), jnp.int32)}
+
+    def probabilities(self, state: State) -> jax.Array:
+        """p_t. [T]"""
+        widths, num_steps = np.diff(self.edges), len(self.weights)
+        deviation = jnp.sqrt(state["variance"])  # the sum of the average's weights would cancel
+        adapted = (1 - self.uniform) * deviation / (widths * deviation).sum() + self.uniform / num_steps
+        p = jnp.where((state["probes"] > 0) & (deviation.sum() > 0), adapted, 1 / num_steps)
+        return jnp.repeat(p, widths, total_repeat_length=num_steps)
+
+    def sample(self, key: jax.Array, n: int, step: jax.Array, state: State) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del step
+        p = self.probabilities(state)
+        t = _draw(key, n, p)
+        return t, _at(self.weights, t), 1 / (len(self.weights) * p[t])
+
+    def update(self, state: State, t: jax.Array, loss: jax.Array) -> State:
+        del t, loss
+        return state
+
+    def probe(self, key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        """(t [n], weight [n]) of a measurement: rows r, r + 2 bins, ... are of part (r mod 2 bins) // 2, uniform within it."""
+        part = np.arange(n) % (2 * self.bins) // 2
+        first, last = self.edges[part], self.edges[part + 1]
+        t = jax.random.randint(key, (n,), first, last)
+        return t, _at(self.weights, t)
+
+    def learn(self, state: State, variance: jax.Array) -> State:
+        """The state after a measurement [bins]; one that is not finite is forgotten."""
+        finite = jnp.isfinite(variance).all()
+        average = self.decay * state["variance"] + (1 - self.decay) * variance
+        return {"variance": jnp.where(finite, average, state["variance"]), "probes": state["probes"] + finite}
+
+    def marginal(self, n: int, step: int = 0) -> np.ndarray:
+        """Before it has measured; later it depends on the gradients."""
+        del n, step
+        return np.full(len(self.weights), 1 / len(self.weights))
+
+    def describe(self, n: int) -> str:
+        uniform = _moments(self.name, self.marginal(n), self.weights)
+        measured = f"measured in {self.bins} parts every {self.probe_every} steps"
+        return f"{uniform}; in proportion to the standard deviation of the gradient, {measured}"
+
+
+Strategy = TableStrategy | CurriculumStrategy | LossSecondMomentStrategy | GradientNoiseStrategy
 
 
 def _draw(key: jax.Array, n: int, density: jax.Array) -> jax.Array:

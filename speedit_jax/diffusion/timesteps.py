@@ -13,6 +13,9 @@ Sampling densities
        log-SNR: SD3, arXiv 2403.03206. The flow's noise level is u / (1 - u), so that this is (8) with other m and d
   (11) clts:     p_t = (1 - a) / T + a N(t; mu, sd^2) / sum, a from 0 at optimizer step 0 to 1: CLTS, arXiv 2404.07946
   (12) loss_second_moment:  p_t ~ sqrt(E[L_t^2]), the weights corrected for it: IDDPM, arXiv 2102.09672
+  (15) laplace:  ln SNR ~ Laplace(m, b), mapped to the nearest ln SNR_t: arXiv 2407.03297
+  (16) gradient_noise:  p_t ~ sqrt(tr Cov[grad L_t]), measured on the way, the weights corrected for it. Our own; ANTS,
+       arXiv 2411.09998, learns its density from gradients, too
 Weights
   (4)  none:     w_t = 1
   (5)  p2:       w_t = 1 / (1 + SNR_t) = 1 - abar_t: P2 with k = gamma = 1, arXiv 2204.00227
@@ -33,7 +36,8 @@ paper; edm with sd = 1 is 1 for v. The velocity of a flow (flow.py) has a mse of
 path, where (14) is 1, and of (pi / 2)^2 (1 + s_t^2) on the gvp path.
 
 Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6), `min_snr` = (1)(9),
-`lognormal` = (8)(4), `logit_normal` = (10)(4), `clts` = (11)(4), `loss_second_moment` = (12)(4).
+`lognormal` = (8)(4), `logit_normal` = (10)(4), `clts` = (11)(4), `loss_second_moment` = (12)(4), `laplace` = (15)(4),
+`gradient_noise` = (16)(4).
 """
 
 import math
@@ -41,7 +45,13 @@ import math
 import numpy as np
 
 from speedit_jax.diffusion.schedules import Schedule
-from speedit_jax.diffusion.strategies import CurriculumStrategy, LossSecondMomentStrategy, Strategy, TableStrategy
+from speedit_jax.diffusion.strategies import (
+    CurriculumStrategy,
+    GradientNoiseStrategy,
+    LossSecondMomentStrategy,
+    Strategy,
+    TableStrategy,
+)
 from speedit_jax.errors import UserError
 
 _GRADIENT_THRESHOLD = 1e-4
@@ -93,6 +103,15 @@ def _lognormal_density(schedule: Schedule, mean: float, std: float) -> np.ndarra
     return np.where(upper, -np.diff(above, prepend=1.0, append=0.0), np.diff(below, prepend=0.0, append=1.0))
 
 
+def _laplace_density(schedule: Schedule, mean: float, scale: float) -> np.ndarray:
+    noise = -np.log(_snr(schedule))  # increasing, and its law is the same about -mean
+    z = ((noise[1:] + noise[:-1]) / 2 + mean) / scale
+    tail = np.exp(-np.abs(z)) / 2  # beyond the border, on the side away from the middle
+    below, above = np.where(z < 0, tail, 1 - tail), np.where(z < 0, 1 - tail, tail)
+    upper = np.append(False, z > 0)
+    return np.where(upper, -np.diff(above, prepend=1.0, append=0.0), np.diff(below, prepend=0.0, append=1.0))
+
+
 def _gaussian_density(schedule: Schedule, mean: float, std: float) -> np.ndarray:
     z = (np.arange(schedule.num_steps) * 1000 / schedule.num_steps - mean) / std
     raw = np.exp(-0.5 * (z**2 - (z**2).min()))  # the least one is taken off so that not all become zero
@@ -114,8 +133,11 @@ PRESETS = {
     "logit_normal": ("logit_normal", "none", False),
     "clts": ("clts", "none", False),
     "loss_second_moment": ("loss_second_moment", "none", False),
+    "laplace": ("laplace", "none", False),
+    "gradient_noise": ("gradient_noise", "none", False),
 }
-SAMPLINGS = ("uniform", "speedit", "speed", "lognormal", "logit_normal", "clts", "loss_second_moment")
+_ADAPTIVE = ("clts", "loss_second_moment", "gradient_noise")
+SAMPLINGS = ("uniform", "speedit", "speed", "lognormal", "logit_normal", "laplace", *_ADAPTIVE)
 WEIGHTINGS = ("none", "p2", "change_aware", "min_snr", "edm", "flow")
 
 
@@ -170,6 +192,9 @@ def make_strategy(
     clts_mean: float = 300.0,
     clts_std: float = 250.0,
     clts_steps: int = 50_000,
+    laplace_mean: float = 0.0,
+    laplace_scale: float = 0.5,
+    probe_every: int = 100,
 ) -> Strategy:
     """The strategy called `strategy`, with any of its three parts replaced.
 
@@ -186,6 +211,8 @@ def make_strategy(
       logit_mean, logit_std: m and d of density (10).
       clts_mean, clts_std, clts_steps: of density (11): mu and sd, of 1000 steps, scaled with T; and how many optimizer steps
         the way from uniform takes.
+      laplace_mean, laplace_scale: m and b of density (15).
+      probe_every: of density (16): optimizer steps between two measurements, positive.
 
     Raises:
       UserError: an unknown name or a number out of range.
@@ -207,11 +234,19 @@ def make_strategy(
         "logit_std": logit_std,
         "clts_std": clts_std,
         "clts_steps": clts_steps,
+        "laplace_scale": laplace_scale,
+        "probe_every": probe_every,
     }
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise UserError(f"timesteps.{name}={value}: must be finite and positive")
-    for name, value in (("log_sigma_mean", log_sigma_mean), ("logit_mean", logit_mean), ("clts_mean", clts_mean)):
+    means = {
+        "log_sigma_mean": log_sigma_mean,
+        "logit_mean": logit_mean,
+        "clts_mean": clts_mean,
+        "laplace_mean": laplace_mean,
+    }
+    for name, value in means.items():
         if not math.isfinite(value):
             raise UserError(f"timesteps.{name}={value}: must be finite")
 
@@ -220,11 +255,13 @@ def make_strategy(
         name = f"{strategy} with sampling={sampling}, weighting={weighting}, dual={dual}"
     uniform = np.full(schedule.num_steps, 1 / schedule.num_steps)
     weights = _make_weights(schedule, prediction, weighting, lam, gamma, sigma_data)
-    if sampling in ("clts", "loss_second_moment"):
+    if sampling in _ADAPTIVE:
         if dual:
             raise UserError(f"timesteps.dual pairs draws of a fixed density, which timesteps.sampling={sampling} has not")
         if sampling == "clts":
             return CurriculumStrategy(name, uniform, _gaussian_density(schedule, clts_mean, clts_std), clts_steps, weights)
+        if sampling == "gradient_noise":
+            return GradientNoiseStrategy(name, weights, probe_every, bins=min(8, schedule.num_steps))
         return LossSecondMomentStrategy(name, weights)
     density = {
         "uniform": lambda: uniform,
@@ -232,6 +269,7 @@ def make_strategy(
         "speed": lambda: _speed_density(schedule, k, tau),
         "lognormal": lambda: _lognormal_density(schedule, log_sigma_mean, log_sigma_std),
         "logit_normal": lambda: _lognormal_density(schedule, logit_mean, logit_std),
+        "laplace": lambda: _laplace_density(schedule, laplace_mean, laplace_scale),
     }[sampling]()
     pivot = None
     if dual:

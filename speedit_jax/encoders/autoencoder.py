@@ -1,6 +1,7 @@
 """The autoencoder around a latent diffusion model: one set of weights, jitted over the batch of a mesh."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -41,10 +42,10 @@ class Autoencoder:
     """
 
     def __init__(self, where: str, mesh: Mesh, dtype: str = "auto", tile: bool = False):
-        dtype = {"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(dtype, dtype)
+        dtype = {"auto": "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"}.get(dtype, dtype)
         vae, params = load_vae(where, dtype)
         self._mesh, self.dtype, self.channels = mesh, dtype, vae.config.latent_channels
-        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self._host_params = params
         self._rows = sharding.batch_sharding(mesh)
         self.directory = find_vae(where)
         config = json.loads(json.dumps(dataclasses.asdict(vae.config)))  # as it will be read again: lists for tuples
@@ -65,6 +66,21 @@ class Autoencoder:
         """Its factors, for a person to read."""
         return _scale(self.identity)
 
+    @functools.cached_property
+    def _params(self) -> Any:
+        """On the devices, from the first use on: those that `lower` compiles for may be absent."""
+        return jax.device_put(self._host_params, sharding.replicated(self._mesh))
+
+    def lower(self, image_shape: tuple[int, int, int], batch: int, decode: bool = False) -> jax.stages.Lowered:
+        """The encoder of `batch` images of (H, W, 3), or the decoder to them, lowered on shapes alone."""
+        shape = self.latent_shape(image_shape) if decode else image_shape
+        everywhere = sharding.replicated(self._mesh)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), self._host_params)
+        # The decoder takes what the sampler leaves: whole on every device.
+        rows = jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=everywhere if decode else self._rows)
+        with jax.set_mesh(self._mesh):
+            return (self._decode if decode else self._encode).lower(params, rows)
+
     def check(self, latents: dict[str, Any]) -> None:
         """Raises a UserError unless `latents`, an identity, is this autoencoder's, with the same scale."""
         if latents["weights"] != self.identity["weights"]:
@@ -82,13 +98,13 @@ class Autoencoder:
           UserError: images that the autoencoder does not take.
         """
         shape = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-        _, h, w, channels = jax.eval_shape(self._encode.__wrapped__, self._params, shape).shape
+        _, h, w, channels = jax.eval_shape(self._encode.__wrapped__, self._host_params, shape).shape
         return h, w, channels // 2
 
     def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(h, w, C) -> (H, W, 3)."""
         shape = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
-        return jax.eval_shape(self._decode.__wrapped__, self._params, shape).shape[1:]
+        return jax.eval_shape(self._decode.__wrapped__, self._host_params, shape).shape[1:]
 
     def moments(self, images: jax.Array) -> jax.Array:
         """The posterior of a batch that is on the mesh."""
@@ -104,23 +120,26 @@ class Autoencoder:
             return self._decode(self._params, latents)
 
 
-def open_autoencoder(given: str | None, latents: dict[str, Any] | None, channels: int, mesh: Mesh) -> Autoencoder | None:
-    """What decodes a run's latents; None where neither the run nor the user knows of any.
+def open_autoencoder(
+    given: str | None, latents: dict[str, Any] | None, channels: int, mesh: Mesh, dtype: str = "auto", tile: bool = False
+) -> Autoencoder | None:
+    """What decodes a run's latents; None where neither the run nor the user knows of any, or the user says "none".
 
     Args:
       given: --vae, in place of where it was in training.
       latents: of what autoencoder the run's data were, as far as it knows.
       channels: of what the run draws.
+      dtype, tile: as for `Autoencoder`.
 
     Raises:
       UserError: it is not there, or it is another one.
     """
-    if latents is None and not given:
+    if given == "none" or (latents is None and not given):
         return None
     try:
-        autoencoder = Autoencoder(given or latents["vae"], mesh)
+        autoencoder = Autoencoder(given or latents["vae"], mesh, dtype, tile)
     except UserError as e:
-        raise UserError(str(e) if given else f"{e}, with --vae") from e
+        raise UserError(str(e) if given else f"{e}, with --vae; --vae=none draws the latents alone") from e
     if latents:
         autoencoder.check(latents)
     elif autoencoder.channels != channels:

@@ -20,7 +20,7 @@ from speedit_jax.metrics.frechet import Gaussian, frechet_distance
 from speedit_jax.metrics.inception_score import inception_score
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.metrics.precision_recall import precision_recall
-from speedit_jax.metrics.statistics_file import read_statistics
+from speedit_jax.metrics.statistics_file import Origin, read_statistics
 
 Extractor = Pixels | Inception
 FEATURES = ("inception", "pixels")  # names of what extracts them
@@ -40,6 +40,11 @@ class Metric:
     moments: str | None = None
     images: str | None = None
     reference: str | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether it needs a reference."""
+        return self.moments is not None or self.reference is not None
 
     @property
     def outputs(self) -> set[str]:
@@ -86,14 +91,45 @@ class Reference:
     """Images, statistics, or, as ADM's reference batches, statistics of many images and some of them.
 
     Attributes:
-      where: what it was opened as.
-      count: of the images that the statistics are of; None where nobody says.
+      where: what it was opened as; None is no reference.
+      origin: the images, or those that the statistics are of.
     """
 
-    where: str
+    where: str | None
     images: Images | None
     statistics: dict[str, Gaussian]
-    count: int | None
+    origin: Origin
+
+    @property
+    def count(self) -> int | None:
+        """Of images; None where nobody says."""
+        return self.origin.count
+
+    def notes(self, crop: str | None) -> list[str]:
+        """What a person should know of statistics whose images may have been made otherwise than those compared with them.
+
+        Args:
+          crop: of the latter, as in `Origin`; None is unknown.
+        """
+        if not self.statistics:
+            return []
+        if self.origin.shape is None or self.origin.crop is None:
+            return [
+                f"note: {self.where} does not say of what size and crop its images were; a Fréchet distance compares images that"
+                " were made alike"
+            ]
+        how = {"none": "taken as they were", "centre": "scaled and cropped at the centre"}
+        if crop is not None and self.origin.crop != crop:
+            return [f"note: {self.where} is of images {how.get(self.origin.crop, self.origin.crop)}, yours were {how[crop]}"]
+        return []
+
+
+NO_REFERENCE = Reference(None, None, {}, Origin())
+
+
+def crop_of(where: str) -> str:
+    """How the images of a data source or of `open_images` were brought to their shape, as in `Origin`; before encoding, too."""
+    return "centre" if where.partition(":")[0] in ("folder", "tfds", "latents") else "none"
 
 
 def open_reference(
@@ -109,13 +145,16 @@ def open_reference(
       UserError: it cannot be read, or holds neither.
     """
     images = open_images(where, shape, split, background)
-    path, statistics, count = Path(where).expanduser(), {}, len(images) if images else None
+    path, statistics = Path(where).expanduser(), {}
+    origin = Origin(len(images), images.shape, crop_of(where)) if images else Origin()
     if path.suffix == ".npz":
-        statistics, counted = read_statistics(path, features)
-        count = counted if statistics else count
+        statistics, told = read_statistics(path, features)
+        if statistics:
+            # The images beside statistics, as in ADM's reference batches, have their size.
+            origin = dataclasses.replace(told, shape=told.shape or origin.shape, crop=told.crop or origin.crop)
     if not statistics and not images:
         raise UserError(f"{where} has neither arr_0 nor mu and sigma")
-    return Reference(where, images, statistics, count)
+    return Reference(where, images, statistics, origin)
 
 
 def make_extractor(
@@ -124,7 +163,8 @@ def make_extractor(
     """What makes features of images of `shape`.
 
     Raises:
-      UserError: it cannot, there are no weights, or the reference's statistics are of other numbers of features.
+      UserError: it cannot, there are no weights, or the reference's statistics are of images of another size, or of other
+        numbers of features.
     """
     if features == "inception" and shape[2] not in (1, 3):
         raise UserError(f"{prefix}features=inception: of images of 1 or 3 channels, not of {shape[2]}")
@@ -132,6 +172,13 @@ def make_extractor(
         extractor = Pixels(shape) if features == "pixels" else Inception(weights, mesh)
     except UserError as e:
         raise UserError(f"{prefix}{'features=pixels' if features == 'pixels' else 'inception'}: {e}") from e
+    known = reference.origin.shape
+    if reference.statistics and known and tuple(known) != tuple(shape):
+        sizes = ["x".join(map(str, of)) for of in (known, shape)]
+        raise UserError(
+            f"{prefix}reference={reference.where} holds statistics of images of {sizes[0]}, and those measured are {sizes[1]}:"
+            " one size is compared; make statistics of this size (evaluate --save_statistics)"
+        )
     for name, gaussian in reference.statistics.items():
         if len(gaussian.mean) != extractor.outputs.get(name):
             raise UserError(
@@ -174,6 +221,8 @@ def choose_metrics(
 
 def _obstacle(metric: Metric, reference: Reference, features: str, prefix: str) -> str | None:
     """What a metric needs that is not there."""
+    if metric.compares and reference.where is None:
+        return f"{prefix}reference"
     if features == "pixels" and metric.outputs != {"pool"}:
         return f"{prefix}features=inception"
     if metric.reference and not reference.images:
@@ -213,7 +262,20 @@ def gather(
 def measure(
     name: str, images: Collected, reference: Collected, statistics: dict[str, Gaussian], options: Options
 ) -> dict[str, float]:
-    """The numbers of one metric."""
+    """The numbers of one metric.
+
+    Raises:
+      UserError: one is not finite.
+    """
+    values = _numbers(name, images, reference, statistics, options)
+    if bad := [value for value in values if not np.isfinite(values[value])]:
+        raise UserError(f"{bad[0]} is not finite: the features are too large, or their statistics are damaged")
+    return values
+
+
+def _numbers(
+    name: str, images: Collected, reference: Collected, statistics: dict[str, Gaussian], options: Options
+) -> dict[str, float]:
     metric = METRICS[name]
     if metric.moments:
         return {name: frechet_distance(images.moments[metric.moments].gaussian(), statistics[metric.moments])}

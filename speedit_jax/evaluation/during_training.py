@@ -20,10 +20,12 @@ from speedit_jax.evaluation.comparison import (
     FEATURES,
     HIGH_IS_BETTER,
     METRICS,
+    NO_REFERENCE,
     Extractor,
     Options,
     Reference,
     choose_metrics,
+    crop_of,
     gather,
     make_extractor,
     measure,
@@ -31,7 +33,7 @@ from speedit_jax.evaluation.comparison import (
 )
 from speedit_jax.evaluation.features import Collected
 from speedit_jax.metrics.frechet import Gaussian
-from speedit_jax.metrics.statistics_file import STATISTICS, read_statistics, write_statistics
+from speedit_jax.metrics.statistics_file import STATISTICS, Origin, read_statistics, write_statistics
 from speedit_jax.sampling.sampler import FixedSamples
 
 PREFIX = "evaluation."
@@ -64,9 +66,10 @@ class Evaluation:
         if source.latents and not pictures.autoencoder:
             raise UserError(f"evaluation.every={section.every}: to measure images of latents, name their autoencoder by data.vae")
         shape = pictures.autoencoder.image_shape(source.image_shape) if source.latents else source.image_shape
-        reference = _open_reference(config, source, shape)
-        options, count = Options(section.seed), ("evaluation.num_images", section.num_images)
         asked = list(filter(None, section.metrics.replace(" ", "").split(",")))
+        compared = any(METRICS[name].compares for name in asked or METRICS if name in METRICS)
+        reference = _open_reference(config, source, shape) if compared else NO_REFERENCE
+        options, count = Options(section.seed), ("evaluation.num_images", section.num_images)
         names = choose_metrics(asked, count, reference, section.features, options, PREFIX)
         values = [value for name in names for value in METRICS[name].values]
         if section.best not in values:
@@ -77,16 +80,19 @@ class Evaluation:
         self._reference, self._extractor, self._options, self._mesh = reference, extractor, options, mesh
         self._pictures, self._shape, self._best, self._every = pictures, shape, section.best, section.every
         self._sizes = {"batch_size": section.batch_size, "threads": config.data.threads}
+        self._crop = crop_of(config.data.source)
         self._identity = _identity(reference, extractor)
         how = {"best": section.best, "num_images": section.num_images, "seed": section.seed, "reference": self._identity}
         self._how = json.loads(json.dumps(how | {"sampling": sampling}))  # as it will be read again: lists for tuples
 
     def __str__(self) -> str:
-        count = "an unknown number of" if self._reference.count is None else f"{self._reference.count:,}"
+        reference = self._reference
+        count = "an unknown number of" if reference.count is None else f"{reference.count:,}"
+        against = f" against {count} of {reference.where}" if reference.where else ""
         return (
-            f"every {self._every:,} steps {', '.join(self._metrics)} of {self._pictures.count:,} images against {count} of"
-            f" {self._reference.where}, {self._extractor.name} features; the best {self._best} is kept"
-        )
+            f"every {self._every:,} steps {', '.join(self._metrics)} of {self._pictures.count:,} images{against},"
+            f" {self._extractor.name} features; the best {self._best} is kept"
+        ) + "".join(f"\n           {note}" for note in reference.notes(self._crop))
 
     def prepare(self, workdir: Path) -> None:
         """Extracts the reference's features; its statistics are kept in the workdir, and read when the run goes on."""
@@ -107,7 +113,7 @@ class Evaluation:
         sums = self._gather("reference", self._reference.images, self._extractor.outputs.keys() & STATISTICS, set()).moments
         statistics = {name: of.gaussian() for name, of in sums.items()}
         if jax.process_index() == 0:
-            write_statistics(path, statistics, self._extractor.name, self._reference.count)
+            write_statistics(path, statistics, self._extractor.name, self._reference.origin)
         return statistics
 
     def _gather(self, name: str, images: Images | None, moments: set[str | None], arrays: set[str | None]) -> Collected:
@@ -165,7 +171,8 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
             raise UserError("evaluation.reference is missing: latents are no images to compare with; name an npz or a folder")
         if section.split != "train":
             raise UserError(f"evaluation.split={section.split} is of evaluation.reference, which is not set")
-        reference = Reference(config.data.source, SourceImages(source), {}, len(source))
+        origin = Origin(len(source), tuple(source.image_shape), crop_of(config.data.source))
+        reference = Reference(config.data.source, SourceImages(source), {}, origin)
     else:
         reference = open_reference(section.reference, shape, section.split, section.features, config.data.background)
     images = reference.images

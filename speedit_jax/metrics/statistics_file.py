@@ -1,9 +1,10 @@
 """Statistics of a reference set in ADM's npz: mu [2048], sigma [2048, 2048], mu_s [2023], sigma_s [2023, 2023].
 
 mu_s and sigma_s, of the spatial features, may be missing, as in pytorch-fid's files. `features`, what the statistics are of, and
-`n`, of how many images, are our additions; other programs pass over them.
+of the images `n`, how many, `shape`, (H, W, C), and `crop`, how they were made, are our additions; other programs pass over them.
 """
 
+import dataclasses
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,22 +18,43 @@ from speedit_jax.storage import replacing
 STATISTICS = {"pool": "", "spatial": "_s"}  # of which features -> what ends their names
 
 
-def write_statistics(path: Path, statistics: dict[str, Gaussian], features: str, count: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What images statistics are of; None is unknown.
+
+    Attributes:
+      count: how many.
+      shape: (H, W, C).
+      crop: how they were brought to this shape, one of CROPS.
+    """
+
+    count: int | None = None
+    shape: tuple[int, int, int] | None = None
+    crop: str | None = None
+
+
+CROPS = ("none", "centre")  # taken as they were, or scaled and cropped as in training (data/images.py)
+
+
+def write_statistics(path: Path, statistics: dict[str, Gaussian], features: str, origin: Origin) -> None:
     """Writes the statistics of "pool" and, where there are any, of "spatial" features.
 
     Args:
       features: name of what extracted them.
-      count: of images.
+      origin: the images.
     """
-    arrays = {}
+    arrays = {"features": np.array(features)}
+    for name, value in (("n", origin.count), ("shape", origin.shape), ("crop", origin.crop)):
+        if value is not None:
+            arrays[name] = np.array(value)
     for name, gaussian in statistics.items():
         arrays |= {f"mu{STATISTICS[name]}": gaussian.mean, f"sigma{STATISTICS[name]}": gaussian.covariance}
     with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays, features=np.array(features), n=np.array(count))
+        np.savez(file, **arrays)
 
 
-def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], int | None]:
-    """({"pool": ..., "spatial": ...} as far as the file has them, the number of images where it says so).
+def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], Origin]:
+    """({"pool": ..., "spatial": ...} as far as the file has them, what it says of the images).
 
     Args:
       features: name of what must have extracted them; files that do not say so are ADM's or pytorch-fid's, of "inception".
@@ -45,7 +67,11 @@ def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], int
         with np.load(path) as file:
             arrays = {key: np.asarray(file[key], np.float64) for key in keys if key in file.files}
             made_with = str(file["features"]) if "features" in file.files else "inception"
-            count = int(file["n"]) if "n" in file.files else None
+            origin = Origin(
+                count=int(file["n"]) if "n" in file.files else None,
+                shape=tuple(map(int, file["shape"])) if "shape" in file.files else None,
+                crop=str(file["crop"]) if "crop" in file.files else None,
+            )
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UserError(f"{path} cannot be read as an npz of statistics ({e}); write or download it again") from e
     statistics = {}
@@ -59,4 +85,4 @@ def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], int
         statistics[name] = Gaussian(mean, covariance)
     if statistics and made_with != features:
         raise UserError(f"{path} holds statistics of {made_with} features, not of {features}; give features={made_with}")
-    return statistics, count
+    return statistics, origin

@@ -90,7 +90,7 @@ class Backbone(nn.Module):
             tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, c)
 
         shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
-        tokens = layers.modulate(layers.layer_norm(tokens), shift, scale)
+        tokens = layers.modulated_layer_norm(tokens, shift, scale)
         features = self.patch**2 * self.out_channels
         tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
         out = layers.unpatchify(tokens, grid, self.patch)

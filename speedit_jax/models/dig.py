@@ -46,6 +46,21 @@ def _projection(features, axes, dtype, name, init=_gla_init, axis=-1):
     return dense(features, init, axes, None, dtype, name, axis=axis)
 
 
+@layers.recomputed
+def _log_gate(x):
+    return jax.nn.log_sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))) / _GATE_TEMPERATURE
+
+
+@layers.recomputed
+def _swish_times(x, y):
+    return y * nn.silu(x)
+
+
+@layers.recomputed
+def _swiglu(ab):
+    return nn.silu(ab[..., 0, :]) * ab[..., 1, :]
+
+
 class GatedLinearAttention(nn.Module):
     """[B, T, D] -> [B, T, D], causal in the order of its tokens; K = D / (2 H) and V = D / H.
 
@@ -73,9 +88,8 @@ class GatedLinearAttention(nn.Module):
         r = _projection((self.heads, dv), column, self.dtype, "r")(x)
         low = _projection(_GATE_RANK, ("embed", None), self.dtype, "gate_down")(x)
         gate = dense((self.heads, dk), _gla_init, (None, "heads", None), ("heads", None), self.dtype, "gate_up")(low)
-        log_g = jax.nn.log_sigmoid(gate.astype(jnp.promote_types(gate.dtype, jnp.float32))) / _GATE_TEMPERATURE
-        out = checkpoint_name(self.gla(q, k, v, log_g, reverse=self.reverse), MIXED)
-        out = RMSNorm(name="out_norm")(out) * nn.silu(r)
+        out = checkpoint_name(self.gla(q, k, v, _log_gate(gate), reverse=self.reverse), MIXED)
+        out = _swish_times(r, RMSNorm(name="out_norm")(out))
         return _projection(width, ("heads", None, "embed"), self.dtype, "out", axis=(-2, -1))(out)
 
 
@@ -89,7 +103,15 @@ class SwiGLU(nn.Module):
         width = x.shape[-1]
         hidden = -(-int(8 * width / 3) // 256) * 256
         ab = _projection((2, hidden), ("embed", None, "mlp"), self.dtype, "up", layers.xavier)(x)
-        return _projection(width, ("mlp", "embed"), self.dtype, "down", layers.xavier)(nn.silu(ab[..., 0, :]) * ab[..., 1, :])
+        return _projection(width, ("mlp", "embed"), self.dtype, "down", layers.xavier)(_swiglu(ab))
+
+
+@layers.recomputed
+def _shifted_products(x, kernel, bias):
+    h, w = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
+    return sum(kernel[i, j] * padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)) + bias
 
 
 class DepthwiseConv(nn.Module):
@@ -115,10 +137,7 @@ class DepthwiseConv(nn.Module):
         init = {"identity": identity, "random": random}[self.start]
         kernel = self.param("kernel", nn.with_logical_partitioning(init, (None, None, None)), (3, 3, width), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(layers.zeros, (None,)), (width,), jnp.float32)
-        padded = jnp.pad(x.reshape(-1, h, w, width), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        kernel, bias = kernel.astype(x.dtype), bias.astype(x.dtype)
-        out = sum(kernel[i, j] * padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)) + bias
-        return out.reshape(x.shape)
+        return _shifted_products(x.reshape(-1, h, w, width), kernel, bias).reshape(x.shape)
 
 
 class DiGBlock(nn.Module):
@@ -158,7 +177,7 @@ class DiGBlock(nn.Module):
     def _mix(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         columns, reverse = self.order
-        y = layers.modulate(self._norm("norm1")(x), shift, scale)
+        y = self._modulated_norm("norm1", x, shift, scale)
         y = _transpose_grid(y, self.grid) if columns else y
         y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
         y = _transpose_grid(y, self.grid[::-1]) if columns else y
@@ -166,11 +185,13 @@ class DiGBlock(nn.Module):
 
     def _mlp(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
-        y = layers.modulate(self._norm("norm2")(x), shift, scale)
+        y = self._modulated_norm("norm2", x, shift, scale)
         return x + gate[:, None] * SwiGLU(self.dtype, name="mlp")(y)
 
-    def _norm(self, name):
-        return RMSNorm(name=name) if self.norm == "rms" else layers.layer_norm
+    def _modulated_norm(self, name, x, shift, scale):
+        if self.norm == "rms":
+            return layers.modulate(RMSNorm(name=name)(x), shift, scale)
+        return layers.modulated_layer_norm(x, shift, scale)
 
 
 def _transpose_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

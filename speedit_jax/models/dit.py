@@ -20,8 +20,7 @@ from speedit_jax.models.layers import RMSNorm, dense
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Keeps only its input for the backward pass; jax's rules would keep several arrays of the hidden width, stacked over the depth.
-gelu = jax.checkpoint(functools.partial(nn.gelu, approximate=True), prevent_cse=False)
+gelu = layers.recomputed(functools.partial(nn.gelu, approximate=True))
 
 
 class Attention(nn.Module):
@@ -84,8 +83,8 @@ class DiTBlock(nn.Module):
         width = x.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")  # [B, D] each
 
-        y = layers.modulate(layers.layer_norm(x), shift1, scale1)
+        y = layers.modulated_layer_norm(x, shift1, scale1)
         x = x + gate1[:, None] * Attention(self.heads, self.qk_norm, self.attention, self.dtype, name="attention")(y)
-        y = layers.modulate(layers.layer_norm(x), shift2, scale2)
+        y = layers.modulated_layer_norm(x, shift2, scale2)
         x = x + gate2[:, None] * Mlp(int(width * self.mlp_ratio), self.dtype, name="mlp")(y)
         return self.constrain(x, ACTIVATIONS), None

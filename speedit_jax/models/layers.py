@@ -48,6 +48,16 @@ def dense(features, kernel_init, kernel_axes, bias_axes, dtype, name, axis=-1) -
     )
 
 
+def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Cheap arithmetic `f`, of which only the inputs are kept for the backward pass, which computes the rest again.
+
+    JAX's rules would keep several arrays of it, some in float32. Stacked over the depth they cost more time to write, fill
+    and read than the arithmetic does, and most of the memory of a layer.
+    """
+    # In a scan over the depth the forward and backward passes are two loops, between which nothing is shared.
+    return jax.checkpoint(f, prevent_cse=False)
+
+
 def layer_norm(x: jax.Array) -> jax.Array:
     """LayerNorm without parameters, eps 1e-6, statistics in float32: [..., D]."""
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -56,15 +66,19 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+@recomputed
+def _rms_norm(x, weight):
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, eps 1e-6, statistics in float32."""
 
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), (None,))
-        weight = self.param("weight", init, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return (x32 * jax.lax.rsqrt((x32**2).mean(axis=-1, keepdims=True) + 1e-6) * weight).astype(x.dtype)
+        return _rms_norm(x, self.param("weight", init, (x.shape[-1],), jnp.float32))
 
 
 def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
@@ -77,6 +91,12 @@ def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """adaLN: x [B, T, D], shift and scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+@recomputed
+def modulated_layer_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`modulate` of `layer_norm`."""
+    return modulate(layer_norm(x), shift, scale)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-SHOWN = ("loss", "mse", "vb", "grad_norm", "learning_rate", "time_images_per_second")
+SHOWN = ("loss", "mse", "heldout_mse", "vb", "grad_norm", "learning_rate", "time_images_per_second")
 
 
 def read_metrics(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -45,7 +45,7 @@ def write_curves(workdir: Path) -> Path | None:
         axis.plot(*metrics[name], linewidth=0.8, marker="." if name.startswith("eval_") else "")
         axis.set_title(name.removeprefix("time_").replace("_", " "))
         axis.set_xlabel("step")
-        if name in ("loss", "mse", "grad_norm"):
+        if name in ("loss", "mse", "heldout_mse", "grad_norm"):
             axis.set_yscale("log")
     path = workdir / "curves.png"
     figure.savefig(path, dpi=90)

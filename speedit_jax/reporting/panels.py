@@ -41,12 +41,18 @@ class Panel:
 
 
 _QUARTERS = ("q1, least noisy", "q2", "q3", "q4, noisiest")
+_FEW = {"log": True, "smooth": False, "marks": True}  # of what is measured now and then
 PANELS = (
     Panel("Loss", {"loss": "loss"}, log=True),
     Panel("Mean squared error", {"mse": "mse"}, log=True),
+    Panel("Held-out mean squared error", {"heldout_mse": "EMA weights", "raw_heldout_mse": "raw weights"}, **_FEW),
     Panel("Variational bound, bits per dimension", {"vb": "vb"}, log=True),
     Panel("Loss by quarter of the schedule", {f"loss_q{i + 1}": name for i, name in enumerate(_QUARTERS)}, log=True),
     Panel("Mean squared error by quarter", {f"mse_q{i + 1}": name for i, name in enumerate(_QUARTERS)}, log=True),
+    Panel("Held-out mse by quarter, EMA weights", {f"heldout_mse_q{i + 1}": name for i, name in enumerate(_QUARTERS)}, **_FEW),
+    Panel(
+        "Held-out mse by quarter, raw weights", {f"raw_heldout_mse_q{i + 1}": name for i, name in enumerate(_QUARTERS)}, **_FEW
+    ),
     Panel("Norm of the gradient, before clipping", {"grad_norm": "norm"}, log=True),
     Panel("Norm of the parameters", {"param_norm": "norm"}, smooth=False),
     Panel("Learning rate", {"learning_rate": "rate"}, smooth=False),

@@ -1,6 +1,7 @@
 """The sampling function, jitted over a mesh, and the samples that training draws with it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.sampling.draw import draw_batches
+from speedit_jax.sampling.draw import draw_batches, in_batches
+from speedit_jax.sampling.images import to_uint8
 
 Diffusion = GaussianDiffusion | FlowMatching
 
@@ -50,15 +52,25 @@ class Settings:
     spacing: str = "even"
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, model: Model, guide: Model | None = None, **given: Any) -> "Settings":
+    def from_config(
+        cls, config: ml_collections.ConfigDict, model: Model, guide: Model | None = None, latents: bool = False, **given: Any
+    ) -> "Settings":
         """From a config's `sampling` section; without guidance where the model has nothing to be guided away from.
 
         Args:
+          latents: the model draws latents, which are never clipped.
           given: what replaces the config's values; None does not.
+
+        Raises:
+          UserError: latents are to be clipped.
         """
+        if latents and given.get("clip"):
+            raise UserError("clip=True: this run draws latents, and only pixels lie in [-1, 1]; leave it out")
         settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
         if model.null_label is None and guide is None:
             settings = dataclasses.replace(settings, guidance_scale=1.0)
+        if latents:
+            settings = dataclasses.replace(settings, clip=False)
         return dataclasses.replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -94,8 +106,8 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     channels = model.image_shape[-1]
     if settings.guidance_scale != 1 and model.null_label is None and guide is None:
         raise UserError(f"guidance_scale={settings.guidance_scale} needs a model trained with classes and label dropout; use 1")
-    if settings.guidance_scale < 0:
-        raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more; 1 is no guidance")
+    if not 0 <= settings.guidance_scale < math.inf:
+        raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more and finite; 1 is no guidance")
     if not 0 <= settings.guidance_channels <= channels:
         raise UserError(f"guidance_channels={settings.guidance_channels}: must lie in 0..{channels}")
     if not 0 <= settings.eta <= 1:
@@ -209,6 +221,6 @@ class FixedSamples:
     def draw(self, params, batch: int) -> Iterator[np.ndarray]:
         """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
         batch += -batch % self.devices
-        labels = np.arange(self.count) % max(1, self.num_classes)
-        for i, images in draw_batches(self.sampler, params, self.key, labels, batch, self.autoencoder):
-            yield images[: self.count - i * batch]
+        labels = np.arange(in_batches(self.count, batch)) % max(1, self.num_classes)
+        for i, images in draw_batches(self.sampler, params, self.key, labels, self.count, batch, self.autoencoder):
+            yield to_uint8(images[: self.count - i * batch])

@@ -2,20 +2,25 @@
 
 While they are drawn, beside the outputs:
   OUT.partial/settings.json   what they are
-              000000.npy      a finished batch, uint8 [n, H, W, C]
+              000000.npy      a finished batch, as in OUT.npz
               png/            the PNG files of finished batches, if they are wanted
 When all are there:
   OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
   OUT.png                     a grid of the first images
   OUT/CLASS/000000.png        each image, if they are wanted
   OUT.json                    the settings, written last: without it the outputs are not there
+Latents without an autoencoder are no pictures, and are not written as if they were:
+  OUT.npz                     latents float32 [N, h, w, C], as the diffusion model sees them, and labels
+  OUT.latents.png             three channels of the first ones, -1 to 1
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -28,7 +33,7 @@ from jax.experimental import multihost_utils
 from speedit_jax import storage
 from speedit_jax.config import flatten
 from speedit_jax.errors import UserError
-from speedit_jax.sampling.images import image_grid, magnification, write_png
+from speedit_jax.sampling.images import image_grid, magnification, to_uint8, write_png
 
 GRID = 100  # images of OUT.png at most
 
@@ -46,6 +51,7 @@ class Output:
       labels: int32 [N].
       batch: images a batch; the last may be smaller.
       folders: the directories of the PNG files below OUT, by label; None writes none.
+      latents: these are latents, float32, not pictures, uint8.
     """
 
     out: Path
@@ -53,6 +59,7 @@ class Output:
     labels: np.ndarray
     batch: int
     folders: tuple[str, ...] | None = None
+    latents: bool = False
 
     @property
     def batches(self) -> int:
@@ -65,11 +72,22 @@ class Output:
     def _file(self, suffix: str) -> Path:
         return self.out.with_name(self.out.name + suffix)
 
+    @property
+    def grid(self) -> Path:
+        return self._file(".latents.png" if self.latents else ".png")
+
+    @property
+    def _arrays(self) -> tuple[str, str]:
+        """Names in OUT.npz, of the images and of the labels."""
+        return ("latents", "labels") if self.latents else ("arr_0", "arr_1")
+
     def _shard(self, i: int) -> Path:
         return self.partial / f"{i:06d}.npy"
 
     def claim(self, overwrite: bool) -> np.ndarray | None:
         """Makes room for these images; bool [batches]: which are finished. None where the outputs are complete.
+
+        Where fewer images of the same settings are there, finished or begun, their whole batches are kept.
 
         Args:
           overwrite: give up the beginning of other images, and have `finish` replace complete ones.
@@ -86,26 +104,68 @@ class Output:
             elif begun is None and self.partial.is_dir() and not any(self.partial.iterdir()):
                 self.partial.rmdir()
             return None
+        finished = self._fewer(done) if self._complete() else 0
+        unfinished = self._fewer(begun)
         if not overwrite:
             self._refuse(done, self._file(".npz"), "images")
             self._refuse(begun, self.partial, "the beginning of images")
-            foreign = [path for path in (self._file(".npz"), self._file(".png")) if done is None and path.exists()]
+            foreign = [path for path in (self._file(".npz"), self.grid) if done is None and path.exists()]
             foreign += [path for path in self.partial.glob("*") if begun is None and not path.match("settings.*.partial")]
-            if foreign and not goes_on:
+            if foreign and not goes_on and not unfinished:
                 raise UserError(f"{foreign[0]} is there, and no settings of these images beside it; {_WAYS_OUT}")
-        if not goes_on:
-            if self.out.is_dir() and (self.folders is not None or (done or {}).get("png_files")):
-                raise UserError(f"{self.out} is there, where the PNG files would be; move it away, or name another --out")
-            try:
+        ours = goes_on or unfinished or finished
+        if not ours and self.out.is_dir() and (self.folders is not None or (done or {}).get("png_files")):
+            raise UserError(f"{self.out} is there, where the PNG files would be; move it away, or name another --out")
+        try:
+            if unfinished:
+                self._shard(unfinished // self.batch).unlink(missing_ok=True)  # its last batch may be cut short
+            elif not goes_on:
                 self._discard()
                 self.partial.mkdir(parents=True, exist_ok=True)
+            if not goes_on:
                 storage.write_json(self.partial / "settings.json", self.settings)
-            except OSError as e:
-                raise UserError(f"cannot write to --out={self.out}: {e.strerror}; name another file") from e
+            if finished:
+                self._take_over(finished)
+        except OSError as e:
+            raise UserError(f"cannot write to --out={self.out}: {e.strerror}; name another file") from e
         return np.array([self._shard(i).exists() for i in range(self.batches)])
 
+    def _fewer(self, found: dict | None) -> int:
+        """How many images `found` are settings of, where they are these settings but for a smaller number; else 0."""
+        count = (found or {}).get("num_images")
+        if not isinstance(count, int) or self._differences(found | {"num_images": self.settings.get("num_images")}):
+            return 0
+        return count if count < len(self.labels) else 0
+
+    def _take_over(self, count: int) -> None:
+        """Makes batches of the `count` finished images, as far as they fill any."""
+        path, name = self._file(".npz"), self._arrays[0]
+        if all(self._shard(i).exists() for i in range(count // self.batch)):
+            return
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if shape[0] != count:
+                    raise ValueError(f"{shape[0]} images, not the {count} of {self._file('.json').name}")
+                for i in range(count // self.batch):
+                    content = file.read(self.batch * math.prod(shape[1:]) * dtype.itemsize)
+                    if not self._shard(i).exists():
+                        self._save(i, np.frombuffer(content, dtype).reshape(self.batch, *shape[1:]))
+                file.read()  # to the end, where the checksum is compared
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            self._discard()
+            raise UserError(f"{path} cannot be read as {count} images of these settings ({e}); {_WAYS_OUT}") from e
+
     def _refuse(self, found: dict | None, where: Path, what: str) -> None:
-        if found is not None and (different := self._differences(found)):
+        if found is None or self._fewer(found):
+            return
+        if different := self._differences(found):
+            count, asked = found.get("num_images"), len(self.labels)
+            if isinstance(count, int) and count > asked and len(different) == 1:
+                raise UserError(
+                    f"{where} holds {what} of these settings, but {count} instead of {asked}: take the first {asked}, {_WAYS_OUT}"
+                )
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise UserError(f"{where} holds {what} of other settings ({'; '.join(different[:3])}{more}); use those, {_WAYS_OUT}")
 
@@ -115,7 +175,7 @@ class Output:
         return [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys if old.get(key) != new.get(key)]
 
     def _complete(self) -> bool:
-        return all(self._file(end).exists() for end in (".npz", ".png")) and (self.folders is None or self.out.is_dir())
+        return self._file(".npz").exists() and self.grid.exists() and (self.folders is None or self.out.is_dir())
 
     def _discard(self) -> None:
         """Removes OUT.partial; settings.json last, because batches without it could be taken for others'."""
@@ -125,7 +185,7 @@ class Output:
             self.partial.rmdir()
 
     def write(self, i: int, images: np.ndarray) -> int:
-        """Writes batch i, uint8 [>= n, H, W, C], of which n are asked for; returns n."""
+        """Writes batch i, uint8 pictures or float32 latents [>= n, H, W, C], of which n are asked for; returns n."""
         first = i * self.batch
         labels = self.labels[first : first + self.batch]
         images = images[: len(labels)]
@@ -135,11 +195,12 @@ class Output:
             ]
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 list(pool.map(write_png, paths, images))
-        partial = self._shard(i).with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.save(file, images)
-        os.replace(partial, self._shard(i))
+        self._save(i, images)
         return len(labels)
+
+    def _save(self, i: int, images: np.ndarray) -> None:
+        with storage.replacing(self._shard(i)) as partial, partial.open("wb") as file:
+            np.save(file, images)
 
     def finish(self, columns: int | None) -> None:
         """Makes the outputs of the batches, all of which are written, one batch in memory at a time.
@@ -148,28 +209,48 @@ class Output:
           columns: of the grid; None is about square.
         """
         first = [np.load(self._shard(i)) for i in range(min(self.batches, -(-GRID // self.batch)))]
-        grid = image_grid(np.concatenate(first)[:GRID], columns)
-        write_png(self.partial / "grid.png", grid, magnification(first[0].shape[1]))
-        self._write_npz(self.partial / "images.npz", first[0].shape[1:])
+        images = np.concatenate(first)[:GRID]
+        grid = image_grid(to_uint8(images) if self.latents else images, columns)
+        write_png(self.partial / "grid.png", grid, magnification(images.shape[1]))
+        self._write_npz(self.partial / "images.npz", images[0])
         storage.write_json(self.partial / "outputs.json", self.settings)
         self._file(".json").unlink(missing_ok=True)  # from here on the old outputs, if any, are not there
         os.replace(self.partial / "images.npz", self._file(".npz"))
-        os.replace(self.partial / "grid.png", self._file(".png"))
-        if (self.partial / "png").exists():  # else it was moved, and the process killed
-            os.rename(self.partial / "png", self.out)
+        os.replace(self.partial / "grid.png", self.grid)
+        self._file(".png" if self.latents else ".latents.png").unlink(missing_ok=True)
+        self._publish(self.partial / "png")
         os.replace(self.partial / "outputs.json", self._file(".json"))
         self._discard()
 
-    def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:
-        """The bytes of np.savez, which wants all images in memory."""
+    def _publish(self, directory: Path) -> None:
+        """Moves the PNG files of `directory` to OUT: all at once, or, where OUT holds the first of these images, to them."""
+        if directory.exists() and not self.out.exists():
+            os.rename(directory, self.out)
+        for path in sorted(directory.rglob("*.png")):
+            target = self.out / path.relative_to(directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+
+    def _write_npz(self, path: Path, like: np.ndarray) -> None:
+        """The bytes of np.savez, which wants all images in memory; each is like `like`."""
+        images, labels = self._arrays
         with zipfile.ZipFile(path, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.labels), *shape)}
+            with archive.open(f"{images}.npy", "w", force_zip64=True) as file:
+                descr = np.lib.format.dtype_to_descr(like.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": (len(self.labels), *like.shape)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for i in range(self.batches):
                     file.write(np.load(self._shard(i)).tobytes())
-            with archive.open("arr_1.npy", "w", force_zip64=True) as file:
+            with archive.open(f"{labels}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, self.labels)
+
+
+def folder_name(class_name: str) -> str:
+    """A directory that `folder:` takes for this class; urllib.parse.unquote gives the class name back.
+
+    "%", "/" and a leading dot, which would hide it, are percent-encoded: no two classes share a directory.
+    """
+    return re.sub(r"[%/]|^\.", lambda match: f"%{ord(match[0]):02X}", class_name)
 
 
 _WAYS_OUT = "name another --out, or give --overwrite"

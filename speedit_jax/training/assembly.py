@@ -47,11 +47,18 @@ def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | Flo
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
+    batch_size = config.training.batch_size
     if isinstance(diffusion, FlowMatching):
-        return make_flow_strategy(diffusion, _schedule(config), config.training.batch_size, **config.timesteps)
-    # The bound does not depend on what is predicted, so neither does its weight.
-    prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
-    return _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
+        strategy = make_flow_strategy(diffusion, _schedule(config), batch_size, **config.timesteps)
+    else:
+        # The bound does not depend on what is predicted, so neither does its weight.
+        prediction = "epsilon" if diffusion.bound_alone else diffusion.prediction
+        strategy = _make_strategy(diffusion.schedule, prediction=prediction, **config.timesteps)
+    if strategy.probe_every and batch_size % (2 * strategy.bins):
+        raise UserError(
+            f"training.batch_size={batch_size}: to measure gradients, {strategy.name} wants a multiple of {2 * strategy.bins}"
+        )
+    return strategy
 
 
 def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Mesh) -> Autoencoder | None:
@@ -120,8 +127,7 @@ class Assembly:
 
     @functools.cached_property
     def _states(self) -> tuple[TrainState, TrainState]:
-        with jax.set_mesh(self.mesh):
-            return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
+        return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
 
     @property
     def shapes(self) -> TrainState:
@@ -166,8 +172,10 @@ class Assembly:
 
     def lower_step(self) -> jax.stages.Lowered:
         """The training step, lowered on shapes alone."""
+        # Nothing may run under a mesh of devices that are not there, and finding the shardings runs a little.
+        step = self.jit_step()
         with jax.set_mesh(self.mesh):
-            return self.jit_step().lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
+            return step.lower(self.shapes, self.batch_shapes(), jax.eval_shape(jax.random.key, 0))
 
 
 def assemble(config: ml_collections.ConfigDict, source: Source | Description, mesh: Mesh) -> Assembly:

@@ -6,10 +6,8 @@ import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax import sharding
-from speedit_jax.config import flatten
+from speedit_jax.config import LARGEST_SEED, flatten
 from speedit_jax.errors import UserError
-
-_LARGEST_SEED = 2**32 - 1  # jax takes larger ones modulo 2^32
 
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
@@ -41,6 +39,8 @@ _LEAST = {
     "evaluation.num_images": 2,
     "evaluation.batch_size": 1,
     "evaluation.seed": 0,
+    "evaluation.loss_every": 0,
+    "evaluation.loss_images": 1,
 }
 
 
@@ -52,8 +52,8 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{name}={number}: must be a finite number")
     for name in ("seed", "evaluation.seed"):
-        if values[name] > _LARGEST_SEED:
-            raise UserError(f"{name}={values[name]}: must be at most {_LARGEST_SEED}")
+        if values[name] > LARGEST_SEED:
+            raise UserError(f"{name}={values[name]}: must be at most {LARGEST_SEED}")
     for name, least in _LEAST.items():
         if values[name] < least:
             raise UserError(f"{name}={values[name]}: must be at least {least}")

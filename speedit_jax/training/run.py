@@ -159,6 +159,11 @@ class Run:
         """The identity of the autoencoder whose latents the model draws; None where it draws images."""
         return self.meta.get("latents")
 
+    @property
+    def draws_latents(self) -> bool:
+        """Whether the model draws latents, of a known autoencoder or not: images have one or three channels."""
+        return self.latents is not None or self.model.image_shape[2] not in (1, 3)
+
     @functools.cached_property
     def shapes(self) -> Any:
         """Of the parameters."""
@@ -174,13 +179,14 @@ class Run:
         return self.checkpoints.restore_weights(self.step, weights, self.shapes, shardings)
 
 
-def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | None = None) -> Run:
+def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | None = None, dtype: str | None = None) -> Run:
     """The checkpoint of a run, or of imported weights.
 
     Args:
       workdir: its directory.
       step: a number, "newest" (as None) or "best".
       mesh: to restore weights onto; None shares batches among all devices, however the run was sharded.
+      dtype: of activations, in place of the config's model.dtype.
 
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
@@ -190,6 +196,7 @@ def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | No
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
     config = complete(meta["config"])
+    config.model.dtype = dtype or config.model.dtype
     mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     model = make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
     return Run(workdir, step, meta, config, mesh, make_diffusion(config), model, checkpoints)

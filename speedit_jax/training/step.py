@@ -17,7 +17,7 @@ from speedit_jax.models.build import Model
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -83,6 +83,23 @@ def make_gradient(loss: Callable, accumulation: int) -> Callable:
     return gradient
 
 
+def gradient_variance(loss: Callable, params: Any, batch: dict[str, jax.Array], pairs: int) -> jax.Array:
+    """The variance of one example's gradient, summed over the parameters, of each pair of microbatches in turn. [pairs]
+
+    Microbatches 2 i and 2 i + 1, as `microbatches` deals them, are pair i. If a and b are the mean gradients of m examples each,
+    m / 2 |a - b|^2 estimates it without bias, whatever their mean is.
+    """
+    parts = jax.tree.map(lambda x: microbatches(x, 2 * pairs), batch)
+    parts = jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[1:]), parts)
+    size = len(batch["t"]) // (2 * pairs)
+
+    def one(_, pair):
+        a, b = (jax.grad(loss, has_aux=True)(params, jax.tree.map(lambda x, i=i: x[i], pair))[0] for i in (0, 1))
+        return None, size / 2 * optax.tree.norm(jax.tree.map(jnp.subtract, a, b), squared=True)
+
+    return jax.lax.scan(one, None, parts)[1]
+
+
 def by_quarter(t: jax.Array, num_steps: int, terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means of the unweighted mse and of the weighted loss over the examples of each quarter of the schedule.
 
@@ -111,8 +128,15 @@ def make_train_step(
     {"moments": [B, h, w, 2C], "label"}. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
-    gradient = make_gradient(make_loss(model, diffusion), config.training.accumulation)
+    loss_of = make_loss(model, diffusion)
+    gradient = make_gradient(loss_of, config.training.accumulation)
     schedule = learning_rate(config)
+
+    def probe(timesteps, params, inputs, key):
+        t, weight = strategy.probe(stream(key, "probe"), inputs["y"].shape[0])
+        t, importance = diffusion.draw_time(stream(key, "time"), t), jnp.ones_like(weight)
+        probed = inputs | {"t": t, "weight": weight, "importance": importance}
+        return strategy.learn(timesteps, gradient_variance(loss_of, params, probed, strategy.bins))
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         key = jax.random.fold_in(key, state.step)
@@ -142,7 +166,11 @@ def make_train_step(
         extra_ema = {decay: average(old, float(decay)) for decay, old in state.extra_ema.items()}
         # Every device learns of the whole batch, so that each remembers the same.
         seen = (sharding.constrain(x, (None,)) for x in (t, terms["loss"]))
-        changed = (params, ema, extra_ema, opt, strategy.update(state.timesteps, *seen))
+        timesteps = strategy.update(state.timesteps, *seen)
+        if strategy.probe_every:
+            due = state.step % strategy.probe_every == 0
+            timesteps = jax.lax.cond(due, lambda s: probe(s, state.params, inputs, key), lambda s: s, timesteps)
+        changed = (params, ema, extra_ema, opt, timesteps)
         kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps)
         # A non-finite gradient must not reach the moments or the EMA, which would keep it for ever.
         params, ema, extra_ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)

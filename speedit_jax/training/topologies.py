@@ -72,6 +72,13 @@ gpu_device_info {{
 """
 # Of a GPU's memory, JAX takes this part unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_FRACTION = 0.75
+# By JAX's device_kind, the bytes that the TPU compiler allows a program on one device, as its own error says (libtpu 0.0.41).
+TPU_MEMORY = {
+    "TPU v5 lite": 17_179_869_184,
+    "TPU v5": 103_079_215_104,
+    "TPU v6 lite": 33_822_867_456,
+    "TPU7x": 102_005_473_280,
+}
 
 
 def devices(topology: str) -> tuple[list[Any], int | None]:

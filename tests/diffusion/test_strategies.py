@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
 from speedit_jax.diffusion.schedules import make_schedule
-from speedit_jax.diffusion.strategies import CurriculumStrategy, LossSecondMomentStrategy
+from speedit_jax.diffusion.strategies import CurriculumStrategy, GradientNoiseStrategy, LossSecondMomentStrategy
 from speedit_jax.diffusion.timesteps import make_strategy
 
 LINEAR = make_schedule("linear", 1000)
@@ -60,6 +60,13 @@ def test_a_curriculum_carries_its_weights():
     strategy = CurriculumStrategy("two", np.array([1.0, 0.0]), np.array([0.0, 1.0]), 10, np.array([3.0, 4.0]))
     for step, weight in ((0, 3), (10, 4), (99, 4)):
         np.testing.assert_array_equal(strategy.sample(jax.random.key(0), 5, jnp.int32(step), ())[1], weight)
+
+
+def test_laplace_draws_its_density():
+    """Most of its steps are too rare to be counted one by one."""
+    strategy = make_strategy(LINEAR, "laplace")
+    sample = jax.jit(jax.vmap(lambda key: strategy.sample(key, 256, 0, ())[0]))
+    assert_frequencies(sample(jax.random.split(jax.random.key(5), 4000)), strategy.marginal(256))
 
 
 def test_the_log_lines():
@@ -145,3 +152,70 @@ def test_the_state_is_the_same_on_eight_devices(update):
         alone, state = update(alone, t, loss), sharded(state, t, loss)
         jax.tree.map(np.testing.assert_array_equal, state, alone)
     assert len(state["losses"].sharding.device_set) == 8
+
+
+NOISY = GradientNoiseStrategy("noisy", np.linspace(1, 2, 50), probe_every=7, bins=4, decay=0.75, uniform=0.1)
+
+
+def test_the_density_follows_the_standard_deviation():
+    assert list(NOISY.edges) == [0, 13, 25, 38, 50]
+    np.testing.assert_allclose(NOISY.probabilities(NOISY.init()), 1 / 50)
+    variance = np.array([4.0, 1.0, 0.0, 16.0])
+    state = NOISY.learn(NOISY.init(), jnp.asarray(variance, jnp.float32))
+    deviation = np.repeat(np.sqrt(variance), [13, 12, 13, 12])
+    # The first measurement alone counts, however small its weight in the average is.
+    np.testing.assert_allclose(NOISY.probabilities(state), 0.9 * deviation / deviation.sum() + 0.1 / 50, rtol=1e-5)
+    second = np.array([1.0, 1.0, 9.0, 0.0])
+    average = 0.75 * 0.25 * variance + 0.25 * second
+    state = NOISY.learn(state, jnp.asarray(second, jnp.float32))
+    deviation = np.repeat(np.sqrt(average), [13, 12, 13, 12])
+    np.testing.assert_allclose(NOISY.probabilities(state), 0.9 * deviation / deviation.sum() + 0.1 / 50, rtol=1e-5)
+    for bad in (np.nan, np.inf):
+        kept = NOISY.learn(state, jnp.array([1.0, bad, 1.0, 1.0]))
+        jax.tree.map(np.testing.assert_array_equal, kept, state)
+    np.testing.assert_allclose(NOISY.probabilities(NOISY.learn(NOISY.init(), jnp.zeros(4))), 1 / 50)
+
+
+def test_draws_from_the_measured_density_are_corrected():
+    state = NOISY.learn(NOISY.init(), jnp.array([4.0, 1.0, 0.0, 16.0]))
+    p = np.asarray(NOISY.probabilities(state), np.float64)
+    draw = jax.jit(jax.vmap(lambda key: NOISY.sample(key, 64, 0, state)))
+    t, weight, importance = map(np.asarray, draw(jax.random.split(jax.random.key(3), 4000)))
+    assert_frequencies(t, p / p.sum())
+    np.testing.assert_allclose(weight, NOISY.weights[t], rtol=1e-6)
+    np.testing.assert_allclose(importance * p[t], 1 / 50, rtol=1e-5)
+    assert importance.max() <= 10 * (1 + 1e-5)
+    assert NOISY.update(state, t[0], weight[0]) is state
+
+
+def test_no_density_of_parts_gives_a_batch_that_varies_less():
+    """Of the mean of a quantity whose mean is 0 and whose deviation is known by part, against densities near the strategy's."""
+    greedy = GradientNoiseStrategy("greedy", np.ones(40), bins=4, uniform=0.0)
+    deviation = np.array([3.0, 1.0, 0.5, 2.0])
+    p = np.asarray(greedy.probabilities(greedy.learn(greedy.init(), jnp.asarray(deviation**2, jnp.float32))), np.float64)[::10]
+
+    def variance(p):  # of importance x quantity, p a timestep's chance in each part of ten
+        return (10 * p * (deviation / (40 * p)) ** 2).sum()
+
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        other = p * np.exp(rng.normal(0, 0.3, 4))
+        assert variance(other / (10 * other.sum())) > variance(p)
+    assert variance(p) < 0.8 * variance(np.full(4, 1 / 40))
+
+
+def test_a_probe_covers_every_part_evenly():
+    t, weight = jax.vmap(lambda key: NOISY.probe(key, 16))(jax.random.split(jax.random.key(0), 4000))
+    part = np.searchsorted(NOISY.edges, np.asarray(t), side="right") - 1
+    np.testing.assert_array_equal(part, np.broadcast_to(np.arange(16) % 8 // 2, part.shape))
+    np.testing.assert_allclose(weight, NOISY.weights[np.asarray(t)], rtol=1e-6)
+    widths = np.diff(NOISY.edges)
+    assert_frequencies(t, np.repeat(1 / (4 * widths), widths))
+
+
+def test_the_log_line_of_gradient_noise():
+    assert make_strategy(LINEAR, "gradient_noise").describe(256) == (
+        "gradient_noise: T=1000, E[t]=499.5, E[weight]=1.0000; in proportion to the standard deviation of the gradient,"
+        " measured in 8 parts every 100 steps"
+    )
+    assert make_strategy(make_schedule("squaredcos_cap_v2", 5), "gradient_noise").bins == 5

@@ -23,8 +23,10 @@ COSINE = make_schedule("squaredcos_cap_v2", 1000)
         ("gamma", np.inf),
         ("sigma_data", 0),
         *((f"{name}_std", 0) for name in ("log_sigma", "logit", "clts")),
-        *((f"{name}_mean", np.nan) for name in ("log_sigma", "logit", "clts")),
+        *((f"{name}_mean", np.nan) for name in ("log_sigma", "logit", "clts", "laplace")),
         ("clts_steps", 0),
+        ("laplace_scale", 0),
+        ("probe_every", 0),
     ],
 )
 def test_numbers_out_of_range(key, value):
@@ -32,7 +34,7 @@ def test_numbers_out_of_range(key, value):
         make_strategy(LINEAR, "uniform", **{key: value})
 
 
-UNFIXED = ("clts", "loss_second_moment")  # densities that are not one table
+UNFIXED = ("clts", "loss_second_moment", "gradient_noise")  # densities that are not one table
 
 
 def parts(strategy):
@@ -106,7 +108,8 @@ INDEPENDENT = [("uniform", {}), ("p2", {}), ("speed_cvpr25", {})]
 
 
 @pytest.mark.parametrize(
-    "n, strategy, keys", [(n, "speedit", {}) for n in (1, 2, 3, 7)] + [(256, *s) for s in PAIRED + INDEPENDENT]
+    "n, strategy, keys",
+    [(n, "speedit", {}) for n in (1, 2, 3, 7)] + [(256, *s) for s in PAIRED + INDEPENDENT + [("laplace", {})]],
 )
 def test_structure_of_a_draw(n, strategy, keys):
     strategy = make_strategy(LINEAR, strategy, **keys)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
 from speedit_jax.diffusion.schedules import make_schedule
 from speedit_jax.diffusion.timesteps import make_strategy
 
@@ -102,6 +104,33 @@ def test_logit_normal_against_drawn_times():
     assert expected[often].sum() > 0.999
     # Five standard errors of each block's frequency.
     assert (np.abs(blocks - expected) < 5 * np.sqrt(expected / n))[often].all()
+
+
+@pytest.mark.parametrize("mean, scale", [(0.0, 0.5), (1.5, 2.0), (-3.0, 1.0)])
+def test_laplace_is_the_nearest_step_of_a_laplace_log_snr(mean, scale):
+    strategy = make_strategy(LINEAR, "laplace", laplace_mean=mean, laplace_scale=scale)
+    density, log_snr = strategy.density, np.log(SNR)
+    edges = np.concatenate([[np.inf], (log_snr[1:] + log_snr[:-1]) / 2, [-np.inf]])
+    # scipy's law between the borders; from the side on which the difference of two numbers keeps its digits.
+    law = stats.laplace(mean, scale)
+    expected = np.where(log_snr > mean, law.sf(edges[1:]) - law.sf(edges[:-1]), law.cdf(edges[:-1]) - law.cdf(edges[1:]))
+    np.testing.assert_allclose(density, expected, rtol=1e-9)
+    assert density.sum() == pytest.approx(1, abs=1e-12) and (density > 0).all()
+    # The paper's schedule draws from the same law: log-SNR of an even u is mu - b sgn(1/2 - u) log(1 - 2 |u - 1/2|).
+    u = (np.arange(100_000) + 0.5) / 100_000
+    drawn = mean - scale * np.sign(0.5 - u) * np.log(1 - 2 * np.abs(u - 0.5))
+    np.testing.assert_allclose(np.cumsum(density)[:-1], 1 - np.searchsorted(np.sort(drawn), edges[1:-1]) / len(u), atol=2e-5)
+
+
+def test_laplace_draws_about_equal_signal_and_noise():
+    strategy = make_strategy(LINEAR, "laplace")
+    assert np.log(SNR)[np.argmax(strategy.density / -np.gradient(np.log(SNR)))] == pytest.approx(0, abs=0.01)
+    # Within a factor of e in SNR lie 1 - e^-2 of the draws.
+    assert strategy.density[np.abs(np.log(SNR)) < 1].sum() == pytest.approx(1 - math.exp(-2), abs=5e-3)
+    flow = make_flow_strategy(FlowMatching("linear"), LINEAR, 256, strategy="laplace")
+    of_flow = FlowMatching("linear").schedule.alphas_cumprod
+    level = np.log(of_flow / (1 - of_flow))
+    assert flow.density[np.abs(level) < 1].sum() == pytest.approx(1 - math.exp(-2), abs=5e-3)
 
 
 @pytest.mark.parametrize("strategy", ["lognormal", "logit_normal"])

@@ -80,7 +80,10 @@ def test_weights_of_an_error_minimise_the_same_whatever_is_predicted(weighting):
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "lognormal", "logit_normal", "speed_cvpr25", "clts", "loss_second_moment"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["uniform", "lognormal", "logit_normal", "laplace", "speed_cvpr25", "clts", "loss_second_moment", "gradient_noise"],
+)
 def test_factors_of_the_mse_are_the_same_whatever_is_predicted(strategy):
     weights = [make_strategy(LINEAR, strategy, prediction=p).weights for p in PREDICTIONS]
     np.testing.assert_array_equal(weights[1:], [weights[0]] * 2)

@@ -86,3 +86,13 @@ def test_another_scale_is_another_autoencoder(tmp_path):
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
     other = Autoencoder(str(tmp_path / "vae"), mesh)
     assert_one_line(lambda: other.check(autoencoder.identity), "scaling_factor=0.5", "scaling_factor=0.3611", "encode")
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["encoder", "decoder"])
+def test_it_is_lowered_without_weights_on_the_devices(tmp_path, decode):
+    autoencoder = Autoencoder(str(write_vae(tmp_path, "four")), tiny.make_mesh((8, 1, 1)))
+    image_shape = autoencoder.image_shape((4, 4, autoencoder.channels))
+    compiled = autoencoder.lower(image_shape, 16, decode).compile()
+    assert "_params" not in vars(autoencoder)
+    (out,) = [s.shape for s in jax.tree.leaves(compiled.out_info)]
+    assert out == ((16, *image_shape) if decode else (16, 4, 4, 2 * autoencoder.channels))

@@ -13,7 +13,7 @@ from speedit_jax.data.sources import load_digits, open_source
 from speedit_jax.evaluation.during_training import Evaluation
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance
 from speedit_jax.metrics.kernel_distance import kernel_distance
-from speedit_jax.metrics.statistics_file import read_statistics, write_statistics
+from speedit_jax.metrics.statistics_file import Origin, read_statistics, write_statistics
 from speedit_jax.sampling.sampler import FixedSamples
 
 COUNT = 50
@@ -67,10 +67,10 @@ def test_the_reference_is_extracted_once(held_out, tmp_path):
     assert first(held_out) == again(held_out) and path.stat().st_mtime_ns == before
 
     # It is the file that counts, where there is one: in ADM's format, for evaluate's --reference, too.
-    statistics, count = read_statistics(path, "pixels")
-    assert count == 1442
+    statistics, origin = read_statistics(path, "pixels")
+    assert origin == Origin(1442, (8, 8, 1), "none")
     moved = dataclasses.replace(statistics["pool"], mean=statistics["pool"].mean + 1)
-    write_statistics(path, {"pool": moved}, "pixels", count)
+    write_statistics(path, {"pool": moved}, "pixels", origin)
     again.prepare(tmp_path)
     assert again(held_out)["fid"] > first(held_out)["fid"] + 60
 
@@ -134,7 +134,35 @@ def test_a_mistake_is_one_line(case):
 
 
 def test_other_numbers_of_features(tmp_path):
-    write_statistics(tmp_path / "x.npz", {"pool": Gaussian(np.zeros(5), np.eye(5))}, "pixels", 9)
+    write_statistics(tmp_path / "x.npz", {"pool": Gaussian(np.zeros(5), np.eye(5))}, "pixels", Origin(9))
     assert_one_line(lambda: evaluation(evaluation__reference=str(tmp_path / "x.npz")), "5 features", "64")
-    write_statistics(tmp_path / "x.npz", {"pool": Gaussian(np.zeros(5), np.eye(5))}, "inception", 9)
+    write_statistics(tmp_path / "x.npz", {"pool": Gaussian(np.zeros(5), np.eye(5))}, "inception", Origin(9))
     assert_one_line(lambda: evaluation(evaluation__reference=str(tmp_path / "x.npz")), "of inception features, not of pixels")
+
+
+def test_statistics_of_another_size(tmp_path):
+    path = tmp_path / "x.npz"
+    write_statistics(path, {"pool": Gaussian(np.zeros(64), np.eye(64))}, "pixels", Origin(9, (4, 16, 1), "none"))
+    assert_one_line(lambda: evaluation(evaluation__reference=str(path)), str(path), "4x16x1", "8x8x1")
+    np.savez(path, mu=np.zeros(64), sigma=np.eye(64), features=np.array("pixels"))
+    assert f"note: {path} does not say of what size and crop" in str(evaluation(evaluation__reference=str(path)))
+    write_statistics(path, {"pool": Gaussian(np.zeros(64), np.eye(64))}, "pixels", Origin(9, (8, 8, 1), "centre"))
+    assert "scaled and cropped at the centre, yours were taken as they were" in str(evaluation(evaluation__reference=str(path)))
+    write_statistics(path, {"pool": Gaussian(np.zeros(64), np.eye(64))}, "pixels", Origin(9, (8, 8, 1), "none"))
+    assert "note" not in str(evaluation(evaluation__reference=str(path)))
+
+
+def test_numbers_must_be_finite(held_out, tmp_path):
+    path = tmp_path / "x.npz"
+    write_statistics(path, {"pool": Gaussian(np.full(64, 1e200), np.eye(64))}, "pixels", Origin(9, (8, 8, 1), "none"))
+    measured = evaluation(evaluation__reference=str(path))
+    measured.prepare(tmp_path)
+    assert_one_line(lambda: measured(held_out), "fid is not finite")
+
+
+def test_pictures_must_be_finite(held_out, tmp_path):
+    measured = evaluation()
+    measured.prepare(tmp_path)
+    spoiled = held_out.copy()
+    spoiled[17, 3, 4] = np.nan
+    assert_one_line(lambda: measured(spoiled), "hold NaN or infinity")

@@ -5,7 +5,7 @@ import pytest
 
 from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Gaussian
-from speedit_jax.metrics.statistics_file import read_statistics, write_statistics
+from speedit_jax.metrics.statistics_file import Origin, read_statistics, write_statistics
 
 
 def gaussian(d):
@@ -16,13 +16,14 @@ def gaussian(d):
 def test_round_trip(tmp_path):
     path = tmp_path / "x.npz"
     written = {"pool": gaussian(6), "spatial": gaussian(4)}
-    write_statistics(path, written, "inception", 40)
+    origin = Origin(40, (64, 32, 3), "centre")
+    write_statistics(path, written, "inception", origin)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
     with np.load(path) as file:  # as ADM's evaluator reads it
         np.testing.assert_array_equal(file["mu"], written["pool"].mean)
         np.testing.assert_array_equal(file["sigma_s"], written["spatial"].covariance)
-    read, count = read_statistics(path, "inception")
-    assert count == 40 and read.keys() == written.keys()
+    read, told = read_statistics(path, "inception")
+    assert told == origin and read.keys() == written.keys()
     for name in written:
         np.testing.assert_array_equal(read[name].mean, written[name].mean)
         np.testing.assert_array_equal(read[name].covariance, written[name].covariance)
@@ -31,10 +32,10 @@ def test_round_trip(tmp_path):
 def test_files_of_other_programs(tmp_path):
     path, g = tmp_path / "x.npz", gaussian(5)
     np.savez(path, mu=g.mean.astype(np.float32), sigma=g.covariance)
-    read, count = read_statistics(path, "inception")
-    assert read.keys() == {"pool"} and count is None and read["pool"].mean.dtype == np.float64
+    read, told = read_statistics(path, "inception")
+    assert read.keys() == {"pool"} and told == Origin() and read["pool"].mean.dtype == np.float64
     np.savez(path, arr_0=np.zeros(3))
-    assert read_statistics(path, "inception") == ({}, None)
+    assert read_statistics(path, "inception") == ({}, Origin())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_statistics_that_are_none(tmp_path, arrays, words):
 
 def test_damage(tmp_path):
     path = tmp_path / "x.npz"
-    write_statistics(path, {"pool": gaussian(30)}, "inception", 40)
+    write_statistics(path, {"pool": gaussian(30)}, "inception", Origin(40))
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"version https://git-lfs", whole[:200] + b"xxxx" + whole[204:]):
         path.write_bytes(content)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speedit_jax.models import layers
+from speedit_jax.models import dig, dit, layers
 
 
 @pytest.mark.parametrize("height, width, dim", [(1, 1, 4), (4, 4, 16), (3, 5, 24), (16, 16, 384)])
@@ -85,3 +85,31 @@ def test_label_embedding_is_a_row_of_the_table():
     out = embedder.apply(params, jnp.array([3, 10]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, table[jnp.array([3, 10])].astype(jnp.bfloat16))
+
+
+# Each with the shapes of its inputs.
+RECOMPUTED = {
+    "norm": (layers.modulated_layer_norm, [(2, 5, 24), (2, 24), (2, 24)]),
+    "rms": (layers._rms_norm, [(2, 5, 3, 8), (8,)]),
+    "gelu": (dit.gelu, [(2, 5, 24)]),
+    "gate": (dig._log_gate, [(2, 5, 3, 8)]),
+    "swish": (dig._swish_times, [(2, 5, 3, 8), (2, 5, 3, 8)]),
+    "swiglu": (dig._swiglu, [(2, 5, 2, 24)]),
+    "convolution": (dig._shifted_products, [(2, 4, 6, 24), (3, 3, 24), (24,)]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed(name):
+    """The values and gradients of the plain formula, of which the backward pass is given the inputs alone."""
+    f, shapes = RECOMPUTED[name]
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    out, pullback = jax.vjp(f, *inputs)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(pullback))
+    assert kept <= sum(x.nbytes for x in inputs)
+    expected, plain_pullback = jax.vjp(f.__wrapped__, *inputs)
+    d_out = jnp.asarray(rng.standard_normal(out.shape), jnp.float32)
+    # The same float32 operations, which two programs may fuse and order differently.
+    for a, b in zip((out, *pullback(d_out)), (expected, *plain_pullback(d_out)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
-from speedit_jax.sampling.writer import GRID, Output, checksum
+from speedit_jax.sampling.writer import GRID, Output, checksum, folder_name
 
 COUNT, BATCH, SHAPE = 11, 4, (5, 6, 3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
@@ -22,9 +23,9 @@ LABELS = (np.arange(COUNT) % 3).astype(np.int32)
 SETTINGS = {"workdir": "run", "seed": 0, "num_steps": (1, 2), "guide": {"workdir": "other", "checkpoint_step": 3}}
 
 
-def make(out: Path, folders=None, **changes) -> Output:
-    settings = SETTINGS | {"png_files": folders is not None} | changes
-    return Output(out, settings, LABELS, BATCH, folders)
+def make(out: Path, folders=None, count: int = COUNT, **changes) -> Output:
+    settings = SETTINGS | {"png_files": folders is not None, "num_images": count} | changes
+    return Output(out, settings, LABELS[:count], BATCH, folders)
 
 
 def drive(output: Output, overwrite: bool = False) -> list[int]:
@@ -133,6 +134,90 @@ def test_killed_anywhere_is_the_same_to_the_byte(tmp_path, folders, old):
         assert contents(out.parent) == expected and not out.with_suffix(".partial").exists()
         assert again == ([] if complete else [i for i in range(3) if i not in finished])
     assert n > 10 and complete
+
+
+@pytest.mark.parametrize("few", [4, 6, 8, 10])
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "begun"])
+@pytest.mark.parametrize("folders", [None, ("a", "b", "c")], ids=["npz", "PNG files"])
+def test_grown_and_killed_anywhere_is_the_same_to_the_byte(tmp_path, folders, finished, few):
+    drive(make(tmp_path / "reference" / "x", folders))
+    expected = contents(tmp_path / "reference")
+
+    def begin(out):
+        first = make(out, folders, few)
+        if finished:
+            assert drive(first) == list(range(first.batches))
+        else:
+            first.claim(False)
+            for i in range(first.batches):
+                first.write(i, IMAGES[i * BATCH : (i + 1) * BATCH])
+
+    begin(tmp_path / "whole" / "x")
+    assert drive(make(tmp_path / "whole" / "x", folders)) == list(range(few // BATCH, 3)), "whole batches are kept"
+    assert contents(tmp_path / "whole") == expected
+    n = 0
+    while True:
+        n += 1
+        out = tmp_path / str(n) / "x"
+        begin(out)
+        before = contents(out.parent) if finished else {}
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, n)
+            try:
+                drive(make(out, folders))
+                break
+            except Killed:
+                pass
+        if finished and out.with_suffix(".json").exists():
+            one = json.loads(out.with_suffix(".json").read_text())["num_images"] == few
+            assert (before if one else expected).items() <= contents(out.parent).items()
+        drive(make(out, folders))
+        assert contents(out.parent) == expected and not out.with_suffix(".partial").exists()
+    assert n > 5
+
+
+@pytest.mark.parametrize("stage", ["begun", "complete"])
+def test_fewer_are_refused(tmp_path, stage):
+    whole, few = make(tmp_path / "x"), make(tmp_path / "x", count=6)
+    whole.claim(False)
+    whole.write(0, IMAGES[:BATCH])
+    if stage == "complete":
+        drive(whole)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"of these settings, but 11 instead of 6: take the first 6, .*--overwrite"):
+        few.claim(False)
+    assert contents(tmp_path) == before
+
+
+def test_damaged_images_are_not_taken_over(tmp_path):
+    drive(make(tmp_path / "x", count=8))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[300] ^= 1
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npz cannot be read as 8 images of these settings"):
+        make(tmp_path / "x").claim(False)
+    assert (tmp_path / "x.npz").read_bytes() == content and not (tmp_path / "x.partial").exists()
+
+
+def test_latents_replace_pictures_and_their_grid(tmp_path):
+    drive(make(tmp_path / "x"))
+    values = np.random.default_rng(1).standard_normal((COUNT, 2, 2, 4)).astype(np.float32)
+    output = Output(tmp_path / "x", {"latents": None}, LABELS, COUNT, latents=True)
+    output.claim(True)
+    output.write(0, values)
+    output.finish(None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.latents.png", "x.npz"]
+    whole = io.BytesIO()
+    np.savez(whole, latents=values, labels=LABELS)
+    assert (tmp_path / "x.npz").read_bytes() == whole.getvalue()
+
+
+def test_each_class_has_a_directory_of_its_own():
+    names = ["a/b", "a_b", "a%2Fb", "a%b", ".hidden", "..", "a b", "\u00e9", "%"]
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names) and folders[0] == "a%2Fb"
+    assert [urllib.parse.unquote(folder) for folder in folders] == names
+    assert not any("/" in folder or folder.startswith(".") for folder in folders)
 
 
 @pytest.mark.parametrize("stage", ["begun", "complete"])

@@ -1,0 +1,159 @@
+"""What is compared: the strategies, the scales, and the order of the runs. docs/results/speedup_protocol.md says why."""
+
+import dataclasses
+import itertools
+
+import ml_collections
+
+from speedit_jax.config import get_config
+
+EVALUATION_SEED = 20_240_325  # of the samples' and the held-out images' noise: the same for all runs, and no run's own
+FAST_EMA, SLOW_EMA = 0.995, 0.999
+
+# name -> what it changes of the uniform baseline; learning rates are multiples of its own.
+STRATEGIES = {
+    "uniform": {},
+    "speedit": {"timesteps.strategy": "speedit"},
+    "speed_cvpr25": {"timesteps.strategy": "speed_cvpr25"},
+    "dig": {"model.name": "DiG"},
+    "dig_speedit": {"model.name": "DiG", "timesteps.strategy": "speedit"},
+    "uniform_lr_half": {"optim.learning_rate": 0.5},
+    "uniform_lr_double": {"optim.learning_rate": 2.0},
+    "laplace": {"timesteps.strategy": "laplace"},
+    "gradient_noise": {"timesteps.strategy": "gradient_noise"},
+    "p2": {"timesteps.strategy": "p2"},  # SpeeDiT's weight without its density
+    "speedit_sampling_only": {"timesteps.strategy": "speedit", "timesteps.weighting": "none"},
+    "speed_sampling_only": {"timesteps.strategy": "speed_cvpr25", "timesteps.weighting": "none"},
+    "speed_weighting_only": {"timesteps.strategy": "speed_cvpr25", "timesteps.sampling": "uniform"},
+    "min_snr": {"timesteps.strategy": "min_snr"},
+    "lognormal": {"timesteps.strategy": "lognormal"},
+    "uniform_v": {"diffusion.prediction": "v"},  # the baseline of the next
+    "logit_normal_v": {"timesteps.strategy": "logit_normal", "diffusion.prediction": "v"},
+    "clts": {"timesteps.strategy": "clts"},
+    "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
+}
+BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
+BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
+BASELINE_OF = {"logit_normal_v": "uniform_v"} | BACKBONES  # of the others it is BASELINE
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+      sets: image sets, in order.
+      width, depth, heads, patch: of the DiT.
+      dig_width: of the DiG, so that both have as many parameters, to 1 %.
+      batch_size, num_steps, learning_rate, warmup: of training; the rate is constant after its warm-up.
+      evaluate_every: steps between two evaluations of the fast average.
+      evaluate_all_every: steps between two evaluations of the slow average and the raw weights, too.
+      num_images, sampler_steps: drawn for an evaluation.
+      held_out: images whose mse is measured.
+      seeds_first, seeds: of the FIRST strategies, and of the others.
+    """
+
+    sets: tuple[str, ...] = ("fashion", "emoji")
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    dig_width: int = 112
+    patch: int = 4
+    batch_size: int = 64
+    num_steps: int = 4000
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    evaluate_every: int = 250
+    evaluate_all_every: int = 1000
+    num_images: int = 500
+    sampler_steps: int = 16
+    held_out: int = 512
+    seeds_first: int = 3
+    seeds: int = 2
+
+
+_GPU = Scale(
+    width=256,
+    dig_width=248,
+    depth=6,
+    batch_size=128,
+    num_steps=20_000,
+    warmup=500,
+    evaluate_every=1000,
+    evaluate_all_every=5000,
+    num_images=5000,
+    sampler_steps=32,
+    held_out=2048,
+    seeds_first=5,
+    seeds=5,
+)
+SCALES = {
+    "rehearsal": Scale(
+        sets=("digits",),
+        width=16,
+        depth=1,
+        heads=2,
+        dig_width=16,
+        batch_size=32,
+        num_steps=6,
+        warmup=1,
+        evaluate_every=2,
+        evaluate_all_every=6,
+        num_images=20,
+        sampler_steps=3,
+        held_out=32,
+        seeds_first=2,
+        seeds=1,
+    ),
+    "cpu": Scale(),  # 64 tokens
+    "gpu": _GPU,  # 64 tokens
+    "gpu256": dataclasses.replace(_GPU, patch=2),  # 256 tokens
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One run of the comparison."""
+
+    scale: str
+    set: str
+    strategy: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.set}_{self.strategy}_seed{self.seed}"
+
+
+def pieces(scale: str) -> list[Piece]:
+    """All runs of a scale, those first that answer the first question."""
+    of = SCALES[scale]
+    found = []
+    for image_set in of.sets:
+        found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds_first) for name in FIRST]
+    others = [name for name in STRATEGIES if name not in FIRST]
+    for image_set, name in itertools.product(of.sets, others):
+        found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds)]
+    return found
+
+
+def make_config(piece: Piece) -> ml_collections.ConfigDict:
+    """The whole config of a run."""
+    scale, changes = SCALES[piece.scale], STRATEGIES[piece.strategy]
+    backbone = changes.get("model.name", "DiT")
+    c = get_config(f"{backbone}-S/{scale.patch}")
+    c.seed = piece.seed
+    width = scale.dig_width if backbone == "DiG" else scale.width
+    c.model.update({"width": width, "depth": scale.depth, "heads": scale.heads, "scan_unroll": scale.depth})
+    c.timesteps.strategy = "uniform"
+    c.timesteps.clts_steps = scale.num_steps // 2
+    c.optim.learning_rate = scale.learning_rate
+    c.optim.warmup_steps = scale.warmup
+    c.training.update({"num_steps": scale.num_steps, "batch_size": scale.batch_size})
+    c.training.update({"ema_decay": FAST_EMA, "extra_ema_decays": (SLOW_EMA,), "ema_warmup": True})
+    c.sampling.update({"sampler": "dpm++", "spacing": "logsnr", "num_steps": scale.sampler_steps, "guidance_scale": 1.0})
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        if section != "model":
+            c[section][key] = value * scale.learning_rate if key == "learning_rate" else value
+    return c

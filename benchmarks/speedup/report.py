@@ -1,0 +1,257 @@
+"""The pages about strategies and backbones, their tables and figures, from the raw numbers of benchmarks.speedup.
+
+  python -m benchmarks.speedup.report --scale=cpu
+
+Writes OUT/speedup_SCALE.md, OUT/speedup_SCALE_dig.md and figures. A number whose runs are not made is "not measured yet".
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.speedup.analysis import SHARES, SpeedUp, curve, distance, missing, planned_seeds, read, seeds_of, speed_up
+from benchmarks.speedup.plan import BACKBONES, BASELINE, BASELINE_OF, FIRST, SCALES, STRATEGIES, Piece, pieces
+from speedit_jax.errors import UserError
+from speedit_jax.storage import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+NOT_YET = "not measured yet"
+# Times fewer steps, as published: DiT-XL/2 on ImageNet at 256 pixels, and the title of arXiv 2405.17403.
+CLAIMS = {"speedit": 3.3, "speed_cvpr25": 3.0}
+
+TUNED = ("uniform_lr_half", "uniform_lr_double")
+TIMESTEPS = [name for name in STRATEGIES if name not in BACKBONES]
+COMPARED = [name for name in TIMESTEPS if name not in (BASELINE, BASELINE_OF["logit_normal_v"])]
+Records = dict[Piece, dict]
+
+
+def baseline_of(strategy: str) -> str:
+    return BASELINE_OF.get(strategy, BASELINE)
+
+
+def speed_ups(records: Records, image_set: str, strategy: str) -> list[SpeedUp] | None:
+    """One for each of SHARES, from the seeds of which both sides are complete; None where there are none."""
+    name = baseline_of(strategy)
+    seeds = sorted({*seeds_of(records, image_set, strategy)} & {*seeds_of(records, image_set, name)})
+    if not seeds:
+        return None
+    baseline, other = (curve(records, image_set, of, seeds) for of in (name, strategy))
+    return [speed_up(baseline, other, share) for share in SHARES]
+
+
+def show(found: SpeedUp, seeds: int) -> str:
+    ratio = f"{'' if found.reached else '< '}{found.ratio:.2f}"
+    return f"{ratio} ({found.low:.2f} to {found.high:.2f})" if seeds > 1 else ratio
+
+
+def last_rows(records: Records, image_set: str, strategy: str) -> list[dict]:
+    return [records[p]["rows"][-1] for p in records if (p.set, p.strategy) == (image_set, strategy) and records[p]["complete"]]
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3g}" + (f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else "")
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def speed_table(records: Records, scale: str, image_set: str, strategies: list[str]) -> list[str]:
+    rows, without = [], []
+    for strategy in strategies:
+        if found := speed_ups(records, image_set, strategy):
+            seeds = len(seeds_of(records, image_set, strategy))
+            planned = planned_seeds(scale, image_set, strategy)
+            rows.append([f"`{strategy}`", f"{seeds} of {planned}", *(show(one, seeds) for one in found)])
+        else:
+            without.append(f"`{strategy}`")
+    header = ["", "seeds", *(f"to the baseline's quality at {share:.0%}" for share in SHARES)]
+    intro = "Speed-up in steps, with the 5th and 95th percentile over seeds; `<` where the target was not reached:"
+    lines = [intro, "", *table(header, rows), ""] if rows else []
+    return [*lines, f"{NOT_YET.capitalize()}: {', '.join(without)}."] if without else lines[:-1]
+
+
+def quality_table(records: Records, image_set: str, strategies: list[str]) -> list[str]:
+    rows = []
+    for strategy in strategies:
+        if not (found := last_rows(records, image_set, strategy)):
+            continue
+        weights = {name: [row["weights"][name] for row in found] for name in ("ema", "slow_ema", "raw")}
+        cells = [spread([of["fd"] for of in weights[name]]) for name in weights]
+        cells += [spread([of[name] for of in weights["ema"]]) for name in ("kid", "accuracy")]
+        mse = np.mean([of["mse"] for of in weights["ema"]], axis=0)
+        rows.append([f"`{strategy}`", *cells, *(f"{value:.4f}" for value in mse)])
+    judge = next(record["judge"] for piece, record in records.items() if piece.set == image_set)
+    real = [f"{judge['floor']['fd']:.3g}", "", "", f"{judge['floor']['kid']:.3g}", f"{judge['accuracy']:.3f}"]
+    rows.append(["held-out real images", *real, *[""] * 4])
+    header = ["at the end", "FD, ema", "slow ema", "raw", "KID", "accuracy", *(f"mse, quarter {i}" for i in (1, 2, 3, 4))]
+    return table(header, rows)
+
+
+def verdict(records: Records, scale: str, image_set: str, strategy: str) -> str:
+    """One sentence on a claim, and never more than the runs say."""
+    left = [p for p in missing(records, scale, image_set) if p.strategy in (strategy, baseline_of(strategy))]
+    if left:
+        return f"`{strategy}` on {image_set}: {NOT_YET}; {len(left)} runs are missing."
+    *_, end = speed_ups(records, image_set, strategy)
+    seeds = len(seeds_of(records, image_set, strategy))
+    if not end.reached or end.high < 1:
+        outcome = "not reproduced: it is no faster than uniform here"
+    elif end.low <= 1:
+        outcome = "not shown: seeds differ more than strategies"
+    elif end.ratio < CLAIMS[strategy]:
+        outcome = "partly reproduced: faster than uniform, by less than was published"
+    else:
+        outcome = "reproduced"
+    result = f"Speed-up to uniform's final quality: {show(end, seeds)}; published: {CLAIMS[strategy]}"
+    return f"`{strategy}` on {image_set}: {outcome}. {result}. {tuned_baseline(records, image_set)}"
+
+
+def tuned_baseline(records: Records, image_set: str) -> str:
+    """What uniform timesteps gain by another learning rate, which a strategy has to beat, too."""
+    found = {name: speed_ups(records, image_set, name) for name in TUNED}
+    gains = [f"{show(of[-1], len(seeds_of(records, image_set, name)))} of `{name}`" for name, of in found.items() if of]
+    return f"That of uniform with other learning rates: {', '.join(gains) or NOT_YET}."
+
+
+def backbone_verdict(records: Records, scale: str, image_set: str, dig: str) -> str:
+    """One sentence on DiG's final distance over DiT's, of the seeds that both have."""
+    dit = BACKBONES[dig]
+    seeds = seeds_of(records, image_set, dig)
+    if len(seeds) < planned_seeds(scale, image_set, dig) or not {*seeds} <= {*seeds_of(records, image_set, dit)}:
+        return f"`{dig}` against `{dit}` on {image_set}: {NOT_YET}."
+    ours, theirs = (curve(records, image_set, name, seeds).distances[:, -1] for name in (dig, dit))
+    ratios = ours / theirs
+    outcome = "DiG is better" if ratios.max() < 1 else "DiT is better" if ratios.min() > 1 else "seeds disagree"
+    over = f"its final Fréchet distance over DiT's, by seed: {spread(list(ratios))}"
+    return f"`{dig}` against `{dit}` on {image_set}: {outcome}; {over}."
+
+
+def draw(records: Records, image_set: str, sides: dict[str, list[str]], path: Path) -> bool:
+    """Fréchet distance against steps, of the complete runs; whether there are any.
+
+    Args:
+      sides: title of a panel -> strategies.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = dict.fromkeys(name for side in sides.values() for name in side)
+    curves = {name: found for name in names if (found := curve(records, image_set, name))}
+    if not curves:
+        return False
+    figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4.5), layout="constrained", sharey=True, squeeze=False)
+    for axis, (title, names) in zip(axes[0], sides.items(), strict=True):
+        for i, name in enumerate(name for name in names if name in curves):
+            found, colour = curves[name], "black" if name == BASELINE else f"C{i % 10}"
+            axis.plot(found.steps, found.distances.mean(0), color=colour, ls="-" if i < 10 else "--", label=name)
+            axis.fill_between(found.steps, found.distances.min(0), found.distances.max(0), color=colour, alpha=0.15, lw=0)
+        axis.set(title=title, xlabel="steps", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("Fréchet distance in the judge's features, ema")
+    figure.suptitle(f"{image_set}: mean over seeds, and their range")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return True
+
+
+def unfinished(records: Records, scale: str) -> list[str]:
+    """What is known of runs that were begun: never part of a comparison."""
+    lines = []
+    for piece, record in records.items():
+        if not record["complete"]:
+            line = f"- `{piece.name}`: step {record['step']} of {SCALES[scale].num_steps}"
+            for row in record["rows"][-1:]:
+                line += f"; Fréchet distance {distance(row):.3g} at step {row['step']}"
+            lines.append(line)
+    return lines
+
+
+def opening(records: Records, scale: str, title: str) -> list[str]:
+    of, done = SCALES[scale], sum(record["complete"] for record in records.values())
+    sessions = [session for record in records.values() for session in record["sessions"]]
+    commits, devices = (", ".join(sorted({session[name] for session in sessions})) or "-" for name in ("commit", "device"))
+    return [
+        f"# {title} Scale `{scale}`",
+        "",
+        f"{done} of {len(pieces(scale))} runs are made. [The protocol](speedup_protocol.md) says what was run and what the",
+        "numbers mean. This page is written by its script from the raw numbers in `speedup/`:",
+        "",
+        f"    python -m benchmarks.speedup --scale={scale} --budget_s=3600",
+        f"    python -m benchmarks.speedup.report --scale={scale}",
+        "",
+        f"Commits {commits}; devices {devices}.",
+        f"A run is {of.num_steps} steps of {of.batch_size} images.",
+        "The distances are in the features of the judge, a small network of this comparison, and are **not** Inception's FID.",
+        "",
+    ]
+
+
+def of_set(
+    records: Records, scale: str, image_set: str, compared: list[str], sides: dict[str, list[str]], figure: Path
+) -> list[str]:
+    """The tables and the figure of one image set.
+
+    Args:
+      compared: strategies that have a speed-up.
+      sides: of `draw`.
+    """
+    names = list(dict.fromkeys(name for side in sides.values() for name in side))
+    lines = ["", f"## {image_set}", ""]
+    if not any(piece.set == image_set and piece.strategy in names for piece in records):
+        return [*lines, f"{NOT_YET.capitalize()}."]
+    lines += [*speed_table(records, scale, image_set, compared), "", *quality_table(records, image_set, names)]
+    if draw(records, image_set, sides, figure):
+        lines += ["", f"![Fréchet distance against steps]({figure.name})"]
+    return lines
+
+
+def page(records: Records, scale: str, out: Path) -> str:
+    """About the strategies; its figures are written to `out`."""
+    lines = opening(records, scale, "Is SpeeDiT faster? Which strategy should you take?")
+    lines += ["## Verdicts", ""]
+    lines += [f"- {verdict(records, scale, name, strategy)}" for name in SCALES[scale].sets for strategy in FIRST[1:]]
+    sides = {"as published": list(FIRST), "the others": [name for name in TIMESTEPS if name not in FIRST[1:]]}
+    for name in SCALES[scale].sets:
+        lines += of_set(records, scale, name, COMPARED, sides, out / f"speedup_{scale}_{name}.png")
+    if begun := unfinished(records, scale):
+        lines += ["", "## Runs on their way", "", "They count for nothing above.", "", *begun]
+    return "\n".join(lines) + "\n"
+
+
+def backbone_page(records: Records, scale: str, out: Path) -> str:
+    """About DiG; its figures are written to `out`."""
+    lines = opening(records, scale, "Is DiG as good as DiT?")
+    lines += [
+        "At as many parameters, to 1 %, and as many steps. [resolution.md](resolution.md) says what a step costs.",
+        "",
+    ]
+    lines += [f"- {backbone_verdict(records, scale, name, dig)}" for name in SCALES[scale].sets for dig in BACKBONES]
+    sides = {"DiG and DiT": [*BACKBONES.values(), *BACKBONES]}
+    for name in SCALES[scale].sets:
+        lines += of_set(records, scale, name, list(BACKBONES), sides, out / f"speedup_{scale}_{name}_dig.png")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=list(SCALES), default="cpu")
+    parser.add_argument("--raw", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the page and its figures")
+    args = parser.parse_args()
+    try:
+        records = read(args.raw, args.scale)
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from e
+    for name, text in (("", page), ("_dig", backbone_page)):
+        path = args.out / f"speedup_{args.scale}{name}.md"
+        write_text(path, text(records, args.scale, args.out))
+        print(f"{path}: {sum(record['complete'] for record in records.values())} of {len(pieces(args.scale))} runs")
+
+
+if __name__ == "__main__":
+    main()
