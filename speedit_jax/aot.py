@@ -60,7 +60,7 @@ def open_data(config: ml_collections.ConfigDict, mesh: Mesh) -> Source | Descrip
     if autoencoder.channels != channels:
         raise UserError(f"--image_shape has {channels} channels, but data.vae={vae} has latents of {autoencoder.channels}")
     if config.data.source.startswith("latents:"):
-        return Description(shape, classes, latents=autoencoder.identity)
+        return Description(shape, classes, encoded_by=autoencoder.identity)
     return Description(autoencoder.image_shape(shape), classes)
 
 

@@ -83,7 +83,7 @@ class LoadedRun:
         """
         if not 0 <= seed <= LARGEST_SEED:
             raise UserError(f"seed={seed}: must lie in 0..{LARGEST_SEED}")
-        latents = self.autoencoder is not None or self.run.latents is not None
+        latents = self.autoencoder is not None or self.run.encoded_by is not None
         classes = parse_labels(None if labels is None else list(map(str, labels)), self.class_names)
         count = len(classes) if num_images is None else num_images
         chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
@@ -120,5 +120,5 @@ def load(
       UserError: there is no such checkpoint, or it cannot be read.
     """
     run = open_run(workdir, step, dtype=dtype)
-    autoencoder = open_autoencoder(vae, run.latents, run.model.image_shape[2], run.mesh, dtype or "auto", tile)
+    autoencoder = open_autoencoder(vae, run.encoded_by, run.model.image_shape[2], run.mesh, dtype or "auto", tile)
     return LoadedRun(run, run.restore(weights), autoencoder)

@@ -53,7 +53,7 @@ def open_images() -> Source:
     images = {"height": height, "width": width, "channels": 3, "split": _SPLIT.value, "classes": _CLASSES.value}
     config = ml_collections.ConfigDict({"source": _SOURCE.value, "max_broken": _MAX_BROKEN.value} | images | synthetic)
     source = open_source(config)
-    if source.latents:
+    if source.encoded_by:
         raise UserError(f"--source={_SOURCE.value}: these are latents already")
     return source
 

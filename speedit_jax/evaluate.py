@@ -31,7 +31,7 @@ from speedit_jax.evaluation.comparison import (
     Reference,
     choose_metrics,
     crop_of,
-    gather,
+    extract_features,
     make_extractor,
     measure,
     open_reference,
@@ -84,7 +84,9 @@ def evaluate() -> None:
     extractor = make_extractor(_FEATURES.value, shape, _INCEPTION.value, reference, mesh, "--")
 
     def gathered(name, images, moments, arrays):
-        return gather(name, images, extractor, mesh, moments, arrays, batch_size=_BATCH_SIZE.value, threads=_THREADS.value)
+        return extract_features(
+            name, images, extractor, mesh, moments, arrays, batch_size=_BATCH_SIZE.value, threads=_THREADS.value
+        )
 
     metrics = [METRICS[name] for name in names]
     moments = {metric.moments for metric in metrics}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from speedit_jax import __version__, cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.data import loader
-from speedit_jax.data.image_sets import Spread
+from speedit_jax.data.image_sets import EvenlySpaced
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
@@ -107,7 +107,7 @@ def choose_diffusion(run: Run) -> GaussianDiffusion:
     diffusion = run.diffusion
     if isinstance(diffusion, FlowMatching):
         raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
-    if run.latents:
+    if run.encoded_by:
         raise UserError("--workdir: the run is on latents, and bits per number of a latent say nothing of its pixels")
     if not _NUM_STEPS.value:
         return diffusion
@@ -127,7 +127,7 @@ def open_images(run: Run) -> Source:
     config.data.split = _SPLIT.value or (config.data.split if not _SOURCE.value else "train")
     config.data.height, config.data.width, config.data.channels = run.meta["image_shape"]
     source = open_source(config.data)
-    if source.latents:
+    if source.encoded_by:
         raise UserError(f"--source={config.data.source}: give images, not latents")
     if run.class_names and not _UNCONDITIONAL.value and list(source.class_names) != run.class_names:
         raise UserError(f"--source={config.data.source}: its classes are not those of the run; give --unconditional")
@@ -207,7 +207,7 @@ def filled_batches(source: Source, count: int, mesh: Mesh) -> Iterator[tuple[np.
     batch = min(_BATCH_SIZE.value, count)
     batch += -batch % sharding.batch_devices(mesh)
     first = 0
-    for records in loader.in_order(Spread(source, count), 0, count, batch, _THREADS.value):
+    for records in loader.in_order(EvenlySpaced(source, count), 0, count, batch, _THREADS.value):
         rows = np.arange(batch) % len(records["label"])
         yield np.arange(first, first + batch, dtype=np.int32), records["image"][rows], records["label"][rows].astype(np.int32)
         first += batch

@@ -77,7 +77,7 @@ def sample() -> None:
     model, mesh = run.model, run.mesh
     guide = open_guide(run)
     autoencoder = open_autoencoder(
-        _VAE.value, run.latents, model.image_shape[2], mesh, dtype=_DTYPE.value or "auto", tile=_TILE.value
+        _VAE.value, run.encoded_by, model.image_shape[2], mesh, dtype=_DTYPE.value or "auto", tile=_TILE.value
     )
     latents = run.draws_latents and not autoencoder
     check_decoding(latents, autoencoder)
@@ -151,7 +151,7 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
         "guidance_high": _GUIDANCE_HIGH.value,
         "clip": _CLIP.value,
     }
-    latents = autoencoder is not None or run.latents is not None
+    latents = autoencoder is not None or run.encoded_by is not None
     settings = Settings.from_config(run.config.sampling, run.model, guide and guide.model, latents, **given)
     return resolve(settings, run.diffusion)
 

@@ -39,7 +39,7 @@ def output(arrays, shift):
 
 def test_forward(arrays):
     network = dit.describe_diffusers(json.loads(str(arrays["config"])))
-    assert network == dit.Network("DiT", 16, 2, 2, 4, 8, label_rows=1001, tokens=16, heads=2)
+    assert network == dit.Architecture("DiT", 16, 2, 2, 4, 8, label_rows=1001, tokens=16, heads=2)
     assert_close(output(arrays, shift=1), nhwc(arrays["out"]), 1e-5)
 
 

@@ -101,7 +101,7 @@ def turned_tokens(params, x, t, y, depth, directions):
             block = jax.tree.map(lambda a, repeat=repeat: a[repeat], params["blocks"][f"block_{position}"])
         else:
             block = params[f"rest_{position}"]
-        kernel = names.turn("conv", "kernel", position, block["conv"]["kernel"])
+        kernel = names.rearrange("conv", "kernel", position, block["conv"]["kernel"])
         block = {**block, "conv": {**block["conv"], "kernel": kernel}}
 
         def causal(q, k, v, log_g, reverse):

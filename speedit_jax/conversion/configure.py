@@ -9,7 +9,7 @@ import ml_collections
 from speedit_jax.conversion import scheduler
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
 from speedit_jax.models.build import SIZES
@@ -18,7 +18,7 @@ _GUIDED = {4: 3}  # latent channels -> how many of them the published samples gu
 
 
 def fill_config(
-    config: ml_collections.ConfigDict, weights: Weights, network: Network, given: Mapping[str, Any]
+    config: ml_collections.ConfigDict, weights: Weights, network: Architecture, given: Mapping[str, Any]
 ) -> tuple[Description, list[str]]:
     """Makes `config` that of `network`; returns its images and classes, and lines on what was chosen. `given` wins.
 
@@ -70,7 +70,7 @@ def fill_config(
     return Description((height, width, network.channels), classes, "imported"), lines
 
 
-def _architecture(config: ml_collections.ConfigDict, network: Network, given: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(config: ml_collections.ConfigDict, network: Architecture, given: Mapping[str, Any]) -> dict[str, Any]:
     """Names the network in `config`; the other keys of its size."""
     backbone, width, depth = network.backbone, network.width, network.depth
     heads = given.get("model.heads") or network.heads
@@ -91,13 +91,13 @@ def _architecture(config: ml_collections.ConfigDict, network: Network, given: Ma
     }
 
 
-def _learned_variance(network: Network) -> bool:
+def _learned_variance(network: Architecture) -> bool:
     if network.out_channels not in (network.channels, 2 * network.channels):
         raise UserError(f"final_layer.linear.weight makes {network.out_channels} channels of {network.channels}: not C or 2C")
     return network.out_channels != network.channels
 
 
-def _label_dropout(weights: Weights, network: Network, given: Mapping[str, Any]) -> tuple[float, str]:
+def _label_dropout(weights: Weights, network: Architecture, given: Mapping[str, Any]) -> tuple[float, str]:
     """(config.model.label_dropout, a line where it was chosen without being told): 0 where every row is a class.
 
     Raises:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 
@@ -19,7 +19,7 @@ NOT_DIFFUSERS, INSTEAD = "diffusers' DiT cannot hold this model:", "export to .p
 NULL_LABEL = 1000  # of DiTPipeline, whatever the classes
 
 
-def refuse_diffusers(model: Model, network: Network) -> None:
+def refuse_diffusers(model: Model, network: Architecture) -> None:
     """Raises a UserError that names all that diffusers' DiT does not have."""
     height, width, _ = model.image_shape
     reasons = {

@@ -14,7 +14,7 @@ from speedit_jax.conversion.tables import dig_notes, one_device, table
 from speedit_jax.encoders.autoencoder import open_autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dig, dit, files, pipeline
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.tensors import check_finite
 from speedit_jax.models.build import Model, parse_name
@@ -35,7 +35,7 @@ class Exported:
     """
 
     run: Run
-    network: Network
+    network: Architecture
     params: Mapping
     state: Mapping[str, np.ndarray]
     origin: str
@@ -70,7 +70,7 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     network = network_of(model, names.shapes(run.shapes, patch))
     if directory:
         refuse_diffusers(model, network)
-        autoencoder = open_autoencoder(vae, run.latents, network.channels, run.mesh)
+        autoencoder = open_autoencoder(vae, run.encoded_by, network.channels, run.mesh)
         alone = no_pipeline(autoencoder, run.class_names)
         refuse_prediction(run.diffusion.prediction, alone)
     params = run.restore(weights)
@@ -140,7 +140,7 @@ def write_file(out: Path, exported: Exported) -> None:
         print(f"note: it predicts {prediction}, which the file does not say and published samplers do not expect")
 
 
-def network_of(model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Network:
+def network_of(model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """What the exported tensors will say of themselves, and the heads."""
     height, width, _ = model.image_shape
     # Scalars that pretend to be large: only their shapes are looked at.

@@ -19,7 +19,7 @@ from speedit_jax.data.description import Description
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dit, flow_time, weights
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
 from speedit_jax.models.build import Model
@@ -40,7 +40,7 @@ class Fitted:
       notes: what the user ought to know.
     """
 
-    network: Network
+    network: Architecture
     model: Model
     source: Description
     params: Any
@@ -69,8 +69,8 @@ def import_weights(
     except UserError as e:
         raise UserError(f"--from={path}: {e}") from e
     channels = fitted.network.channels
-    latents = autoencoder_of(config, channels)
-    meta = run.describe(config, fitted.source, fitted.source.image_shape, latents) | {"imported_from": str(path)}
+    encoded_by = autoencoder_of(config, channels)
+    meta = run.describe(config, fitted.source, fitted.source.image_shape, encoded_by) | {"imported_from": str(path)}
     there = place(workdir, meta, fitted)
     total, classes = sum(leaf.size for leaf in jax.tree.leaves(fitted.ema)), len(fitted.source.class_names)
     height, width, _ = fitted.source.image_shape
@@ -80,7 +80,7 @@ def import_weights(
     print(f"{classes or 'no'} classes, variance {config.diffusion.variance}, in {workdir}")
     for note in fitted.notes:
         print(f"note: {note}")
-    if channels > 3 and latents is None:
+    if channels > 3 and encoded_by is None:
         print("It draws latents; for pictures give sample --vae=DIR, a diffusers VAE, or import with --config.data.vae=DIR")
     print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
 
@@ -130,7 +130,7 @@ def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections
 
 
 def arrange(
-    found: Weights, state: Mapping[str, np.ndarray], network: Network, config: ml_collections.ConfigDict, shapes: Any
+    found: Weights, state: Mapping[str, np.ndarray], network: Architecture, config: ml_collections.ConfigDict, shapes: Any
 ) -> Any:
     """`state` as our parameters.
 

@@ -12,10 +12,10 @@ class Description:
       image_shape: (H, W, C) of images, or (h, w, C) of latents.
       class_names: empty where the data are unconditional.
       fingerprint: of the data.
-      latents: the identity of the autoencoder whose latents the data are; None for images.
+      encoded_by: the identity of the autoencoder whose latents the data are; None for images.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str = ""
-    latents: dict[str, Any] | None = None
+    encoded_by: dict[str, Any] | None = None

@@ -43,7 +43,7 @@ class FolderSource:
       by_table: whether dataset.json holds the labels.
     """
 
-    latents = None
+    encoded_by = None
     root: Path
     files: tuple[str, ...]
     labels: tuple[int, ...]

@@ -62,7 +62,7 @@ class NpzImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class EvenlySpaced:
     """`count` of a source's records, evenly spaced: of a set that is sorted by class some of each."""
 
     source: Source
@@ -102,7 +102,7 @@ def some(images: NpzImages | SourceImages, count: int) -> NpzImages | SourceImag
     count = min(count, len(images))
     if isinstance(images, NpzImages):
         return dataclasses.replace(images, count=count)
-    return SourceImages(Spread(images.source, count))
+    return SourceImages(EvenlySpaced(images.source, count))
 
 
 def fingerprint(images: NpzImages | SourceImages) -> str:

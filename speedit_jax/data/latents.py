@@ -174,14 +174,14 @@ class LatentSource:
 
     Attributes:
       image_shape: (h, w, C), of a latent.
-      latents: the header's account of them: the VAE, its scale and shift.
+      encoded_by: the header's account of them: the VAE, its scale and shift.
       header: all of header.json.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str
-    latents: dict[str, Any]
+    encoded_by: dict[str, Any]
     records: Any
     directory: Path
     header: dict[str, Any]

@@ -69,7 +69,7 @@ def batches(
       {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}; of latents "moments" [len(rows), h, w, 2C] for "image".
     """
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if flip or source.latents:
+    if flip or source.encoded_by:
         records = records.random_map(_Flip(0.5 if flip else 0.0))
     stream = grain.MapDataset.range(first_step * len(rows), num_steps * len(rows))
     return _batched(stream.map(_Rows(records, batch_size, rows)), len(rows), threads)

@@ -37,14 +37,14 @@ class Source(Protocol):
       class_names: empty when the set is unconditional.
       fingerprint: equal for equal data; a checkpoint refuses to resume on other data.
       older_fingerprints: what earlier versions called the same data.
-      latents: of what autoencoder, if these are not images.
+      encoded_by: the identity of their autoencoder, if these are not images.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str
     older_fingerprints: tuple[str, ...]
-    latents: dict[str, Any] | None
+    encoded_by: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -75,7 +75,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 class ArraySource:
     """Images held in memory."""
 
-    latents = None
+    encoded_by = None
     older_fingerprints = ()
     images: np.ndarray
     labels: np.ndarray
@@ -97,7 +97,7 @@ class ArraySource:
 class SyntheticSource:
     """One blob an image; its class sets the angle of its place, the index the rest."""
 
-    latents = None
+    encoded_by = None
     older_fingerprints = ()
     size: int
     image_shape: tuple[int, int, int]
@@ -174,7 +174,7 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
         raise UserError(
             f"unknown data.source {config.source!r}; choose digits, folder:PATH, tfds:NAME, latents:PATH or synthetic"
         )
-    if source.image_shape != shape and not source.latents:
+    if source.image_shape != shape and not source.encoded_by:
         raise UserError(
             f"data.source={config.source} has images of shape {source.image_shape}, but data.height, data.width and"
             f" data.channels say {shape}"

@@ -33,7 +33,7 @@ class TfdsSource:
       background: the colour behind transparent parts, 0..255.
     """
 
-    latents = None
+    encoded_by = None
     older_fingerprints = ()
     name: str
     records: Sequence[dict[str, Any]]

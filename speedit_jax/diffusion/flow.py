@@ -80,7 +80,7 @@ class FlowMatching:
         """What the network is told: s itself, as SiT is."""
         return s
 
-    def level(self, s: jax.Array) -> jax.Array:
+    def schedule_index(self, s: jax.Array) -> jax.Array:
         """The level that time s lies in."""
         return ((1 - s) * self.num_steps).astype(jnp.int32).clip(0, self.num_steps - 1)
 

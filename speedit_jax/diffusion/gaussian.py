@@ -111,7 +111,7 @@ class GaussianDiffusion:
         """What the network is told for step t."""
         return jnp.asarray(self.schedule.model_steps)[t]
 
-    def level(self, model_time: jax.Array) -> jax.Array:
+    def schedule_index(self, model_time: jax.Array) -> jax.Array:
         """The step of training that the network is told about: itself, also in a respaced schedule."""
         return model_time
 
@@ -143,7 +143,7 @@ class GaussianDiffusion:
         return _at(s.posterior_mean_coef_x0, t, x_t) * x0 + _at(s.posterior_mean_coef_xt, t, x_t) * x_t
 
     def split_output(self, output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Network output [..., C or 2C] -> (y_hat, r or None)."""
+        """Architecture output [..., C or 2C] -> (y_hat, r or None)."""
         if not self.learned_variance:
             return output, None
         prediction, r = jnp.split(output, 2, axis=-1)

@@ -32,7 +32,7 @@ from speedit_jax.errors import UserError
 # (x [B, H, W, C], t [B] as the network knows it) -> [B, H, W, C or 2C]
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 # The same, and y [B] int
-Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Architecture = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 SPACINGS = ("even", "logsnr")
@@ -72,13 +72,13 @@ def guidance_scales(num_steps: int, scale: float, schedule: str, low: float, hig
 
 
 def guided(
-    model: Network,
+    model: Architecture,
     labels: jax.Array,
     null_label: int | None,
     scale: float | np.ndarray,
     channels: int,
-    guide: Network | None = None,
-    level: Callable[[jax.Array], jax.Array] = lambda t: t,
+    guide: Architecture | None = None,
+    schedule_index: Callable[[jax.Array], jax.Array] = lambda t: t,
 ) -> Denoiser:
     """Guidance, eq. (5): away from the null label in one pass over a doubled batch, or away from `guide` in a pass of each.
 
@@ -92,7 +92,7 @@ def guided(
       channels: how many leading channels are guided: C for all of the prediction, 3 for the published DiT's samples. The
         others, the variance among them, stay the model's own.
       guide: a weaker network of the same prediction, given the same labels.
-      level: of what the network is told, the step of training that `scale` is looked up at.
+      schedule_index: of what the network is told, the step of training that `scale` is looked up at.
     """
 
     def plain(x, t):
@@ -106,11 +106,11 @@ def guided(
             out, other = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels), 2)
         own, other = out[..., :channels], other[..., :channels]
         w = jnp.asarray(scale, out.dtype)
-        w = w[level(t)].reshape(-1, 1, 1, 1) if w.ndim else w
+        w = w[schedule_index(t)].reshape(-1, 1, 1, 1) if w.ndim else w
         return jnp.concatenate([other + w * (own - other), out[..., channels:]], axis=-1)
 
     def either(x, t):
-        return jax.lax.cond((jnp.asarray(scale != 1)[level(t)]).any(), both, plain, x, t)
+        return jax.lax.cond((jnp.asarray(scale != 1)[schedule_index(t)]).any(), both, plain, x, t)
 
     if np.all(scale == 1):
         return plain

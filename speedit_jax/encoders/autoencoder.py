@@ -81,13 +81,13 @@ class Autoencoder:
         with jax.set_mesh(self._mesh):
             return (self._decode if decode else self._encode).lower(params, rows)
 
-    def check(self, latents: dict[str, Any]) -> None:
-        """Raises a UserError unless `latents`, an identity, is this autoencoder's, with the same scale."""
-        if latents["weights"] != self.identity["weights"]:
-            raise UserError(f"{self.identity['vae']} is not the autoencoder of these latents, which {latents['vae']} encoded")
-        if _scale(latents) != self.scale:
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raises a UserError unless `identity` is this autoencoder's, with the same scale."""
+        if identity["weights"] != self.identity["weights"]:
+            raise UserError(f"{self.identity['vae']} is not the autoencoder of these latents, which {identity['vae']} encoded")
+        if _scale(identity) != self.scale:
             raise UserError(
-                f"{self.identity['vae']} has {self.scale}, but these latents have {_scale(latents)}: correct its config.json,"
+                f"{self.identity['vae']} has {self.scale}, but these latents have {_scale(identity)}: correct its config.json,"
                 " or, for stored latents, run speedit_jax.encode again, which takes over the scale and encodes nothing anew"
             )
 
@@ -121,27 +121,27 @@ class Autoencoder:
 
 
 def open_autoencoder(
-    given: str | None, latents: dict[str, Any] | None, channels: int, mesh: Mesh, dtype: str = "auto", tile: bool = False
+    given: str | None, encoded_by: dict[str, Any] | None, channels: int, mesh: Mesh, dtype: str = "auto", tile: bool = False
 ) -> Autoencoder | None:
     """What decodes a run's latents; None where neither the run nor the user knows of any, or the user says "none".
 
     Args:
       given: --vae, in place of where it was in training.
-      latents: of what autoencoder the run's data were, as far as it knows.
+      encoded_by: of what autoencoder the run's data were, as far as it knows.
       channels: of what the run draws.
       dtype, tile: as for `Autoencoder`.
 
     Raises:
       UserError: it is not there, or it is another one.
     """
-    if given == "none" or (latents is None and not given):
+    if given == "none" or (encoded_by is None and not given):
         return None
     try:
-        autoencoder = Autoencoder(given or latents["vae"], mesh, dtype, tile)
+        autoencoder = Autoencoder(given or encoded_by["vae"], mesh, dtype, tile)
     except UserError as e:
         raise UserError(str(e) if given else f"{e}, with --vae; --vae=none draws the latents alone") from e
-    if latents:
-        autoencoder.check(latents)
+    if encoded_by:
+        autoencoder.check(encoded_by)
     elif autoencoder.channels != channels:
         raise UserError(f"--vae={given} has latents of {autoencoder.channels} channels, but this run draws {channels}")
     return autoencoder

@@ -232,7 +232,7 @@ def _obstacle(metric: Metric, reference: Reference, features: str, prefix: str) 
     return None
 
 
-def gather(
+def extract_features(
     name: str,
     images: Images | None,
     extractor: Extractor,

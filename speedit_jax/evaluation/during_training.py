@@ -26,7 +26,7 @@ from speedit_jax.evaluation.comparison import (
     Reference,
     choose_metrics,
     crop_of,
-    gather,
+    extract_features,
     make_extractor,
     measure,
     open_reference,
@@ -63,9 +63,9 @@ class Evaluation:
         section = config.evaluation
         if section.features not in FEATURES:
             raise UserError(f"unknown evaluation.features {section.features!r}; choose one of {', '.join(FEATURES)}")
-        if source.latents and not pictures.autoencoder:
+        if source.encoded_by and not pictures.autoencoder:
             raise UserError(f"evaluation.every={section.every}: to measure images of latents, name their autoencoder by data.vae")
-        shape = pictures.autoencoder.image_shape(source.image_shape) if source.latents else source.image_shape
+        shape = pictures.autoencoder.image_shape(source.image_shape) if source.encoded_by else source.image_shape
         asked = list(filter(None, section.metrics.replace(" ", "").split(",")))
         compared = any(METRICS[name].compares for name in asked or METRICS if name in METRICS)
         reference = _open_reference(config, source, shape) if compared else NO_REFERENCE
@@ -118,7 +118,7 @@ class Evaluation:
 
     def _gather(self, name: str, images: Images | None, moments: set[str | None], arrays: set[str | None]) -> Collected:
         # A bar of its own beside that of training, for those who wait.
-        return gather(name, images, self._extractor, self._mesh, moments, arrays, **self._sizes, patience=10)
+        return extract_features(name, images, self._extractor, self._mesh, moments, arrays, **self._sizes, patience=10)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """The numbers of some weights, after `prepare`."""
@@ -167,7 +167,7 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
     """
     section = config.evaluation
     if not section.reference:
-        if source.latents:
+        if source.encoded_by:
             raise UserError("evaluation.reference is missing: latents are no images to compare with; name an npz or a folder")
         if section.split != "train":
             raise UserError(f"evaluation.split={section.split} is of evaluation.reference, which is not set")

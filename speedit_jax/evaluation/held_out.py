@@ -17,7 +17,7 @@ import numpy as np
 
 from speedit_jax import sharding
 from speedit_jax.data import loader
-from speedit_jax.data.image_sets import Spread
+from speedit_jax.data.image_sets import EvenlySpaced
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
@@ -75,7 +75,7 @@ class HeldOutLoss:
         batch = min(parts.config.evaluation.batch_size, self._count)
         batch += -batch % sharding.batch_devices(parts.mesh)
         self._batches, first = [], 0
-        for records in loader.in_order(Spread(self._source, self._count), 0, self._count, batch, parts.config.data.threads):
+        for records in loader.in_order(EvenlySpaced(self._source, self._count), 0, self._count, batch, parts.config.data.threads):
             # The last batch is filled up, so that one compilation serves.
             here = len(records["label"])
             which = np.arange(batch) % here
@@ -83,7 +83,7 @@ class HeldOutLoss:
                 data = sharding.from_host(rows, records["moments"][which, 0])  # of the image, not of its mirror image
             else:
                 data = sharding.from_host(rows, records["image"][which])
-                data = parts.autoencoder.moments(data) if parts.latents else data
+                data = parts.autoencoder.moments(data) if parts.encoded_by else data
             indices = (first + which).astype(np.int32)
             labels = sharding.from_host(rows, records["label"][which].astype(np.int32))
             times = jax.device_put(self._times[:, indices], sharding.replicated(parts.mesh))
@@ -104,8 +104,8 @@ class HeldOutLoss:
 
 def _jit_measure(parts: Assembly, key: jax.Array):
     """measure(params, indices [B], images or moments [B, ...], labels [B], times [LEVELS, B]) -> mse [LEVELS, B], replicated."""
-    model, diffusion, latents = parts.model, parts.diffusion, parts.latents
-    config = latents and VaeConfig.from_diffusers(latents["config"])
+    model, diffusion, encoded_by = parts.model, parts.diffusion, parts.encoded_by
+    config = encoded_by and VaeConfig.from_diffusers(encoded_by["config"])
 
     def measure(params, indices, data, labels, times):
         def noise(stream):
@@ -113,7 +113,7 @@ def _jit_measure(parts: Assembly, key: jax.Array):
 
         def one(j):
             x0 = data
-            if latents:
+            if encoded_by:
                 mean, logvar = jnp.split(data, 2, axis=-1)
                 x0 = to_latents(config, mean + jnp.exp(0.5 * logvar) * noise(LEVELS + j))
             t, eps = times[j], noise(j)
@@ -145,10 +145,10 @@ def _check_fits(parts: Assembly, examples: Source, source: Source) -> None:
     name = f"evaluation.loss_source={parts.config.evaluation.loss_source}"
     if source.class_names and tuple(examples.class_names) != tuple(source.class_names):
         raise UserError(f"{name}: its classes are not those of data.source={parts.config.data.source}; name a set with the same")
-    if examples.latents and (examples.latents["weights"] != (parts.latents or {}).get("weights")):
+    if examples.encoded_by and (examples.encoded_by["weights"] != (parts.encoded_by or {}).get("weights")):
         raise UserError(f"{name}: holds latents of another autoencoder than the run's")
     shape = examples.image_shape
-    if not examples.latents and parts.latents:
+    if not examples.encoded_by and parts.encoded_by:
         if not parts.autoencoder:
             raise UserError(f"{name}: these are images and the run learns latents; name its autoencoder by data.vae")
         shape = parts.autoencoder.latent_shape(shape)

@@ -32,7 +32,7 @@ BLOCK_MODULES = {
 _ALIASES = {"attn_norm": "norm1", "mlp_norm": "norm2"}
 
 
-def turn(module: str, parameter: str, position: int, value: np.ndarray) -> np.ndarray:
+def rearrange(module: str, parameter: str, position: int, value: np.ndarray) -> np.ndarray:
     """A convolution's kernel [3, 3, D] between the raster frame and that of the scan order of `position`; its own inverse."""
     if (module, parameter) != ("conv", "kernel"):
         return value
@@ -40,7 +40,7 @@ def turn(module: str, parameter: str, position: int, value: np.ndarray) -> np.nd
     return value.swapaxes(0, 1) if position >= 2 else value
 
 
-TABLE = Table(dit.MODULES, BLOCK_MODULES, turn)
+TABLE = Table(dit.MODULES, BLOCK_MODULES, rearrange)
 
 
 def is_dig(state: Mapping[str, np.ndarray]) -> bool:
@@ -76,7 +76,7 @@ def with_aliases(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**state, **aliases}
 
 
-def describe(state: Mapping[str, np.ndarray]) -> dit.Network:
+def describe(state: Mapping[str, np.ndarray]) -> dit.Architecture:
     """The network of the published code's tensors; how many scan orders it has is not among them.
 
     Raises:
@@ -84,7 +84,7 @@ def describe(state: Mapping[str, np.ndarray]) -> dit.Network:
     """
     shell = dit.describe_shell(state)
     (head,) = dit.shape_of(state, "blocks.0.attn.g_norm_swish_gate.weight", 1)
-    return dit.Network(
+    return dit.Architecture(
         backbone="DiG",
         heads=shell["width"] // head,
         norm="rms" if "blocks.0.norm1.weight" in state else "layer",

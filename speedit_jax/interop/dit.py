@@ -69,7 +69,7 @@ _DIFFUSERS_COMPUTED = "pos_embed.pos_embed"  # older versions stored it
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class Architecture:
     """What a state_dict tells of its network.
 
     Attributes:
@@ -107,7 +107,7 @@ def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[int
 
 
 def describe_shell(state: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """What all backbones share: the fields of Network that their shell's tensors tell.
+    """What all backbones share: the fields of Architecture that their shell's tensors tell.
 
     Raises:
       UserError: a tensor that tells one is missing or has another number of axes.
@@ -126,7 +126,7 @@ def describe_shell(state: Mapping[str, np.ndarray]) -> dict[str, int]:
     }
 
 
-def describe(state: Mapping[str, np.ndarray]) -> Network:
+def describe(state: Mapping[str, np.ndarray]) -> Architecture:
     """The network of the published code's tensors; its heads are not among them.
 
     Raises:
@@ -137,10 +137,10 @@ def describe(state: Mapping[str, np.ndarray]) -> Network:
     ratio = hidden / shell["width"]
     # The model truncates width times ratio, which must not fall below the hidden width.
     ratio = ratio if int(shell["width"] * ratio) == hidden else math.nextafter(ratio, math.inf)
-    return Network(backbone="DiT", mlp_ratio=ratio, **shell)
+    return Architecture(backbone="DiT", mlp_ratio=ratio, **shell)
 
 
-def describe_diffusers(config: Mapping[str, Any]) -> Network:
+def describe_diffusers(config: Mapping[str, Any]) -> Architecture:
     """The network of a DiTTransformer2DModel's config.json.
 
     Raises:
@@ -153,7 +153,7 @@ def describe_diffusers(config: Mapping[str, Any]) -> Network:
             raise UserError(f"config.json has {key}={config[key]!r}; only {wanted!r} is a DiT")
     values = _DIFFUSERS_DEFAULTS | {key: value for key, value in config.items() if value is not None}
     grid = values["sample_size"] // values["patch_size"]
-    return Network(
+    return Architecture(
         backbone="DiT",
         width=values["num_attention_heads"] * values["attention_head_dim"],
         depth=values["num_layers"],
@@ -166,7 +166,7 @@ def describe_diffusers(config: Mapping[str, Any]) -> Network:
     )
 
 
-def diffusers_config(network: Network) -> dict[str, Any]:
+def diffusers_config(network: Architecture) -> dict[str, Any]:
     """config.json of the DiTTransformer2DModel that is `network`, whose grid is square and whose heads are known."""
     return {
         "_class_name": "DiTTransformer2DModel",

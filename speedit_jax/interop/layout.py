@@ -19,7 +19,7 @@ PARAMETERS = {"kernel": "weight", "bias": "bias", "table": "weight", "weight": "
 COMPUTED = "pos_embed"  # stored by PyTorch, computed by us
 
 # (our module in a block, our parameter's name, the layer's position in the period, array in our layout) -> the array, turned
-Turn = Callable[[str, str, int, np.ndarray], np.ndarray]
+Rearrange = Callable[[str, str, int, np.ndarray], np.ndarray]
 
 
 def check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -64,12 +64,12 @@ class Table:
     Attributes:
       modules: our module around the blocks -> the PyTorch module.
       block_modules: our module in a block -> the PyTorch module in "blocks.N".
-      turn: what their layers and ours see differently; its own inverse.
+      rearrange: what their layers and ours see differently; its own inverse.
     """
 
     modules: Mapping[str, str]
     block_modules: Mapping[str, str]
-    turn: Turn = lambda module, parameter, position, value: value
+    rearrange: Rearrange = lambda module, parameter, position, value: value
 
     def shapes(self, like: Any, patch: int) -> dict[str, tuple[int, ...]]:
         """PyTorch name -> shape of every tensor but the position table.
@@ -133,10 +133,10 @@ class Table:
     def _to_ours(self, tensor: Tensor, value: np.ndarray) -> np.ndarray:
         if tensor.parameter == "kernel":
             value = value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-        return self.turn(tensor.module, tensor.parameter, tensor.position, value.reshape(tensor.ours))
+        return self.rearrange(tensor.module, tensor.parameter, tensor.position, value.reshape(tensor.ours))
 
     def _to_theirs(self, tensor: Tensor, value: np.ndarray) -> np.ndarray:
-        value = self.turn(tensor.module, tensor.parameter, tensor.position, value)
+        value = self.rearrange(tensor.module, tensor.parameter, tensor.position, value)
         if tensor.parameter != "kernel":
             return value.reshape(tensor.shape)
         if len(tensor.shape) == 2:

@@ -10,7 +10,7 @@ import numpy as np
 
 from speedit_jax.errors import UserError
 from speedit_jax.interop import containers, dig, directories, dit, pipeline, tensors
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 
 # What the published codes write of a flow's path -> config.diffusion.path.
 _SIT_PATHS = {"Linear": "linear", "GVP": "gvp"}
@@ -49,7 +49,7 @@ class Weights:
         """config.model.time_freq_shift."""
         return self.diffusers.get(pipeline.SHIFT, 1) if self.diffusers else 0
 
-    def describe(self, state: Mapping[str, np.ndarray]) -> Network:
+    def describe(self, state: Mapping[str, np.ndarray]) -> Architecture:
         """The network of `raw` or `ema`.
 
         Raises:

@@ -42,10 +42,10 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     lines.append(f"devices    {mesh.size} {device.device_kind}, {processes} processes: {axes}")
     if device.platform == "cpu" and huge_pages_left_out():
         lines.append(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
-    if parts.latents:
+    if parts.encoded_by:
         pictures = "" if parts.autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
         how = "encoded at each step" if parts.online else "stored"
-        lines.append(f"latents    {model.image_shape} of {parts.latents['vae']}, {how}{pictures}")
+        lines.append(f"latents    {model.image_shape} of {parts.encoded_by['vae']}, {how}{pictures}")
         if not parts.online and (warning := scale_warning(source.header)):
             lines.append(f"           warning: {warning}")
     return lines

@@ -135,7 +135,7 @@ def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh
             scales,
             settings.guidance_channels or model.image_shape[-1],
             guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
-            diffusion.level,
+            diffusion.schedule_index,
         )
         inputs = (
             lambda x, t: sharding.constrain(denoise(x, t), ("batch", None, None, None)),

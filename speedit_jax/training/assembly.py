@@ -68,15 +68,15 @@ def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Me
       UserError: the autoencoder cannot be read, or is not that of the latents.
     """
     where = config.data.vae
-    if source.latents and not where and Path(source.latents["vae"]).is_dir():
-        where = source.latents["vae"]
-    if (where or source.latents) and config.sampling.clip:
+    if source.encoded_by and not where and Path(source.encoded_by["vae"]).is_dir():
+        where = source.encoded_by["vae"]
+    if (where or source.encoded_by) and config.sampling.clip:
         raise UserError("sampling.clip=True would clip latents as if they were pixels; set it to False")
     if not where:
         return None
     autoencoder = Autoencoder(where, mesh)
-    if source.latents:
-        autoencoder.check(source.latents)
+    if source.encoded_by:
+        autoencoder.check(source.encoded_by)
     return autoencoder
 
 
@@ -106,7 +106,7 @@ class Assembly:
     """The parts of a run on a mesh, before its first step.
 
     Attributes:
-      latents: the identity of the autoencoder whose latents the model learns; None where it learns images.
+      encoded_by: the identity of the autoencoder whose latents the model learns; None where it learns images.
       online: whether the autoencoder encodes each batch of images on its way to the step.
     """
 
@@ -117,7 +117,7 @@ class Assembly:
     strategy: Strategy
     optimizer: optax.GradientTransformation
     autoencoder: Autoencoder | None = None
-    latents: dict[str, Any] | None = None
+    encoded_by: dict[str, Any] | None = None
     online: bool = False
 
     @property
@@ -142,7 +142,7 @@ class Assembly:
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], and labels [B]."""
         batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
-        name, channels = ("moments", 2 * channels) if self.latents else ("image", channels)
+        name, channels = ("moments", 2 * channels) if self.encoded_by else ("image", channels)
         return {
             name: jax.ShapeDtypeStruct((batch, *size, channels), jnp.float32, sharding=self.rows),
             "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=self.rows),
@@ -163,7 +163,7 @@ class Assembly:
           donate: give the state's memory to the next state.
         """
         return jax.jit(
-            make_train_step(self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.latents),
+            make_train_step(self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.encoded_by),
             in_shardings=(self.shardings, self.rows, None),
             out_shardings=(self.shardings, None),
             donate_argnums=0 if donate else (),
@@ -193,8 +193,8 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     strategy, optimizer = make_strategy(config, diffusion), make_optimizer(config)
     autoencoder = make_autoencoder(config, source, mesh)
     # The source holds latents already, or its images are encoded as they come, or the model learns images.
-    online = autoencoder is not None and source.latents is None
+    online = autoencoder is not None and source.encoded_by is None
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
     model = make_model(config, mesh, image_shape, len(source.class_names))
-    latents = autoencoder.identity if online else source.latents
-    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, latents, online)
+    encoded_by = autoencoder.identity if online else source.encoded_by
+    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online)

@@ -135,8 +135,8 @@ def _differences(run: Run, parts: Assembly) -> dict[str, list[Any]]:
         keys = tuple(key for key in keys if not key.startswith(("diffusion.schedule", "diffusion.beta")))
     found = {key: [old[key], new[key]] for key in keys if old.get(key) != new.get(key)}
     # Of imported weights it may not be known whose latents they draw.
-    if run.latents and not changes.same_latents(run.latents, parts.latents):
-        found["latents"] = [run.latents["vae"], (parts.latents or {}).get("vae", "none")]
+    if run.encoded_by and not changes.same_latents(run.encoded_by, parts.encoded_by):
+        found["latents"] = [run.encoded_by["vae"], (parts.encoded_by or {}).get("vae", "none")]
     return found
 
 

@@ -24,19 +24,19 @@ from speedit_jax.training.checkpoint import Checkpoints
 
 
 def describe(
-    config: ml_collections.ConfigDict, source: Source, image_shape: tuple[int, int, int], latents: dict[str, Any] | None
+    config: ml_collections.ConfigDict, source: Source, image_shape: tuple[int, int, int], encoded_by: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The JSON that a run's directory and each of its checkpoints carry: enough to sample without the config file.
 
     Args:
       image_shape: of what the model draws.
-      latents: the identity of the autoencoder whose latents the model draws; None where it draws images.
+      encoded_by: the identity of the autoencoder whose latents the model draws; None where it draws images.
     """
     return {
         # JSON knows no tuples: a run compares with what it reads back.
         "config": json.loads(json.dumps(config.to_dict())),
         "image_shape": list(image_shape),
-        "latents": latents,
+        "latents": encoded_by,
         "class_names": list(source.class_names),
         "data_fingerprint": source.fingerprint,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__},
@@ -155,14 +155,14 @@ class Run:
         return self.meta["class_names"]
 
     @property
-    def latents(self) -> dict[str, Any] | None:
+    def encoded_by(self) -> dict[str, Any] | None:
         """The identity of the autoencoder whose latents the model draws; None where it draws images."""
         return self.meta.get("latents")
 
     @property
     def draws_latents(self) -> bool:
         """Whether the model draws latents, of a known autoencoder or not: images have one or three channels."""
-        return self.latents is not None or self.model.image_shape[2] not in (1, 3)
+        return self.encoded_by is not None or self.model.image_shape[2] not in (1, 3)
 
     @functools.cached_property
     def shapes(self) -> Any:

@@ -120,11 +120,11 @@ def make_train_step(
     strategy: Any,
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
-    latents: dict[str, Any] | None = None,
+    encoded_by: dict[str, Any] | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step of `config`, the whole config.
 
-    The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `latents`, the identity of an Autoencoder, its
+    The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
     {"moments": [B, h, w, 2C], "label"}. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
@@ -140,7 +140,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        x0 = latents_of(latents, stream(key, "posterior"), batch["moments"]) if latents else batch["image"]
+        x0 = latents_of(encoded_by, stream(key, "posterior"), batch["moments"]) if encoded_by else batch["image"]
         # Drawn for the whole batch before it is split: the dual draw's marginal must not depend on microbatches.
         t, weight, importance = strategy.sample(stream(key, "timesteps"), x0.shape[0], state.step, state.timesteps)
         inputs = {

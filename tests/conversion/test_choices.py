@@ -9,10 +9,10 @@ from errors import assert_one_line
 from speedit_jax.config import get_config
 from speedit_jax.conversion.configure import fill_config
 from speedit_jax.conversion.importing import fit
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.weights import Weights
 
-NETWORK = Network("DiT", width=64, depth=2, patch=2, channels=4, out_channels=8, label_rows=11, tokens=16, heads=4)
+NETWORK = Architecture("DiT", width=64, depth=2, patch=2, channels=4, out_channels=8, label_rows=11, tokens=16, heads=4)
 WEIGHTS = Weights({}, {})
 
 

@@ -48,7 +48,7 @@ def open_config(directory):
 def test_what_is_written_is_read(written):
     source = open_config(written)
     assert (len(source), source.image_shape, source.class_names) == (COUNT, SHAPE, ("a", "b", "c"))
-    assert source.latents == {"vae": "somewhere"}
+    assert source.encoded_by == {"vae": "somewhere"}
     for i in range(COUNT):
         record = source[i]
         assert record["label"] == i % 3 and record["label"].dtype == np.int32

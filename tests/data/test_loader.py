@@ -23,7 +23,7 @@ class Numbered:
     image_shape: tuple = (1, 2, 1)
     class_names: tuple = ()
     fingerprint: str = ""
-    latents: None = None
+    encoded_by: None = None
 
     def __len__(self):
         return self.size

@@ -46,7 +46,7 @@ def by_number(source):
 
 def test_pictures_of_any_size_are_cropped_and_labelled():
     source = open_source(config("tfds:animals/wild:1.2.0", height=8, width=12))
-    assert source.class_names == NAMES and source.image_shape == (8, 12, 3) and source.latents is None
+    assert source.class_names == NAMES and source.image_shape == (8, 12, 3) and source.encoded_by is None
     records = by_number(source)
     assert records.keys() == set(TRAIN)
     for i, record in records.items():

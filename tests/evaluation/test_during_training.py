@@ -107,7 +107,7 @@ def test_records_compare_only_where_the_settings_do():
         assert evaluation(**changes).record(values)["how"] == record["how"], changes
 
 
-LATENTS = types.SimpleNamespace(latents={"vae": "somewhere"}, image_shape=(4, 4, 4))
+LATENTS = types.SimpleNamespace(encoded_by={"vae": "somewhere"}, image_shape=(4, 4, 4))
 MISTAKES = {
     "features": ({"evaluation__features": "clip"}, ["evaluation.features", "clip", "pixels"]),
     "weights": ({"evaluation__features": "inception"}, ["evaluation.inception", "https://"]),

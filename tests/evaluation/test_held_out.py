@@ -110,7 +110,7 @@ class Moments(ArraySource):
 def test_latents_are_drawn_from_the_posterior_with_fixed_noise():
     images, labels = load_digits("held_out")
     source = Moments(images, labels, tuple(map(str, range(10))), "f")
-    trainer = dataclasses.replace(tiny.make_trainer(**DIGITS | {"evaluation__loss_split": ""}), latents=source.latents)
+    trainer = dataclasses.replace(tiny.make_trainer(**DIGITS | {"evaluation__loss_split": ""}), encoded_by=source.encoded_by)
     measured = HeldOutLoss(trainer, source)
     measured.prepare()
     params = weights(trainer)
@@ -120,7 +120,7 @@ def test_latents_are_drawn_from_the_posterior_with_fixed_noise():
     for j in range(LEVELS):
         posterior = np.asarray(image_noise(key, np.arange(COUNT), LEVELS + j, tiny.IMAGE))
         x0 = to_latents(
-            VaeConfig.from_diffusers(source.latents["config"]), images[chosen] + np.exp((images[chosen] - 3) / 2) * posterior
+            VaeConfig.from_diffusers(source.encoded_by["config"]), images[chosen] + np.exp((images[chosen] - 3) / 2) * posterior
         )
         t = np.floor(levels(COUNT, 0)[j] * 1000).astype(int)
         noise = image_noise(key, np.arange(COUNT), j, tiny.IMAGE)

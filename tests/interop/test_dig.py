@@ -7,7 +7,7 @@ import pytest
 from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dig
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.models.build import build
 
 
@@ -53,18 +53,18 @@ def test_convolutions_are_turned_as_the_tokens_were():
     params = dig.TABLE.from_torch(state, shapes_of(4), 2)
     kernel = np.arange(9).reshape(3, 3, 1)
     for i, expected in enumerate((kernel, np.rot90(kernel, 2), kernel.swapaxes(0, 1), np.rot90(kernel, 2).swapaxes(0, 1))):
-        np.testing.assert_array_equal(dig.turn("conv", "kernel", i, kernel), expected)
-        np.testing.assert_array_equal(dig.turn("conv", "kernel", i, dig.turn("conv", "kernel", i, kernel)), kernel)
+        np.testing.assert_array_equal(dig.rearrange("conv", "kernel", i, kernel), expected)
+        np.testing.assert_array_equal(dig.rearrange("conv", "kernel", i, dig.rearrange("conv", "kernel", i, kernel)), kernel)
         theirs = state[f"blocks.{i}.dw_conv.weight"][:, 0].transpose(1, 2, 0)
         ours = params["blocks"][f"block_{i}"]["conv"]["kernel"][0]
-        np.testing.assert_array_equal(ours, dig.turn("conv", "kernel", i, theirs))
+        np.testing.assert_array_equal(ours, dig.rearrange("conv", "kernel", i, theirs))
 
 
 @pytest.mark.parametrize("norm, convolution", [("layer", "identity"), ("rms", "none")])
 def test_describe(norm, convolution):
     state = random_state(shapes_of(4, norm=norm, convolution=convolution))
     network = dig.describe(state)
-    assert network == Network("DiG", 16, 4, 2, 4, 8, label_rows=11, tokens=0, heads=2, norm=norm, convolution=convolution)
+    assert network == Architecture("DiG", 16, 4, 2, 4, 8, label_rows=11, tokens=0, heads=2, norm=norm, convolution=convolution)
     assert dig.is_dig(state)
     assert not dig.is_dig({"blocks.0.attn.qkv.weight": None})
 

@@ -7,7 +7,7 @@ import pytest
 from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.interop import dit
-from speedit_jax.interop.dit import Network
+from speedit_jax.interop.dit import Architecture
 from speedit_jax.models.build import build
 
 
@@ -77,12 +77,12 @@ def test_many_mismatches_are_counted():
 
 def test_describe():
     state = random_state(shapes_of("DiT-tiny/4", (16, 16, 3), mlp_ratio=2.0), 4) | {"pos_embed": np.zeros((1, 16, 32))}
-    assert dit.describe(state) == Network("DiT", 32, 3, 4, 3, 6, label_rows=11, tokens=16, mlp_ratio=2.0)
+    assert dit.describe(state) == Architecture("DiT", 32, 3, 4, 3, 6, label_rows=11, tokens=16, mlp_ratio=2.0)
     odd = random_state(shapes_of(width=44, mlp_ratio=30.5 / 44), 2)
     assert odd["blocks.0.mlp.fc1.weight"].shape == (30, 44) and int(44 * (30 / 44)) == 29
     assert int(44 * dit.describe(odd).mlp_ratio) == 30
     state = random_state(shapes_of(classes=0, learned=False), 2)
-    assert dit.describe(state) == Network("DiT", 32, 3, 2, 4, 4, label_rows=0, tokens=0)
+    assert dit.describe(state) == Architecture("DiT", 32, 3, 2, 4, 4, label_rows=0, tokens=0)
 
 
 @pytest.mark.parametrize("change", ["missing", "axes"])
@@ -96,7 +96,7 @@ def test_describe_names_what_it_misses(change):
         dit.describe(state)
 
 
-NETWORK = Network("DiT", 32, 3, 2, 4, 8, label_rows=11, tokens=16, heads=4)
+NETWORK = Architecture("DiT", 32, 3, 2, 4, 8, label_rows=11, tokens=16, heads=4)
 
 
 def diffusers_state():
