@@ -44,7 +44,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoin
 _CHANGES = flags.DEFINE_bool(
     "continue_with_changes", False, "Go on from the newest checkpoint though settings or data are others; the run records which."
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, print the memory it needs, and write nothing.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, say what it takes, and write nothing.")
 
 
 def say(*lines: str) -> None:

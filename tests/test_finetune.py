@@ -120,8 +120,8 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.model.width=32"], ["holds another network", "has shape", "more"]),
-        (["--config.model.name=DiG-tiny/2"], ["holds another network", "blocks/"]),
+        (["--config.model.width=32"], ["does not match this model", "has shape", "more"]),
+        (["--config.model.name=DiG-tiny/2"], ["does not match this model", "blocks/"]),
         (
             ["--config.diffusion.prediction=v"],
             ["diffusion.prediction was 'epsilon', now 'v'", "--config.diffusion.prediction=ep"],
@@ -130,7 +130,7 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
         (["--config.diffusion.num_steps=500"], ["set --config.diffusion.num_steps=1000"]),
         (["--config.diffusion.path=linear"], ["diffusion.path was 'vp', now 'linear'"]),
         (["--config.model.time_freq_shift=1"], ["set --config.model.time_freq_shift=0"]),
-        (["--config.diffusion.variance=fixed_small"], ["holds another network", "final/kernel"]),
+        (["--config.diffusion.variance=fixed_small"], ["does not match this model", "final/kernel"]),
         (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints"]),
     ],
 )

@@ -212,7 +212,7 @@ def test_images_that_are_there_stay(run, trained, tmp_path):
     before = checksums(tmp_path)
     again = run("sample", *flags)
     assert_works(again)
-    assert "Already there" in again.out
+    assert "Nothing to do" in again.out
     other = run("sample", *flags, "--seed=1", "--guidance_scale=3")
     assert_fails(
         other, f"{tmp_path / 'x'}.npz holds images of other settings", "seed was 0, now 1", "guidance_scale", "--overwrite"

@@ -77,13 +77,11 @@ def read_run(workdir: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}); restore it from a copy: checkpoints/STEP/meta/metadata") from e
+        raise UserError(f"{path} cannot be read ({e}); a checkpoint's meta/metadata is a copy of it") from e
     if isinstance(meta, dict) and "imported_from" in meta:
-        raise UserError(
-            f"{workdir} holds weights imported from {meta['imported_from']}, not a training run; choose another --workdir"
-        )
+        raise UserError(f"{workdir} holds weights imported from {meta['imported_from']}, no run; name another --workdir")
     if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict) or "data_fingerprint" not in meta:
-        raise UserError(f"{path} does not belong to a training run; choose another --workdir")
+        raise UserError(f"{path} is not that of a training run; name another --workdir")
     return meta
 
 

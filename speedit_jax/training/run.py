@@ -76,10 +76,7 @@ def claim(
     saved = _read(workdir)
     if saved:
         if "imported_from" in saved:
-            raise UserError(
-                f"{workdir} holds weights imported from {saved['imported_from']}, not a training run; choose another"
-                f" --workdir, and fine-tune with --config.init_from={workdir}"
-            )
+            raise UserError(f"{workdir} holds weights imported from {saved['imported_from']}, no run; name another --workdir")
         return _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
     for name in ("checkpoints", "metrics.jsonl"):
         if (workdir / name).exists():

@@ -36,7 +36,7 @@ def test_after_it_worked(run, imported, tmp_path):
     state = load_file(source)
     save_file(state | {"blocks.0.mlp.fc1.bias": state["blocks.0.mlp.fc1.bias"] + 1e-6}, tmp_path / "other.safetensors")
     for flags in ([f"--from={tmp_path / 'other.safetensors'}", HEADS], [f"--from={source}", "--config.model.heads=2"]):
-        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "choose another --workdir")
+        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "name another --workdir")
     assert checksums(workdir) == before
 
 
@@ -50,7 +50,7 @@ def test_after_a_full_disk(run, imported, small_disk):
     resize(1 << 14)
     result = run(*convert)
     assert_works(result)
-    assert "Already there" not in result.out
+    assert "Nothing to do" not in result.out
     assert_computes(disk / "run", load("dit"))
     assert_computes(disk / "run", load("dit"), "raw")
 
@@ -63,5 +63,5 @@ def test_after_it_was_cut_short(run, imported, tmp_path):
         (tmp_path / "run" / "checkpoints" / "0").rename(tmp_path / "run" / "checkpoints" / "0.orbax-checkpoint-tmp-1")
         result = run("convert", f"--from={source}", f"--workdir={tmp_path / 'run'}", *flags)
         assert_works(result)
-        assert "Already there" not in result.out
+        assert "Nothing to do" not in result.out
     assert_computes(tmp_path / "run", load("dit"))

@@ -372,7 +372,7 @@ def test_full_disk(small_disk):
     with pytest.raises(UserError, match=f"could not write a checkpoint to {disk}/checkpoints: no space left") as error:
         checkpoints.save(2, tiny.random_state(trainer, 2), META)
         checkpoints.wait()
-    assert "the earlier checkpoints are whole" in one_line(error)
+    assert "the earlier checkpoints are intact" in one_line(error)
 
     # Half of step 2 still fills the disk; what was there before is as it was.
     assert Checkpoints(disk).choose(None) == 1

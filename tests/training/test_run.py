@@ -98,9 +98,7 @@ def test_what_does_not_change_the_result_may_change(workdir, changes):
 
 def test_imported_weights_are_no_run(tmp_path):
     run.claim(tmp_path, describe() | {"imported_from": "a.pt"})
-    with pytest.raises(
-        UserError, match=rf"{tmp_path} holds weights imported from a.pt, not a training run; choose another --workdir"
-    ):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds weights imported from a.pt, no run; name another --workdir"):
         run.claim(tmp_path, describe())
 
 
