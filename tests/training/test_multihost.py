@@ -12,6 +12,8 @@ import pytest
 from commands import FAST_COMPILATION, hosts
 from PIL import Image
 
+from benchmarks import faults
+from speedit_jax.training import integrity
 from speedit_jax.training.checkpoint import Checkpoints
 from tiny import TINY
 
@@ -130,3 +132,26 @@ def test_a_crash_ends_its_process_at_once():
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_processes_share_the_search_for_damage_and_agree(tmp_path):
+    subject = faults.Subject(tmp_path / "run")
+    names = sorted(integrity.read(subject.checkpoint))
+    # The processes look at every other file each: either may be the one that finds it.
+    for name in names[2:4]:
+        with subject.damaged(subject.checkpoint / name, "cut"):
+            code = f"""if True:
+                import pathlib
+                from speedit_jax import cli
+                from speedit_jax.training import set_aside
+                cli.run(lambda: print("said", set_aside.set_aside_damaged(pathlib.Path({str(subject.workdir)!r}))))
+                """
+            envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+            command = [sys.executable, "-c", code, "--multihost"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            outputs = finish([subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs])
+            for output in outputs:
+                (line,) = [line for line in output.splitlines() if line.startswith("said")]
+                assert f"is damaged ({name} does not hold what was saved)" in line
+            aside = subject.checkpoint.with_name("damaged-2")
+            aside.rename(subject.checkpoint)
