@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from commands import FAST_COMPILATION, hosts
 from PIL import Image
 
 from benchmarks import faults
+from speedit_jax import peers
 from speedit_jax.training import integrity
 from speedit_jax.training.checkpoint import Checkpoints
 from tiny import TINY
@@ -128,6 +130,42 @@ def test_a_crash_ends_its_process_at_once():
     try:
         _, said = processes[1].communicate(timeout=100)
         assert processes[1].returncode == 1 and "ZeroDivisionError" in said and processes[0].poll() is None
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("stricken", [0, 1])
+@pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_named(stricken, struck):
+    """With a shorter silence than in use, which the limit below allows for."""
+    code = """if True:
+        import itertools, jax, numpy as np
+        from jax.experimental import multihost_utils
+        from speedit_jax import cli, peers
+        peers.SILENCE = 6
+        def main():
+            for i in itertools.count():
+                multihost_utils.process_allgather(np.array(i))
+                print(i, flush=True)
+        cli.run(main)
+        """
+    command = [sys.executable, "-c", code, "--multihost"]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
+    try:
+        while not processes[0].stdout.readline().startswith("5"):
+            assert processes[0].poll() is None
+        processes[stricken].send_signal(struck)
+        _, said = processes[1 - stricken].communicate(timeout=100)
+        assert processes[1 - stricken].returncode == peers.LOST == 75
+        last = said.splitlines()[-1]
+        assert last.startswith(f"error: process {stricken} of 2 on ") and last.endswith(
+            "is lost; start the same command again on all hosts: it goes on"
+        )
+        assert "Traceback" not in said
     finally:
         for process in processes:
             process.kill()
