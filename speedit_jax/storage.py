@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, checksums, and the one line that an error has to say."""
+"""Files: atomic, lasting writes, JSON, checksums, and the one line that an error has to say."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from speedit_jax.errors import UserError
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields another name to write a file or directory to, and renames it to `path`: what has the name is whole.
 
-    A kill leaves PATH.partial behind, which the next writer replaces.
+    A kill or a power cut leaves PATH.partial behind, which the next writer replaces.
 
     Args:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
@@ -29,10 +29,33 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync_names(path.parent)
     except Exception:
         _remove(partial)
         raise
+
+
+def sync(path: Path) -> None:
+    """Has a file or a whole directory written to the disk itself."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+        sync_names(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file)
+
+
+def sync_names(directory: Path) -> None:
+    """Has a directory's names written to the disk itself, where the file system can: after a rename."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -89,7 +89,7 @@ def verify() -> int:
     for check in (*((check_checkpoint, name) for name in names), (check_run,), (check_metrics,)):
         if found := check[0](workdir, *check[1:]):
             findings.append(found)
-            print(f"{found.part:<20} {found.state:<8} {found.detail}".rstrip(), flush=True)
+            print(f"{found.part:<24} {found.state:<8} {found.detail}".rstrip(), flush=True)
     damaged = sum(found.state == DAMAGED for found in findings)
     if out:
         record = {"workdir": str(workdir), "damaged": damaged, "findings": [dataclasses.asdict(found) for found in findings]}

@@ -135,10 +135,8 @@ class Output:
             ]
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 list(pool.map(write_png, paths, images))
-        partial = self._shard(i).with_suffix(".partial")
-        with partial.open("wb") as file:
+        with storage.replacing(self._shard(i)) as partial, partial.open("wb") as file:
             np.save(file, images)
-        os.replace(partial, self._shard(i))
         return len(labels)
 
     def finish(self, columns: int | None) -> None:
@@ -151,13 +149,16 @@ class Output:
         grid = image_grid(np.concatenate(first)[:GRID], columns)
         write_png(self.partial / "grid.png", grid, magnification(first[0].shape[1]))
         self._write_npz(self.partial / "images.npz", first[0].shape[1:])
+        storage.sync(self.partial / "images.npz")
         storage.write_json(self.partial / "outputs.json", self.settings)
         self._file(".json").unlink(missing_ok=True)  # from here on the old outputs, if any, are not there
         os.replace(self.partial / "images.npz", self._file(".npz"))
         os.replace(self.partial / "grid.png", self._file(".png"))
         if (self.partial / "png").exists():  # else it was moved, and the process killed
             os.rename(self.partial / "png", self.out)
+        storage.sync_names(self.out.parent)
         os.replace(self.partial / "outputs.json", self._file(".json"))
+        storage.sync_names(self.out.parent)
         self._discard()
 
     def _write_npz(self, path: Path, shape: tuple[int, ...]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.training import integrity
 
@@ -52,6 +53,7 @@ def set_aside_damaged(workdir: Path, strict: bool = False) -> list[str]:
         if jax.process_index() == 0:
             try:
                 os.rename(directory / str(step), to)
+                storage.sync_names(directory)
             except OSError as e:
                 raise UserError(f"{line} and cannot be renamed: {e.strerror}") from e
     if damaged and jax.process_count() > 1:
