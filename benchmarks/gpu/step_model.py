@@ -78,7 +78,7 @@ PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("forget gates", lambda o: "log_sigmoid" in o or "/gate_up/" in o),
     (
         "GLA's state scan, attention's biases",
-        lambda o: "/attention/" in o and o.rpartition("/")[2] in ("add", "pad", "slice", "exp", "reduce_sum", "add_any"),
+        lambda o: "/attention/" in o and o.rpartition("/")[2] in _SCAN_OPERATIONS,
     ),
     ("SwiGLU or GELU", lambda o: "/mlp/" in o),
     ("adaLN", lambda o: "adaLN" in o or "/timestep/" in o or "/label/" in o),
