@@ -1,13 +1,13 @@
-"""Will it fit? Compiles the training step, or the sampler, for TPUs and GPUs that are not there.
+"""Compiles the training step, or the sampler, for TPUs and GPUs that this machine does not have, to see whether it fits.
 
   python -m speedit_jax.aot --config=configs/imagenet.py:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
   python -m speedit_jax.aot --config=configs/imagenet.py:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
 
 The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
-the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints what each device has to hold, the collectives
-and the FLOPs, and writes them as JSON to --out. Exits with 1 if it does not fit. Without --image_shape and --num_classes the
-config's data are opened to learn them. With data.vae the encoder that runs before each step, or the decoder that runs after the
-sampler, is compiled and counted too.
+the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints the memory that each device needs, the
+collectives and the FLOPs, and writes them as JSON to --out. Exits with 1 if it does not fit. Without --image_shape and
+--num_classes the config's data are opened to learn them. With data.vae the encoder that runs before each step, or the decoder
+that runs after the sampler, is compiled and counted too.
 """
 
 import time
@@ -32,8 +32,12 @@ from speedit_jax.training.check import check_numbers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:2x2 up to v5e:16x16, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1; h100, a100, h100x8.")
-_WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "What to compile; sample draws training.batch_size images.")
-_IMAGE_SHAPE = flags.DEFINE_list("image_shape", None, "H,W,C of what the model draws, instead of opening the data.")
+_WHAT = flags.DEFINE_enum(
+    "what", "train", ["train", "sample"], "What to compile: the training step, or the sampler for training.batch_size images."
+)
+_IMAGE_SHAPE = flags.DEFINE_list(
+    "image_shape", None, "H,W,C of the images or latents that the model generates, instead of opening the data."
+)
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 is unconditional.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
@@ -139,7 +143,7 @@ def report(record: dict[str, Any], allowed: int | None) -> None:
         print("fits;", end=" ")
     elif record["topology"].partition("x")[0] in topologies.GPUS:
         fraction = topologies.GPU_MEMORY_FRACTION
-        print(f"does not fit in {allowed / 2**20:.1f} MiB, the {fraction:.0%} of the GPU that JAX takes by itself", end=" ")
+        print(f"does not fit in {allowed / 2**20:.1f} MiB, the {fraction:.0%} of GPU memory that JAX takes by default", end=" ")
         print("(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more);", end=" ")
     else:
         print(f"does not fit in {allowed / 2**20:.1f} MiB, all that the compiler gives to programs;", end=" ")

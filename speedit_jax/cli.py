@@ -1,4 +1,4 @@
-"""What the commands share: running main with readable errors, and joining the other hosts."""
+"""Shared by all commands: one-line errors, and joining other hosts."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def _parse(argv):
         return flags.FLAGS(argv)
     except Exception as e:
         # absl's own errors, and whatever the config file or an override raised.
-        fail(f"{_one_line(e)} (while reading the flags; --help lists them, configs/base.py every config key)")
+        fail(f"{_one_line(e)} (while reading the flags; see --help, and speedit_jax/config.py for every config key)")
 
 
 def _one_line(error: Exception) -> str:
@@ -97,7 +97,7 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             if watch:
                 watch.blame(e)
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-                fail(f"{e.strerror}; make room and run the same command again")
+                fail(f"{e.strerror}; free some disk space and run the same command again")
             if jax.distributed.is_initialized():
                 traceback.print_exc()
                 _leave_others()
@@ -112,7 +112,7 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}; name another file") from e
+        raise UserError(f"cannot write to {path}: {e.strerror}; choose another file") from e
 
 
 def join() -> None:

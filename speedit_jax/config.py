@@ -18,20 +18,20 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     """The defaults of all knobs, for a model "BACKBONE-SIZE/PATCH"."""
     c = ml_collections.ConfigDict()
     c.init_from = ""  # the directory of a run, or of imported weights, whose EMA a new run starts from; "" starts at random
-    c.seed = 0  # of the weights, the data's order, noise, timesteps and dropped labels
+    c.seed = 0  # seed of weights, data order, noise, timesteps and label dropout
 
     c.data = data = ml_collections.ConfigDict()
     data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
     data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
-    data.classes = ""  # only these, names or numbers with commas between, numbered anew in this order; "" is all
+    data.classes = ""  # only these classes: names or numbers, separated by commas, renumbered in this order; "" takes all
     data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
-    data.vae = ""  # a diffusers VAE, directory or hub name: encodes images as they come, draws pictures of latents
+    data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
     data.flip = False  # mirror half of the images: not for digits or text
-    data.max_broken = 0  # files of a folder that may be undecodable: each is named and its successor stands in for it
-    data.threads = 4  # that decode images
+    data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
+    data.threads = 4  # threads that decode images
     data.synthetic_size = 4096  # images of the synthetic set
     data.synthetic_classes = 10  # 0 is unconditional
 
@@ -42,14 +42,14 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.heads = 0
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
     model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
-    model.label_dropout = 0.1  # how often a label is replaced by the null label; 0 learns no guidance
+    model.label_dropout = 0.1  # probability of replacing a label by the null label; with 0 the model cannot be guided
     model.qk_norm = False  # DiT: RMSNorm of queries and keys (Dehghani et al., arXiv 2302.05442), for large learning rates
     model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
     model.gla = "auto"  # DiG: auto (pallas_tpu, pallas_gpu or xla by platform), or any of them, or reference (token by token)
-    model.directions = 4  # DiG: scan orders; 4 rows and columns both ways, 2 rows both ways, 1 causal only
+    model.directions = 4  # DiG: scan orders; 4: rows and columns in both directions; 2: rows in both directions; 1: one direction
     model.convolution = "identity"  # DiG: the 3x3's start: identity, random, or none for no convolution
     model.norm = "layer"  # DiG: layer (as trained) or rms (as drawn in the paper)
-    model.remat = "none"  # none, lean or full: how much of a layer is computed again instead of saved
+    model.remat = "none"  # none, lean or full: how much of a layer is recomputed instead of saved
     model.scan_unroll = 1  # layers per iteration of the scan over depth: more compiles longer and runs a little faster
     model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
 
@@ -112,14 +112,14 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     training.log_every = 100  # steps
     training.sample_every = 10_000  # steps between image grids; 0 draws none
     training.profile_at = 0  # step from which the profiler's trace is written to WORKDIR/tensorboard; 0 writes none
-    training.profile_steps = 3  # how many steps it holds
+    training.profile_steps = 3  # steps in the trace
     training.wandb_project = ""  # also log to this project of Weights & Biases: pip install -e '.[wandb]'; "" does not
     training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
 
     c.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 5_000  # steps; a run that ends or is interrupted saves too
     checkpoint.keep_last = 2  # newest checkpoints kept
-    checkpoint.keep_every = 0  # steps; those at multiples of it are kept for ever; 0 keeps none
+    checkpoint.keep_every = 0  # steps; checkpoints at multiples of this are never removed; 0 keeps none
 
     c.sampling = sampling = ml_collections.ConfigDict()  # defaults of sample.py, and of the grids of training
     sampling.sampler = "auto"  # ddpm, ddim or dpm++, of flows euler, heun or sde; auto: ddim or euler; docs/sampling.md
@@ -128,18 +128,18 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     sampling.num_steps = ml_collections.FieldReference(50, field_type=object)
     sampling.spacing = "even"  # of the steps: even in t, or logsnr: better for dpm++ with few steps
     sampling.eta = 0.0  # noise of ddim and dpm++: 0 is deterministic
-    sampling.guidance_scale = 1.5  # 1 is no guidance, and half the work
+    sampling.guidance_scale = 1.5  # 1 is no guidance, at half the cost
     sampling.guidance_channels = 0  # leading channels that are guided: 0 is all; 3 as in the published DiT's samples
     sampling.guidance_schedule = "constant"  # constant, linear or cosine: weak at high noise, of the same mean
     sampling.guidance_low = 0.0  # guide where the noise level is in low..high: 0 clean, 1 pure noise, linear in the
-    sampling.guidance_high = 1.0  # timestep; elsewhere one pass is enough
+    sampling.guidance_high = 1.0  # timestep; other steps need only one pass
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 
     c.evaluation = evaluation = ml_collections.ConfigDict()  # of the EMA weights during training: docs/evaluation.md
-    evaluation.every = 0  # steps; such a step is saved, too, and so is the last; 0 never evaluates
-    evaluation.num_images = 1_000  # drawn as `sampling` says; published FIDs are of 50,000, and are lower for it
-    evaluation.batch_size = 64  # images at a time, over all devices; as many as sampling.grid_images: compiled once for both
+    evaluation.every = 0  # steps; evaluated steps and the last step are saved; 0 never evaluates
+    evaluation.num_images = 1_000  # drawn with the settings in `sampling`; published FIDs use 50,000, which gives lower values
+    evaluation.batch_size = 64  # batch size over all devices; equal to sampling.grid_images, the sampler is compiled only once
     evaluation.metrics = "fid"  # of fid, sfid, is, kid, pr, commas between
     evaluation.best = "fid"  # the checkpoint with the best of this is kept: fid, sfid, is, kid, precision or recall
     evaluation.features = "inception"  # or pixels: for tiny images, and without weights

@@ -37,7 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 def convert() -> None:
     if not _WORKDIR.value:
-        raise UserError("--workdir is missing; it is what --from makes, or what --to exports")
+        raise UserError("--workdir is missing; it is the directory that --from creates or --to exports")
     if bool(_FROM.value) == bool(_TO.value):
         raise UserError("give one of --from=FILE (import) and --to=FILE (export)")
     workdir = Path(_WORKDIR.value).expanduser()
@@ -46,13 +46,13 @@ def convert() -> None:
     given = config_flags.get_override_values(flags.FLAGS["config"])
     if _FROM.value:
         if _VAE.value:
-            raise UserError("--vae goes with --to; an import is told its autoencoder by --config.data.vae=DIR")
+            raise UserError("--vae is only for --to; for an import, use --config.data.vae=DIR")
         import_weights(Path(_FROM.value).expanduser(), workdir, _CONFIG.value, given, _REVERSE_TIME.value)
         return
     if _REVERSE_TIME.value is not None:
-        raise UserError("--reverse_time goes with --from")
+        raise UserError("--reverse_time is only for --from")
     if given:
-        raise UserError(f"--config.{next(iter(given))} goes with --from: a run has its own config")
+        raise UserError(f"--config.{next(iter(given))} is only for --from: a run already has its config")
     export_weights(workdir, _TO.value, _WEIGHTS.value, _CHECKPOINT_STEP.value, _VAE.value)
 
 

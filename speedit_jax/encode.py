@@ -1,4 +1,4 @@
-"""Encodes images to latents once, so that training does not have to at every step.
+"""Encodes images to latents once, so that training does not encode them at every step.
 
   python -m speedit_jax.encode --source=folder:/path/to/images --size=256 --vae=/path/to/sd-vae-ft-ema --out=data/latents
   python -m speedit_jax.train --config=configs/imagenet.py --config.data.source=latents:data/latents --workdir=runs/mine
@@ -32,15 +32,17 @@ _SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set, as config.data.sp
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH.")
 _VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its weights.")
-_OUT = flags.DEFINE_string("out", None, "Directory to write.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time, over this process's devices.", lower_bound=1)
-_SHARD_SIZE = flags.DEFINE_integer("shard_size", 1024, "Images a file: what a kill loses at most.", lower_bound=1)
-_TILE = flags.DEFINE_bool("tile", False, "Encode in overlapping tiles: less memory for large images, not quite the same numbers.")
+_OUT = flags.DEFINE_string("out", None, "Output directory.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Batch size over the devices of this process.", lower_bound=1)
+_SHARD_SIZE = flags.DEFINE_integer(
+    "shard_size", 1024, "Images per file; an interruption loses at most one file's work.", lower_bound=1
+)
+_TILE = flags.DEFINE_bool("tile", False, "Encode in overlapping tiles: less memory for large images, slightly different numbers.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations; auto: float32 on CPU, else bfloat16."
 )
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
-_MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "Undecodable files to pass over; the next image stands in.", lower_bound=0)
+_MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "How many undecodable files to replace by the next image.", lower_bound=0)
 _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write nothing.")
 
 
@@ -54,7 +56,7 @@ def open_images() -> Source:
     config = ml_collections.ConfigDict({"source": _SOURCE.value, "max_broken": _MAX_BROKEN.value} | images | synthetic)
     source = open_source(config)
     if source.encoded_by:
-        raise UserError(f"--source={_SOURCE.value}: these are latents already")
+        raise UserError(f"--source={_SOURCE.value}: these are already latents")
     return source
 
 
@@ -64,7 +66,7 @@ def encode() -> None:
     out = Path(_OUT.value).expanduser()
     if _VERIFY.value:
         header = latents.verify(out)
-        print(f"{out}: {header['count']} latents in {len(header['shards'])} shards, all as they were written")
+        print(f"{out}: {header['count']} latents in {len(header['shards'])} shards; all checksums match")
         return
     for name, value in (("source", _SOURCE.value), ("vae", _VAE.value)):
         if not value:
@@ -104,7 +106,7 @@ def encode() -> None:
     if jax.process_index() == 0:
         latents.remove_partial(out)
         header = latents.write_header(out, what, shards)
-        rate = f", {encoded / seconds:.3g} images/s here" if encoded else ""
+        rate = f", {encoded / seconds:.3g} images/s on this host" if encoded else ""
         print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
         mean, std = (np.round(values, 3).tolist() for values in scaled_statistics(header))
         print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
@@ -136,7 +138,7 @@ def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] =
         multihost_utils.sync_global_devices("--out is claimed")
     if not path.exists():
         raise UserError(
-            f"--out={out} on process {jax.process_index()} is not that of process 0: all hosts must see one directory"
+            f"--out={out} on process {jax.process_index()} is not the directory of process 0: all hosts must share one directory"
         )
     saved = latents.read_json(path)
     latents.check_same(out, saved, what, older_fingerprints)
@@ -158,7 +160,7 @@ def share(paths: list[Path]) -> list[int]:
     if jax.process_count() > 1:
         missing = multihost_utils.broadcast_one_to_all(missing)
     if jax.process_index() == 0 and not missing.all():
-        print(f"{len(paths) - missing.sum()} of {len(paths)} shards are there already")
+        print(f"{len(paths) - missing.sum()} of {len(paths)} shards are already finished")
     return np.flatnonzero(missing)[jax.process_index() :: jax.process_count()].tolist()
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": its text is the whole message."""
+"""UserError: an error that the user can fix; its text is the whole message."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Measures how good images are, by comparing them with a reference set.
+"""Evaluates images against a reference set: FID, sFID, Inception Score, KID, precision and recall.
 
   python -m speedit_jax.evaluate --images=runs/digits/new.npz --reference=digits --features=pixels
   python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=fid.json
@@ -38,29 +38,37 @@ from speedit_jax.evaluation.comparison import (
 )
 from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
 
-_IMAGES = flags.DEFINE_string("images", None, "What to measure.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "Images to evaluate: FILE.npz, a directory, folder:PATH, tfds:NAME, digits or synthetic."
+)
 _REFERENCE = flags.DEFINE_string("reference", None, "What to compare with: images, or an npz with mu and sigma.")
-_METRICS = flags.DEFINE_list("metrics", None, "Of fid, sfid, is, kid and pr. Default: all that features and reference allow.")
-_FEATURES = flags.DEFINE_enum("features", "inception", FEATURES, "pixels need no weights, for tiny images.")
+_METRICS = flags.DEFINE_list(
+    "metrics", None, "Any of fid, sfid, is, kid, pr, separated by commas. Default: all that the features and the reference allow."
+)
+_FEATURES = flags.DEFINE_enum("features", "inception", FEATURES, "inception, or pixels for tiny images (needs no weights).")
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of FID's Inception-v3: .pth, .safetensors or .npz.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings, JSON.")
-_SAVE_STATISTICS = flags.DEFINE_string("save_statistics", None, "Where to write the reference's statistics, an npz as ADM's.")
-_SPLIT = flags.DEFINE_string("split", "train", "Of --reference, digits or tfds: as data.split; of the digits also held_out.")
-_SIZE = flags.DEFINE_list(
-    "size", None, "Of folder:, tfds:, synthetic: SIDE, or HEIGHT,WIDTH[,CHANNELS]. Default: that of --images."
+_SAVE_STATISTICS = flags.DEFINE_string(
+    "save_statistics", None, "Where to write the statistics of the reference, an npz in ADM's format."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
+_SPLIT = flags.DEFINE_string("split", "train", "Split of --reference, for digits (train, held_out) and tfds, as data.split.")
+_SIZE = flags.DEFINE_list(
+    "size", None, "Image size for folder:, tfds: and synthetic: SIDE, or HEIGHT,WIDTH[,CHANNELS]. Default: the size of --images."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Batch size over all devices.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
 _SEED = flags.DEFINE_integer(
     "seed",
     0,
-    "Of KID's subsets and of the shuffle before the Inception Score's splits.",
+    "Seed of KID's subsets and of the shuffle before the Inception Score's splits.",
     lower_bound=0,
     upper_bound=LARGEST_SEED,
 )
 _IS_SPLITS = flags.DEFINE_integer("is_splits", Options.is_splits, "Parts of the Inception Score.", lower_bound=1)
 _KID_SUBSETS = flags.DEFINE_integer("kid_subsets", Options.kid_subsets, "Random subsets for KID.", lower_bound=1)
-_KID_SUBSET_SIZE = flags.DEFINE_integer("kid_subset_size", None, "Default: 1000, or all where there are fewer.", lower_bound=2)
+_KID_SUBSET_SIZE = flags.DEFINE_integer(
+    "kid_subset_size", None, "Images per KID subset. Default: 1000, or all if there are fewer.", lower_bound=2
+)
 _PR_NEIGHBOURS = flags.DEFINE_integer("pr_neighbours", Options.pr_neighbours, "k of precision and recall.", lower_bound=1)
 
 
@@ -73,7 +81,7 @@ def evaluate() -> None:
     for path in filter(None, (out, save)):
         cli.check_writable(path)
     if out and _IMAGES.value and out.absolute() == Path(f"{_IMAGES.value.removesuffix('.npz')}.json").expanduser().absolute():
-        raise UserError(f"--out={_OUT.value} is where sample keeps the settings of --images; name another file")
+        raise UserError(f"--out={_OUT.value} would overwrite the settings of --images; choose another file")
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)
     names = []
@@ -134,11 +142,14 @@ def open_both() -> tuple[Images | None, Reference]:
     if _SAVE_STATISTICS.value and statistics:
         raise UserError(f"--save_statistics: {_REFERENCE.value} holds statistics already; give --reference=IMAGES")
     if _SAVE_STATISTICS.value and (len(compared) < 2 or not _SAVE_STATISTICS.value.endswith(".npz")):
-        raise UserError(f"--save_statistics={_SAVE_STATISTICS.value}: needs a name that ends in .npz and two images or more")
+        raise UserError(
+            f"--save_statistics={_SAVE_STATISTICS.value}: needs a file name that ends in .npz, and at least two images"
+        )
     if images and compared and images.shape != compared.shape:
         sizes = ["x".join(map(str, which.shape)) for which in (images, compared)]
         raise UserError(
-            f"--images are {sizes[0]} and --reference is {sizes[1]}: one size is compared; folder:PATH scales and crops"
+            f"--images are {sizes[0]} and --reference is {sizes[1]}: both must have the same size; use folder:PATH to"
+            " scale and crop"
         )
     return images, reference
 
@@ -175,7 +186,10 @@ def report(
         print(f"  {name:<10} {value:.6g}")
     dimension = extractor.outputs["pool"]
     if {"fid", "sfid"} & values.keys() and min(len(images), reference.count or dimension + 1) <= dimension:
-        print(f"note: a Fréchet distance of no more images than features ({dimension}) is far too large; compare equal n only")
+        print(
+            f"note: with {dimension} images or fewer the Fréchet distance is biased upwards; compare only results with"
+            " the same number of images"
+        )
     # Samples do not tell how the images were cropped that their network was trained on.
     for note in reference.notes("centre" if crop_of(_IMAGES.value) == "centre" else None):
         print(note)
@@ -201,7 +215,7 @@ def report(
         "versions": {"speedit_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
     }
     storage.write_new(out, lambda partial: storage.write_json(partial, record))
-    print(f"settings and numbers in {out}")
+    print(f"numbers and settings in {out}")
 
 
 if __name__ == "__main__":

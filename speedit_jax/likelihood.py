@@ -1,4 +1,4 @@
-"""Measures how many bits a run needs for each number of the images of a set: the variational bound, over all noise levels.
+"""Computes the variational bound of a run in bits per dimension, over all noise levels.
 
   python -m speedit_jax.likelihood --workdir=runs/digits --split=held_out
   python -m speedit_jax.likelihood --workdir=runs/mine --source=folder:/path/to/images --num_images=1000 --num_steps=250
@@ -34,14 +34,14 @@ from speedit_jax.training.run import Run, open_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _SOURCE = flags.DEFINE_string("source", None, "The images, as data.source. Default: the run's.")
-_SPLIT = flags.DEFINE_string("split", None, "Of digits or tfds: as data.split; of the digits also held_out. Default: the run's.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "As many, evenly spaced. Default: all.", lower_bound=1)
-_UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Do not tell the network the images' classes.")
-_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Fewer noise levels, as in sampling: another model.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=LARGEST_SEED)
+_SPLIT = flags.DEFINE_string("split", None, "Split, for digits (train, held_out) and tfds, as data.split. Default: the run's.")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "How many images, evenly spaced. Default: all.", lower_bound=1)
+_UNCONDITIONAL = flags.DEFINE_bool("unconditional", False, "Use the null label instead of the images' classes.")
+_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Use fewer noise levels, as in sampling; this defines another model.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=LARGEST_SEED)
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Batch size over all devices.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings. Default: WORKDIR/likelihood.json.")
 
@@ -95,7 +95,7 @@ def likelihood() -> None:
     print(f"{count} images of {config.data.source} ({config.data.split}), step {run.step}, {levels} noise levels")
     print(f"at most {total.mean():.4f} bits per dimension{spread}: prior {means['prior']:.4f},", end=" ")
     print(f"denoising {means['vb'][1:].sum():.4f}, decoder {means['vb'][0]:.4f}")
-    print(f"settings and numbers in {out}")
+    print(f"numbers and settings in {out}")
 
 
 def choose_diffusion(run: Run) -> GaussianDiffusion:
@@ -108,7 +108,7 @@ def choose_diffusion(run: Run) -> GaussianDiffusion:
     if isinstance(diffusion, FlowMatching):
         raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
     if run.encoded_by:
-        raise UserError("--workdir: the run is on latents, and bits per number of a latent say nothing of its pixels")
+        raise UserError("--workdir: the run is on latents, and the bits of latents say nothing about pixels")
     if not _NUM_STEPS.value:
         return diffusion
     spec = int(_NUM_STEPS.value) if _NUM_STEPS.value.isdecimal() else _NUM_STEPS.value
@@ -130,7 +130,7 @@ def open_images(run: Run) -> Source:
     if source.encoded_by:
         raise UserError(f"--source={config.data.source}: give images, not latents")
     if run.class_names and not _UNCONDITIONAL.value and list(source.class_names) != run.class_names:
-        raise UserError(f"--source={config.data.source}: its classes are not those of the run; give --unconditional")
+        raise UserError(f"--source={config.data.source}: its classes differ from those of the run; give --unconditional")
     return source
 
 

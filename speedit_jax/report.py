@@ -30,7 +30,7 @@ def report() -> None:
     try:
         path = write_report(workdir, out)
     except OSError as e:
-        raise UserError(f"cannot write to {out or workdir}: {e.strerror}; name another --out") from e
+        raise UserError(f"cannot write to {out or workdir}: {e.strerror}; choose another --out") from e
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 

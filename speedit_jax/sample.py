@@ -34,34 +34,40 @@ from speedit_jax.training.run import Run, open_run
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
 _OUT = flags.DEFINE_string("out", None, "Where to write: PATH.png, PATH.npz and PATH.json. Default: WORKDIR/sampled.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "How many images.", lower_bound=1)
-_PNG_FILES = flags.DEFINE_bool("png_files", False, "Also each image, PATH/CLASS/NUMBER.png, for folder:PATH to read.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images of other settings at --out, once these are drawn.")
+_PNG_FILES = flags.DEFINE_bool("png_files", False, "Also write each image to PATH/CLASS/NUMBER.png (readable as folder:PATH).")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images with other settings at --out, once the new ones are complete.")
 _CLASS_LABELS = flags.DEFINE_list(
-    "class_labels", None, "Classes, by name or number, taken in turn; or random. Default: all, in turn."
+    "class_labels", None, "Classes by name or number, used in turn; or random. Default: all in turn."
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the noise: image i of a seed is the same whatever num_images is.", lower_bound=0, upper_bound=LARGEST_SEED
+    "seed", 0, "Seed of the noise. Image i of a seed does not depend on num_images.", lower_bound=0, upper_bound=LARGEST_SEED
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Images at a time, over all devices; all batches are full.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Batch size over all devices; all batches are full.", lower_bound=1)
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string(
-    "vae", None, "Of a run on latents: where its autoencoder is. Default: where it was in training. none: latents."
+    "vae", None, "For a run on latents: directory of its autoencoder. Default: as in training. none: latents."
 )
 _DTYPE = flags.DEFINE_enum("dtype", None, ("auto", *DTYPES), "Of activations. Default: the run's model.dtype.")
 _TILE = flags.DEFINE_bool("tile", False, "Decode latents in overlapping tiles, for pictures that do not fit in memory.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpm++; of flows euler, heun, sde. Default: the run's, as below.")
-_NUM_STEPS = flags.DEFINE_string("num_steps", None, "Sampling steps: 50; of diffusion also ddim50, or 10,15,20 by section.")
-_SPACING = flags.DEFINE_string("spacing", None, "Of the steps: even or logsnr.")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddpm, ddim or dpm++; for flows euler, heun or sde. Default, here and below: the run's sampling section."
+)
+_NUM_STEPS = flags.DEFINE_string(
+    "num_steps", None, "Sampling steps, e.g. 50; for diffusion also ddim50, trailing50, or 10,15,20 by section."
+)
+_SPACING = flags.DEFINE_string("spacing", None, "Spacing of the steps: even or logsnr.")
 _ETA = flags.DEFINE_float("eta", None, "Noise of ddim and dpm++, 0 to 1.")
-_GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "Guidance, classifier-free or by --guide_workdir; 1 is none.")
+_GUIDANCE_SCALE = flags.DEFINE_float(
+    "guidance_scale", None, "Guidance scale, classifier-free or with --guide_workdir; 1 is no guidance."
+)
 _GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Leading channels that are guided; 0 is all.", lower_bound=0)
 _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
-_GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "And up to this one.")
+_GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
-_GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Its checkpoint. Default: the newest.")
+_GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Checkpoint step of --guide_workdir. Default: the newest.")
 
 
 def columns_for(labels: int, images: int) -> int | None:
@@ -104,12 +110,12 @@ def sample() -> None:
             if jax.process_index() == 0:
                 output.finish(None if asked == "random" else columns_for(len(asked), min(count, GRID)))
         except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; mend that and run the same command again") from e
+            raise UserError(f"cannot write to {out}: {e.strerror}; fix this and run the same command again") from e
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all is written")
     if jax.process_index() == 0:
         if finished is None:
-            print("Already there, nothing to do:")
+            print("Nothing to do, these images are complete:")
         how = f"{_WEIGHTS.value}, {settings.sampler}, {settings.num_steps} steps, guidance {settings.guidance_scale}"
         files = f", each in {out}/" if _PNG_FILES.value else ""
         what = "latents" if latents else "images"
@@ -222,9 +228,7 @@ def open_guide(run: Run) -> Run | None:
     )
     for name in sorted(own.keys() | its.keys()):
         if own.get(name) != its.get(name):
-            raise UserError(
-                f"--guide_workdir={guide.workdir}: its {name} is {its.get(name)}, but that of --workdir is {own.get(name)}"
-            )
+            raise UserError(f"--guide_workdir={guide.workdir}: its {name} is {its.get(name)}, but --workdir has {own.get(name)}")
     return guide
 
 
@@ -237,7 +241,7 @@ def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, label
     writes, count = jax.process_index() == 0, len(output.labels)
     there = min(int(finished.sum()) * output.batch, count)
     if writes and there and not finished.all():
-        print(f"Going on: {there} of {count} images are there.")
+        print(f"Resuming: {there} of {count} images are finished.")
     missing, key = np.flatnonzero(~finished).tolist(), jax.random.key(_SEED.value)
     with tqdm(total=count, initial=there, unit="image", disable=not writes) as bar:
         for i, images in draw_batches(sampler, params, key, labels, count, output.batch, autoencoder, missing):

@@ -47,11 +47,11 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     shape = [sizes[axis] for axis in AXES]
     shown = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
-        raise UserError(f"{shown}: sizes are positive, and at most one is -1")
+        raise UserError(f"{shown}: sizes must be positive, except for at most one -1")
     known = math.prod(n for n in shape if n != -1)
     shape = [len(devices) // known if n == -1 else n for n in shape]
     if math.prod(shape) != len(devices):
-        raise UserError(f"{shown} does not fit the {len(devices)} devices here; set one size to -1 to fill them")
+        raise UserError(f"{shown} does not match {len(devices)} devices; set one size to -1 to use all of them")
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -1,4 +1,4 @@
-"""Draws what a config's timesteps do, before anything is trained: needs no data and builds no network.
+"""Plots how a config draws and weights timesteps; needs no data and builds no network.
 
   python -m speedit_jax.timesteps --config=configs/digits.py [--config.KEY=VALUE ...] [--out=timesteps.png]
 
@@ -98,7 +98,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
 
 def timesteps() -> None:
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-        raise UserError("--config is missing or no config; for example --config=configs/digits.py")
+        raise UserError("--config is missing or not a config file; for example --config=configs/digits.py")
     out = Path(_OUT.value).expanduser()
     out = out.with_suffix("") if out.suffix in (".png", ".json") else out
     record = numbers(_CONFIG.value)
@@ -107,7 +107,7 @@ def timesteps() -> None:
         draw(out.with_name(out.name + ".png"), record)
         storage.write_text(out.with_name(out.name + ".json"), json.dumps(record) + "\n")
     except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}; name another --out") from e
+        raise UserError(f"cannot write to {out}: {e.strerror}; choose another --out") from e
     print(record["description"])
     print(f"Density, weight, product and log-SNR in {out}.png, numbers in {out}.json")
 

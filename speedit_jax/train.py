@@ -2,7 +2,7 @@
 
   python -m speedit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.KEY=VALUE ...]
 
-Run the same command again after an interruption and it goes on from the last checkpoint, to the same result.
+After an interruption, run the same command again: it resumes from the last checkpoint and ends with the same result.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoin
 _CHANGES = flags.DEFINE_bool(
     "continue_with_changes", False, "Go on from the newest checkpoint though settings or data are others; the run records which."
 )
-_STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint, rather than go on from the newest whole one.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, say what it takes, and write nothing.")
+_STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint instead of resuming from the newest whole one.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, print the memory it needs, and write nothing.")
 
 
 def say(*lines: str) -> None:
@@ -74,7 +74,7 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
 
 
 def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: dict, key: jax.Array) -> TrainState:
-    """The state to go on from: a checkpoint's, or that before the first step."""
+    """The state to resume from: that of a checkpoint, or the initial one."""
     if step:
         try:
             # Verified when damaged ones were set aside.
@@ -82,7 +82,7 @@ def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: d
         except UserError as e:
             way = "; go on with the run's own settings, or start a new one from its weights with --config.init_from"
             raise UserError(f"{e}{way if _CHANGES.value else ''}") from e
-        say(f"Going on from the checkpoint of step {step}.")
+        say(f"Resuming from the checkpoint of step {step}.")
         return state
     state = parts.initial_state(key)
     return start_from(state, weights) if weights else state
@@ -227,7 +227,7 @@ def go_on(
     key = jax.random.key(config.seed)
     state, train_step = first_state(parts, checkpoints, step, weights, key), parts.jit_step()
     run.record(workdir, meta)
-    say(f"Compiling; then training from step {step} to {num_steps}.")
+    say(f"Compiling, then training from step {step} to {num_steps}.")
     stop = Stop()
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
@@ -286,7 +286,10 @@ def go_on(
         write_report(workdir)
     skipped = [f"Skipped          {text}" for text in filter(None, [skips.summary()])]
     if step < num_steps:
-        say(*skipped, f"Stopped at step {step} of {num_steps}, all saved in {workdir}. Run the same command again to go on.")
+        say(
+            *skipped,
+            f"Stopped at step {step} of {num_steps}, everything is saved in {workdir}. Run the same command again to resume.",
+        )
         return INTERRUPTED
     return say(*console.closing(workdir, parts.model, best), *skipped)
 

@@ -83,7 +83,7 @@ def test_again_does_nothing(run, encoded, folder, vae):
     assert contents(encoded) == before
     result = run("encode", f"--out={encoded}", "--verify")
     assert_works(result)
-    assert "23 latents in 5 shards, all as they were written" in result.out
+    assert "23 latents in 5 shards; all checksums match" in result.out
 
 
 def start(arguments, env):
@@ -118,7 +118,7 @@ def test_an_error_on_one_host_does_not_wait_for_the_others(folder, vae, tmp_path
     errors = processes[1].communicate()[1].splitlines()
     processes[0].communicate()
     assert processes[1].returncode == 1, errors
-    assert errors[-1].startswith(f"error: --out={tmp_path / '1'} on process 1 is not that of process 0"), errors
+    assert errors[-1].startswith(f"error: --out={tmp_path / '1'} on process 1 is not the directory of process 0"), errors
 
 
 def test_eight_devices_encode_the_same(run, encoded, folder, vae, tmp_path):
@@ -153,7 +153,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, folder, vae, tmp_path, ca
 
 def test_another_encoding_is_not_mixed_in(run, encoded, folder, vae):
     before = contents(encoded)
-    assert_fails(run("encode", *flags(folder, vae, encoded), "--size=16"), "holds another encoding", "images.shape")
+    assert_fails(run("encode", *flags(folder, vae, encoded), "--size=16"), "was encoded with other settings", "images.shape")
     assert_fails(run("encode", f"--source=latents:{encoded}", f"--vae={vae}", "--out=/tmp/x"), "latents already")
     assert contents(encoded) == before
 
@@ -177,7 +177,7 @@ def test_moved_images_and_another_scale_encode_nothing_anew(run, encoded, folder
     result = run("encode", *flags(images, moved, out))
     assert_works(result)
     assert (
-        "5 of 5 shards are there already" in result.out
+        "5 of 5 shards are already finished" in result.out
         and "scaled by scaling_factor=100, shift_factor=0.1159: mean" in result.out
     )
     (warning,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
@@ -281,7 +281,7 @@ def test_a_run_that_does_not_know_its_autoencoder(run, vae, tmp_path):
     assert np.load(tmp_path / "new.npz")["arr_0"].shape == (2, 16, 16, 3)
     assert_works(run("train", *TINY, f"--workdir={tmp_path / 'digits'}"))
     refused = run("sample", f"--workdir={tmp_path / 'digits'}", f"--vae={vae}", f"--out={tmp_path / 'new'}")
-    assert_fails(refused, "latents of 16 channels", "draws 1")
+    assert_fails(refused, "latents of 16 channels", "latents of 1")
 
 
 def test_encoding_at_every_step(run, folder, vae, tmp_path):
@@ -289,12 +289,12 @@ def test_encoding_at_every_step(run, folder, vae, tmp_path):
     workdir = tmp_path / "run"
     flags = [f"--config.data.source=folder:{folder}", f"--config.data.vae={vae}", *size]
     result = train(run, workdir, *flags)
-    assert "latents    (8, 12, 16)" in result.out and "encoded at each step" in result.out
+    assert "latents    (8, 12, 16)" in result.out and "encoded at every step" in result.out
     other = write_vae(tmp_path / "other", "small", seed=1)
     refused = run(
         "train", *LATENTS, "--config.sampling.guidance_channels=0", f"--workdir={workdir}", *flags, f"--config.data.vae={other}"
     )
-    assert_fails(refused, "the autoencoder is not the same")
+    assert_fails(refused, "the autoencoder has changed")
 
 
 def test_without_its_autoencoder_pictures_show_channels(run, encoded, folder, tmp_path):
@@ -303,7 +303,7 @@ def test_without_its_autoencoder_pictures_show_channels(run, encoded, folder, tm
     assert_works(run("encode", *flags(folder, moved, out)))
     moved.rename(tmp_path / "elsewhere")
     result = train(run, tmp_path / "run", f"--config.data.source=latents:{out}")
-    assert "pictures show three channels" in result.out
+    assert "image grids show the first three latent channels" in result.out
     sample = ["sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'new'}", "--num_images=2"]
     assert_fails(run(*sample), str(moved), "--vae")
     assert_works(run(*sample, f"--vae={tmp_path / 'elsewhere'}"))

@@ -50,7 +50,7 @@ def test_the_same_classes_take_everything_over(run, trained, tmp_path):
 def test_other_classes_and_another_size_keep_all_but_the_label_table(run, trained, tmp_path):
     shape = ["--config.data.height=12", "--config.data.width=16", "--config.data.synthetic_classes=3"]
     out = start(run, trained, tmp_path / "run", *SYNTHETIC, *shape)
-    assert "classes 10 -> 3: 0 rows of the label table are kept, by name, 3 start anew, 10 are dropped\n" in out
+    assert "classes 10 -> 3: 0 rows of the label table are kept, by name, 3 start from random values, 10 are dropped\n" in out
     before, after = saved(trained, "ema"), saved(tmp_path / "run", "ema")
     assert before.keys() == after.keys()
     label = [name for name in after if name.startswith("label/")]
@@ -72,7 +72,7 @@ def test_one_class_more_keeps_the_others(run, tmp_path):
     first = [*STILL, "--config.data.classes=1,2"]
     assert_works(run("train", *TINY, *first, f"--workdir={tmp_path / 'two'}"))
     out = start(run, tmp_path / "two", tmp_path / "run", "--config.data.classes=0,1,2", "--config.seed=1")
-    assert "classes 2 -> 3: 2 rows of the label table are kept, by name, 1 start anew\n" in out
+    assert "classes 2 -> 3: 2 rows of the label table are kept, by name, 1 start from random values\n" in out
     before, after = (saved(workdir, "ema")["label/table"] for workdir in (tmp_path / "two", tmp_path / "run"))
     np.testing.assert_array_equal(after[1:], before)
     assert after[0].any() and (after[0] != before[0]).any()
@@ -81,7 +81,7 @@ def test_one_class_more_keeps_the_others(run, tmp_path):
 def test_without_a_null_label_before_its_row_starts_anew(run, tmp_path):
     assert_works(run("train", *TINY, *STILL, "--config.model.label_dropout=0.0", f"--workdir={tmp_path / 'first'}"))
     out = start(run, tmp_path / "first", tmp_path / "run")
-    assert "10 rows of the label table are kept, by name, the null label's row starts anew\n" in out
+    assert "10 rows of the label table are kept, by name, the null label's row starts from random values\n" in out
     before, after = (saved(workdir, "ema")["label/table"] for workdir in (tmp_path / "first", tmp_path / "run"))
     np.testing.assert_array_equal(after[:10], before)
 
@@ -114,7 +114,7 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
         source.rename(trained)
     result = run("train", *flags, "--config.training.num_steps=9")
     assert_works(result)
-    assert "Going on from the checkpoint of step 6" in result.out
+    assert "Resuming from the checkpoint of step 6" in result.out
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,10 @@ def test_a_truncated_file_loses_no_step_and_mended_data_go_on(run, images, tmp_p
     assert steps(workdir) == ["3", "4"]
 
     broken.write_bytes(whole)
-    assert_fails(run(*command), "the data are not the same", WORD, "from step 4", f"--config.init_from={workdir}")
+    assert_fails(run(*command), "the data has changed", WORD, "from step 4", f"--config.init_from={workdir}")
     result = run(*command, WORD)
     assert_works(result)
-    assert "changed from step 4 on: the data are not the same" in result.out
+    assert "changed from step 4 on: the data has changed" in result.out
     [change] = json.loads((workdir / "run.json").read_text())["changes"]
     assert list(change) == ["step", "data"] and change["step"] == 4
     assert Checkpoints(workdir).meta(6)["changes"] == [change]
@@ -113,7 +113,7 @@ def test_files_that_may_be_broken_need_no_word(run, images, tmp_path):
     failed(run(*command), f"cannot read the image {broken}")
     assert steps(workdir) == ["2"]
     result = run(*command, "--config.data.max_broken=1")
-    assert result.code == 0 and "Going on from the checkpoint of step 2" in result.out, result
+    assert result.code == 0 and "Resuming from the checkpoint of step 2" in result.out, result
 
 
 def test_an_error_in_writing_saves_the_step(run, tmp_path):
@@ -137,7 +137,7 @@ def test_what_changes_rounding_only(run, images, tmp_path):
     result = run(*command, *others, f"--workdir={tmp_path / 'run'}")
     assert_works(result)
     assert "the same to rounding: model.remat was 'none', now 'lean'; training.accumulation was 1, now 2" in result.out
-    assert "Going on from the checkpoint of step 10" in result.out
+    assert "Resuming from the checkpoint of step 10" in result.out
     found, expected = weights(tmp_path / "run"), weights(tmp_path / "whole")
     for state in (*found.values(), *expected.values()):
         # Softmax does not see the bias of keys (layer, [q, k, v], ...): its gradient is rounding alone, which Adam makes large.
@@ -187,7 +187,7 @@ def test_a_run_older_than_the_decay_mask_goes_on_as_it_was(run, tmp_path):
     longer = "--config.training.num_steps=9"
     result = run("train", *TINY, *decay, f"--workdir={tmp_path / 'old'}", longer)
     assert_works(result)
-    assert "decay      0.1, all parameters" in result.out and "Going on from the checkpoint of step 6" in result.out
+    assert "decay      0.1, all parameters" in result.out and "Resuming from the checkpoint of step 6" in result.out
     assert_works(run("train", *TINY, *decay, "--config.optim.decay_mask=all", f"--workdir={tmp_path / 'new'}", longer))
     tiny.assert_same(weights(tmp_path / "old"), weights(tmp_path / "new"))
 
@@ -226,4 +226,4 @@ def test_two_starts_in_one_workdir(run, tmp_path):
     assert (workdir / "lock.json").exists()
     result = run("train", *flags, f"--config.training.num_steps={saved + 3}")
     assert_works(result)
-    assert "Going on from the checkpoint of step" in result.out and not (workdir / "lock.json").exists()
+    assert "Resuming from the checkpoint of step" in result.out and not (workdir / "lock.json").exists()

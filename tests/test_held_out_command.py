@@ -38,7 +38,7 @@ def test_the_same_after_an_interruption(run, trained, tmp_path):
     shutil.rmtree(again / "checkpoints" / "6")
     result = run("train", *FLAGS, f"--workdir={again}")
     assert_works(result)
-    assert "Going on from the checkpoint of step 3" in result.out
+    assert "Resuming from the checkpoint of step 3" in result.out
     assert metrics(again) == metrics(workdir)
 
 

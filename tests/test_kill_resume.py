@@ -44,8 +44,8 @@ def test_a_struck_run_ends_in_the_same_bits(script, scratch, reference):
     assert {name: row["problems"] for name, row in rows.items()} == {name: [] for name in experiments}
     assert all(row["hits"][0]["phase"] != "finished" for row in rows.values())
     log = (scratch / "Ctrl-C.0.log").read_text()
-    assert "SIGINT: saving after this step" in log and f"of {STEPS}, all saved in" in log
-    assert "Going on from the checkpoint of step" in (scratch / "Ctrl-C.1.log").read_text()
+    assert "SIGINT: saving after this step" in log and f"of {STEPS}, everything is saved in" in log
+    assert "Resuming from the checkpoint of step" in (scratch / "Ctrl-C.1.log").read_text()
     assert not [path for path in scratch.glob("*.log") if "Traceback" in path.read_text()]
 
 

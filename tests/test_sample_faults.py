@@ -69,7 +69,7 @@ def test_more_images_are_added(run, trained, tmp_path, flags):
     result = run(*grown, "--num_images=27")
     assert_works(result)
     kept = {"--batch_size=4": 12, "--batch_size=5": 10}.get(flags[1] if len(flags) > 1 else "", 0)
-    assert (f"Going on: {kept} of 27 images are there." in result.out) == bool(kept)
+    assert (f"Resuming: {kept} of 27 images are finished." in result.out) == bool(kept)
     assert_works(run("sample", *flags, "--num_images=27", f"--out={tmp_path / 'once' / 'x'}"))
     assert files(tmp_path / "grown") == files(tmp_path / "once")
     whole = np.load(tmp_path / "grown" / "x.npz")

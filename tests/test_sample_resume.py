@@ -58,7 +58,7 @@ def test_two_processes_go_on_where_one_was_killed(script, drawing, whole):
     other.parent.mkdir()
     codes = two_processes(drawing, [out, other])
     assert codes == [0, 0], [o.with_suffix(".log").read_text()[-2000:] for o in (out, other)]
-    assert f"Going on: {8 * hit} of 92 images are there." in out.with_suffix(".log").read_text()
+    assert f"Resuming: {8 * hit} of 92 images are finished." in out.with_suffix(".log").read_text()
     assert script.differences(whole, out) == []
     assert [path.name for path in other.parent.iterdir()] == ["x.log"]
 
@@ -70,7 +70,7 @@ def test_two_processes_fail_as_one(drawing, whole):
     codes = two_processes(drawing, outs, "--seed=1")
     logs = [out.with_suffix(".log").read_text() for out in outs]
     assert codes == [1, 1], logs
-    assert "images of other settings (seed was 0, now 1)" in logs[0] and "process 0 cannot write" in logs[1]
+    assert "images made with other settings (seed was 0, now 1)" in logs[0] and "process 0 cannot write" in logs[1]
     assert whole.with_suffix(".npz").read_bytes() == before
 
 

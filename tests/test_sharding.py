@@ -102,13 +102,13 @@ def test_make_mesh(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0, 1, 1), "mesh.data=0, mesh.fsdp=1, mesh.tensor=1: sizes are positive"),
-        ((-2, 1, 1), "mesh.data=-2, .* sizes are positive"),
-        ((-1, -1, 1), "at most one is -1"),
-        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.tensor=1 does not fit the 8 devices"),
-        ((16, 1, 1), "does not fit the 8 devices"),
-        ((-1, 3, 1), "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 does not fit the 8 devices"),
-        ((-1, 16, 1), "does not fit the 8 devices"),
+        ((0, 1, 1), "mesh.data=0, mesh.fsdp=1, mesh.tensor=1: sizes must be positive"),
+        ((-2, 1, 1), "mesh.data=-2, .* sizes must be positive"),
+        ((-1, -1, 1), "at most one -1"),
+        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.tensor=1 does not match 8 devices"),
+        ((16, 1, 1), "does not match 8 devices"),
+        ((-1, 3, 1), "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 does not match 8 devices"),
+        ((-1, 16, 1), "does not match 8 devices"),
     ],
 )
 def test_make_mesh_errors(sizes, message):

@@ -80,7 +80,7 @@ def _architecture(config: ml_collections.ConfigDict, network: Architecture, give
         if values[:2] == (width, depth) and heads in (0, values[2]) and network.mlp_ratio == 4
     ]
     if not known and not heads:
-        raise UserError(f"the tensors do not tell how many heads their width of {width} has: give --config.model.heads=N")
+        raise UserError(f"the number of heads cannot be read from the tensors (width {width}); give --config.model.heads=N")
     config.model.name = f"{backbone}-{known[0] if known else 'tiny'}/{network.patch}"
     sizes = (0, 0, 0) if known else (width, depth, heads)
     return {
@@ -93,7 +93,10 @@ def _architecture(config: ml_collections.ConfigDict, network: Architecture, give
 
 def _learned_variance(network: Architecture) -> bool:
     if network.out_channels not in (network.channels, 2 * network.channels):
-        raise UserError(f"final_layer.linear.weight makes {network.out_channels} channels of {network.channels}: not C or 2C")
+        raise UserError(
+            f"final_layer.linear.weight has {network.out_channels} output channels for {network.channels} input channels;"
+            " expected as many or twice as many"
+        )
     return network.out_channels != network.channels
 
 

@@ -64,7 +64,7 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     run = open_run(workdir, checkpoint_step, one_device())
     config, model = run.config, run.model
     if config.model.qk_norm:
-        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format has a place for")
+        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format can store")
     backbone, _, patch = parse_name(config.model.name)
     names = table(backbone)
     network = network_of(model, names.shapes(run.shapes, patch))
@@ -121,7 +121,11 @@ def write_diffusers(out: Path, exported: Exported, autoencoder: Path | None, alo
     around = pipeline.Surroundings(scheduler, dict(enumerate(names)), autoencoder)
     storage.write_new(out, lambda partial: pipeline.write(partial, transformer, dit.to_diffusers(state), readme, around))
     print(label)
-    print(f"note: the transformer alone: {alone}" if alone else "A DiTPipeline: transformer, autoencoder and DDIM's schedule")
+    print(
+        f"note: only the transformer was written: {alone}"
+        if alone
+        else "Wrote a DiTPipeline: transformer, autoencoder and DDIM scheduler"
+    )
 
 
 def write_file(out: Path, exported: Exported) -> None:
@@ -137,7 +141,7 @@ def write_file(out: Path, exported: Exported) -> None:
         print(f"note: {note}")
     prediction = exported.run.diffusion.prediction
     if prediction != "epsilon":
-        print(f"note: it predicts {prediction}, which the file does not say and published samplers do not expect")
+        print(f"note: the model predicts {prediction}; the file does not record this, and published samplers expect epsilon")
 
 
 def network_of(model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Architecture:

@@ -75,13 +75,16 @@ def import_weights(
     total, classes = sum(leaf.size for leaf in jax.tree.leaves(fitted.ema)), len(fitted.source.class_names)
     height, width, _ = fitted.source.image_shape
     if there:
-        print("Already there, nothing to do:")
+        print("Nothing to do, these weights are already imported:")
     print(f"{config.model.name}: {total:,} parameters, {height} x {width} x {channels},", end=" ")
     print(f"{classes or 'no'} classes, variance {config.diffusion.variance}, in {workdir}")
     for note in fitted.notes:
         print(f"note: {note}")
     if channels > 3 and encoded_by is None:
-        print("It draws latents; for pictures give sample --vae=DIR, a diffusers VAE, or import with --config.data.vae=DIR")
+        print(
+            "This model generates latents. To get images, give sample --vae=DIR (a diffusers VAE), or import with"
+            " --config.data.vae=DIR"
+        )
     print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
 
 
@@ -125,7 +128,7 @@ def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections
     if COMPUTED in state:
         error = check_positions(state[COMPUTED], height // network.patch, width // network.patch)
         if error > 1e-6:
-            notes.append(f"its {COMPUTED} is up to {error:.1g} off the table it started from, which is ours")
+            notes.append(f"its {COMPUTED} is up to {error:.1g} away from the exact table, which is used here")
     return Fitted(network, model, source, params, params, notes)
 
 
@@ -157,7 +160,9 @@ def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str
         return None
     autoencoder = Autoencoder(where, one_device())
     if autoencoder.channels != channels:
-        raise UserError(f"--config.data.vae={where} has latents of {autoencoder.channels} channels, the network draws {channels}")
+        raise UserError(
+            f"--config.data.vae={where} has latents of {autoencoder.channels} channels, but the network has {channels}"
+        )
     return autoencoder.identity
 
 

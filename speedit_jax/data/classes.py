@@ -20,15 +20,15 @@ def choose(class_names: tuple[str, ...], wanted: str) -> list[int]:
     if not wanted:
         return list(range(len(class_names)))
     if not class_names:
-        raise UserError(f"data.classes={wanted}: these data have no classes")
+        raise UserError(f"data.classes={wanted}: this data set has no classes")
     chosen = []
     for name in (part.strip() for part in wanted.split(",")):
         number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
         if not 0 <= number < len(class_names):
             shown = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-            raise UserError(f"data.classes={wanted}: no class {name!r}; there are 0..{len(class_names) - 1}: {shown}")
+            raise UserError(f"data.classes={wanted}: no class {name!r}; the classes are 0..{len(class_names) - 1}: {shown}")
         if number in chosen:
-            raise UserError(f"data.classes={wanted}: {name!r} is there twice")
+            raise UserError(f"data.classes={wanted}: {name!r} is given twice")
         chosen.append(number)
     return chosen
 

@@ -92,10 +92,10 @@ class FolderSource:
         seen = index in self.broken
         self.broken.add(index)
         if len(self.broken) > self.max_broken:
-            limit = f" ({len(self.broken)} such files, data.max_broken={self.max_broken})" if self.max_broken else ""
+            limit = f" ({len(self.broken)} broken files, data.max_broken={self.max_broken})" if self.max_broken else ""
             raise UserError(f"{error}{limit}") from error
         if not seen:
-            tqdm.write(f"warning: {error}; the next image stands in for it", file=sys.stderr)
+            tqdm.write(f"warning: {error}; using the next image instead", file=sys.stderr)
 
     def _decode(self, index: int) -> dict[str, np.ndarray]:
         path = self.root / self.files[index]
@@ -104,7 +104,7 @@ class FolderSource:
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage; to the user they are one.
             raise UserError(
-                f"cannot read the image {printable(path)}: {e}; mend it or take it out of the folder"
+                f"cannot read the image {printable(path)}: {e}; repair it or remove it from the folder"
                 " (python -m speedit_jax.check_data lists all such files)"
             ) from e
         return {"image": image, "label": np.int32(self.labels[index])}
@@ -163,8 +163,7 @@ def _by_directory(scan: Scan, wanted: str, where: str) -> tuple[list[str], list[
     directories, loose, others = scan.directory()
     if directories and loose:
         raise UserError(
-            f"{where}: {printable(loose[0])} and {len(loose) - 1} more images lie beside the class directories;"
-            " move them into one"
+            f"{where}: {printable(loose[0])} and {len(loose) - 1} more images lie next to the class folders; move them into one"
         )
     splits = [name for name in directories if _SPLIT.fullmatch(name.casefold())]
     if not wanted and splits and (len(splits) > 1 or len(splits) == len(directories)):
@@ -178,7 +177,7 @@ def _by_directory(scan: Scan, wanted: str, where: str) -> tuple[list[str], list[
     hint = [_how_to_label(tables)] if len(directories) < 2 else []
     if not directories:
         if wanted:
-            raise UserError(f"data.classes={wanted}: these data have no classes: {hint[0]}")
+            raise UserError(f"data.classes={wanted}: this data set has no classes: {hint[0]}")
         if not loose:
             raise UserError(f"{where}: {_no_images(scan.root)}")
         return loose, [0] * len(loose), [], hint

@@ -1,4 +1,4 @@
-"""Images in order, as uint8, for whoever measures them: an npz, a directory as it is, or a data source.
+"""Images in order, as uint8, for evaluation: from an npz, a directory, or a data source.
 
 An npz is read as a stream: fifty thousand images of 256 pixels are 10 GB.
 """
@@ -136,7 +136,7 @@ def open_images(
     if where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds"):
         # The digits have a size of their own.
         if shape is None and where != "digits":
-            raise UserError(f"{where}: of what size? give --size=HEIGHT,WIDTH[,CHANNELS]")
+            raise UserError(f"{where}: the image size is missing; give --size=HEIGHT,WIDTH[,CHANNELS]")
         return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split, background))
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
@@ -163,13 +163,13 @@ def _common_shape(files: list[Path]) -> tuple[int, int, int]:
                 grey = len(image.getbands()) == 1 and image.mode != "P"
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage.
-            raise UserError(f"cannot read the image {printable(path)}: {e}; mend it or take it out of the directory") from e
+            raise UserError(f"cannot read the image {printable(path)}: {e}; repair it or remove it from the directory") from e
         shapes.setdefault((*size, 1 if grey else 3), path)
         if len(shapes) > 1:
             (one, first), (other, second) = shapes.items()
             raise UserError(
                 f"{printable(first)} is {'x'.join(map(str, one))} and {printable(second)} is {'x'.join(map(str, other))}:"
-                f" images of one size and kind are compared; folder:{printable(first.parent)} scales and crops them"
+                f" all images must have the same size and channels; use folder:{printable(first.parent)} to scale and crop them"
             )
     return next(iter(shapes))
 
@@ -196,7 +196,7 @@ def _array(path: Path):
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)
         if fortran_order:
-            raise ValueError(f"{ARRAY} is in Fortran's order")
+            raise ValueError(f"{ARRAY} is in Fortran order")
         yield file, shape, dtype
 
 
@@ -206,4 +206,4 @@ def _reading(path: Path):
     try:
         yield
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"{path} cannot be read as an npz of images ({e}); write it again") from e
+        raise UserError(f"{path} cannot be read as an npz of images ({e}); create it again") from e

@@ -2,8 +2,8 @@
 
 00000-of-00013.array_record   per image its label, int32, and moments, float16 [2, h, w, 2C]: of the image and of its mirror
                               image, the posterior's mean and log variance along the channels
-00000-of-00013.json           the shard's checksum and sums, written last: without it the shard is not there
-header.json                   what all of it is, written when every shard is there
+00000-of-00013.json           the shard's checksum and sums, written last: without it the shard counts as missing
+header.json                   describes the whole set; written when every shard is finished
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any], old
             " name another --out, or remove that directory to encode all images again"
         )
     if different:
-        raise UserError(f"{directory} holds another encoding ({', '.join(different)}); name another --out")
+        raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
 
 
 def _identity(what: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def open_latents(directory: Path) -> LatentSource:
     paths = [directory / shard["name"] for shard in header["shards"]]
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} is missing; run speedit_jax.encode again, which writes what is not there")
+            raise UserError(f"{path} is missing; run speedit_jax.encode again to write the missing shards")
     try:
         records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         found = len(records)
@@ -233,7 +233,7 @@ def open_latents(directory: Path) -> LatentSource:
 def read_header(directory: Path) -> dict[str, Any]:
     path = directory / HEADER
     if not path.exists():
-        raise UserError(f"no {HEADER} in {directory}: run speedit_jax.encode, or again where it was stopped")
+        raise UserError(f"no {HEADER} in {directory}: run speedit_jax.encode; if it was interrupted, run it again")
     return read_json(path)
 
 

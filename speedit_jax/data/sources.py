@@ -155,9 +155,9 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     if bool(argument) != (kind in ("folder", "latents", "tfds")):
         kind = None  # an argument that is missing, or that would be ignored
     if split != "train" and kind in ("folder", "latents", "synthetic"):
-        raise UserError(f"data.split={split}: only tfds:NAME and the digits have splits")
+        raise UserError(f"data.split={split}: only tfds:NAME and digits have splits")
     if wanted and kind in ("latents", "synthetic"):
-        raise UserError(f"data.classes={wanted}: not of {kind}; for latents, give speedit_jax.encode --classes")
+        raise UserError(f"data.classes={wanted} is not possible for {kind}; for latents, use speedit_jax.encode --classes")
     if kind == "digits":
         source = _digits(split, wanted)
     elif kind == "folder":

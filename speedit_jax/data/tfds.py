@@ -82,10 +82,10 @@ def _features(builder, name: str) -> tuple[str, str | None, tuple[str, ...]]:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if "image" not in images and len(images) != 1:
         kinds = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
-        raise UserError(f"data.source=tfds:{name}: not one feature is its image; it has {kinds}")
+        raise UserError(f"data.source=tfds:{name}: cannot tell which feature is the image; it has {kinds}")
     image = "image" if "image" in images else images[0]
     if features[image].np_dtype not in (np.uint8, np.uint16):
-        raise UserError(f"data.source=tfds:{name}: {image} holds {features[image].np_dtype} numbers, not pictures")
+        raise UserError(f"data.source=tfds:{name}: {image} holds {features[image].np_dtype} values, not 8- or 16-bit images")
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if "label" not in labels and len(labels) != 1:
         return image, None, ()
@@ -119,7 +119,7 @@ def prepare(name: str, manual_dir: str | None) -> dict[str, int]:
     except ImportError as e:
         raise UserError(f"cannot prepare {name}: {e}; pip install -e '.[prepare]'") from e
     except tfds.core.DatasetNotFoundError as e:
-        raise UserError(f"cannot prepare {name}: tfds knows no such set; tensorflow.org/datasets/catalog lists them") from e
+        raise UserError(f"cannot prepare {name}: tfds has no such data set; see tensorflow.org/datasets/catalog") from e
     except (tfds.download.DownloadError, AssertionError, ValueError, OSError) as e:
         raise UserError(f"cannot prepare {name}: {' '.join(str(e).split())[:500]}") from e
     return {split: info.num_examples for split, info in builder.info.splits.items()}
@@ -151,7 +151,7 @@ def open_tfds(
     try:
         builder = builder_from_files(name, data_dir=where)
     except tfds.core.DatasetNotFoundError as e:
-        raise UserError(f"data.source=tfds:{name}: there is none in {where}; set TFDS_DATA_DIR, or {make}") from e
+        raise UserError(f"data.source=tfds:{name}: not found in {where}; set TFDS_DATA_DIR, or {make}") from e
     except Exception as e:
         # A name that is none, or files of another tfds.
         raise UserError(f"data.source=tfds:{name}: {first_line(e)}") from e

@@ -52,7 +52,7 @@ def sample_flow(
       UserError: no positive number of steps.
     """
     if not str(num_steps).isdecimal() or not int(num_steps):
-        raise UserError(f"num_steps={num_steps}: a flow wants a positive number of sampling steps")
+        raise UserError(f"num_steps={num_steps}: a flow needs a positive whole number of sampling steps")
     num_steps = int(num_steps)
     times = _times(sampler, num_steps)
     _, sigma, _, _ = PATHS[flow.path](times[:-1], np)

@@ -141,12 +141,12 @@ def spaced_steps(schedule: Schedule, spacing: str, num_steps: int | str | Sequen
     if spacing == "even" or count == 1:
         return steps
     if str(num_steps) != str(count):
-        raise UserError(f"spacing=logsnr wants a number of sampling steps, not {num_steps!r}")
+        raise UserError(f"spacing=logsnr needs a plain number of sampling steps, not {num_steps!r}")
     levels = _half_log_snr(schedule)
     wanted = np.linspace(levels[0], max(levels[-1], _NOISIEST), count)
     nearest = np.abs(levels[:, None] - wanted).argmin(axis=0)
     nearest[-1] = schedule.num_steps - 1
-    # Where levels are wanted that lie closer together than those there are, go on to the next step of training.
+    # If the wanted levels are closer together than the training steps, take the next training step.
     k = np.arange(count)
     return np.minimum(np.maximum.accumulate(nearest - k) + k, schedule.num_steps - count + k)
 

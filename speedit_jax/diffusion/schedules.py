@@ -206,7 +206,9 @@ def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarra
             steps = np.arange(0, num_steps, stride)
             if len(steps) == int(stride_count):
                 return steps
-        raise UserError(f"{text}: no stride takes {stride_count} of {num_steps} steps; {stride_count} spaces as many evenly")
+        raise UserError(
+            f"{text}: no stride gives exactly {stride_count} of {num_steps} steps; use num_steps={stride_count} for even spacing"
+        )
     trailing = text.removeprefix("trailing")
     if text.startswith("trailing") and trailing.isdecimal() and 1 <= int(trailing) <= num_steps:
         return np.round(np.arange(num_steps, 0, -num_steps / int(trailing)))[: int(trailing)].astype(int)[::-1] - 1
@@ -214,7 +216,7 @@ def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarra
     if len(counts) == 1 and counts[0].lstrip("-").isdecimal():
         return even_steps(num_steps, int(counts[0]))
     if not all(count.isdecimal() and int(count) for count in counts):
-        raise UserError(f"{text!r} is no number of sampling steps; write 50, ddim50, trailing50, or 10,15,20 for sections")
+        raise UserError(f"{text!r} is not a valid number of sampling steps; use 50, ddim50, trailing50, or 10,15,20 for sections")
     start, sections = 0, []
     for i, count in enumerate(map(int, counts)):
         size = num_steps // len(counts) + (i < num_steps % len(counts))

@@ -224,7 +224,7 @@ def make_strategy(
     if not 1 <= k < math.inf:
         raise UserError(f"timesteps.k={k}: must be finite and at least 1")
     if not 0 < tau < 1000:
-        raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000, whatever the number of steps")
+        raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000 (thousandths of the schedule)")
     if not 0.5 <= lam <= 1:
         raise UserError(f"timesteps.lam={lam}: must lie in [0.5, 1]")
     positive = {
@@ -257,7 +257,7 @@ def make_strategy(
     weights = _make_weights(schedule, prediction, weighting, lam, gamma, sigma_data)
     if sampling in _ADAPTIVE:
         if dual:
-            raise UserError(f"timesteps.dual pairs draws of a fixed density, which timesteps.sampling={sampling} has not")
+            raise UserError(f"timesteps.dual pairs draws of a fixed density, but timesteps.sampling={sampling} has none")
         if sampling == "clts":
             return CurriculumStrategy(name, uniform, _gaussian_density(schedule, clts_mean, clts_std), clts_steps, weights)
         if sampling == "gradient_noise":

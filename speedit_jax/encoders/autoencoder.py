@@ -143,7 +143,7 @@ def open_autoencoder(
     if encoded_by:
         autoencoder.check(encoded_by)
     elif autoencoder.channels != channels:
-        raise UserError(f"--vae={given} has latents of {autoencoder.channels} channels, but this run draws {channels}")
+        raise UserError(f"--vae={given} has latents of {autoencoder.channels} channels, but this run has latents of {channels}")
     return autoencoder
 
 

@@ -64,7 +64,7 @@ class Evaluation:
         if section.features not in FEATURES:
             raise UserError(f"unknown evaluation.features {section.features!r}; choose one of {', '.join(FEATURES)}")
         if source.encoded_by and not pictures.autoencoder:
-            raise UserError(f"evaluation.every={section.every}: to measure images of latents, name their autoencoder by data.vae")
+            raise UserError(f"evaluation.every={section.every}: to evaluate a run on latents, set data.vae to their autoencoder")
         shape = pictures.autoencoder.image_shape(source.image_shape) if source.encoded_by else source.image_shape
         asked = list(filter(None, section.metrics.replace(" ", "").split(",")))
         compared = any(METRICS[name].compares for name in asked or METRICS if name in METRICS)
@@ -73,7 +73,7 @@ class Evaluation:
         names = choose_metrics(asked, count, reference, section.features, options, PREFIX)
         values = [value for name in names for value in METRICS[name].values]
         if section.best not in values:
-            raise UserError(f"evaluation.best={section.best}: evaluation.metrics={section.metrics} makes {', '.join(values)}")
+            raise UserError(f"evaluation.best={section.best}: evaluation.metrics={section.metrics} gives {', '.join(values)}")
         extractor = make_extractor(section.features, shape, section.inception, reference, mesh, PREFIX)
 
         self._metrics = {name: METRICS[name] for name in names}
@@ -168,9 +168,11 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
     section = config.evaluation
     if not section.reference:
         if source.encoded_by:
-            raise UserError("evaluation.reference is missing: latents are no images to compare with; name an npz or a folder")
+            raise UserError(
+                "evaluation.reference is missing: stored latents cannot serve as the reference; give an npz or a folder of images"
+            )
         if section.split != "train":
-            raise UserError(f"evaluation.split={section.split} is of evaluation.reference, which is not set")
+            raise UserError(f"evaluation.split={section.split} needs evaluation.reference, which is not set")
         origin = Origin(len(source), tuple(source.image_shape), crop_of(config.data.source))
         reference = Reference(config.data.source, SourceImages(source), {}, origin)
     else:
@@ -178,7 +180,7 @@ def _open_reference(config: ml_collections.ConfigDict, source: Source, shape: tu
     images = reference.images
     if images and images.shape != tuple(shape):
         sizes = ["x".join(map(str, of)) for of in (images.shape, shape)]
-        raise UserError(f"evaluation.reference={section.reference} is {sizes[0]}, and what the run draws is {sizes[1]}")
+        raise UserError(f"evaluation.reference={section.reference} has images of {sizes[0]}, but this run draws {sizes[1]}")
     return reference
 
 

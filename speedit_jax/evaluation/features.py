@@ -35,7 +35,8 @@ class Pixels:
         self.outputs = {"pool": int(np.prod(shape))}
         if self.outputs["pool"] > MOST_PIXELS:
             raise UserError(
-                f"images of {'x'.join(map(str, shape))} are more than {MOST_PIXELS} numbers; features of inception take any size"
+                f"images of {'x'.join(map(str, shape))} have more than {MOST_PIXELS} values; use inception features for"
+                " larger images"
             )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,7 +108,7 @@ def collect(
         features = extractor(batch[np.arange(batch_size) % len(batch)])
         features = {name: features[name][: len(batch)] for name in {*moments, *arrays}}
         if not all(np.isfinite(values).all() for values in features.values()):
-            raise UserError(f"{extractor.name} features are not finite: are the weights whole?")
+            raise UserError(f"{extractor.name} features are not finite; the weights may be damaged")
         for name in moments:
             new = Moments.of(features[name])
             sums[name] = sums[name].merge(new) if name in sums else new

@@ -61,7 +61,7 @@ def without_aliases(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             continue
         same = name.replace(f".{module}.", f".{_ALIASES[module]}.")
         if same not in state or not np.array_equal(state[same], value):
-            raise UserError(f"{name} is not {same}: in the published code they are one norm")
+            raise UserError(f"{name} is not {same}: in the published code they are the same norm")
     return kept
 
 

@@ -230,7 +230,7 @@ def from_diffusers(state: Mapping[str, np.ndarray], like: Any, patch: int) -> An
             continue
         different = [other for other in others if not np.array_equal(state[first], state[other])]
         if different:
-            raise UserError(f"{different[0]} is not {first}: our embedders are one for all blocks")
+            raise UserError(f"{different[0]} is not {first}: here all blocks share one embedder")
         joined[name] = state[first]
     return TABLE.from_torch(joined, like, patch)
 

@@ -38,7 +38,7 @@ def read_inception(where: str | None) -> dict[str, np.ndarray]:
       UserError: there is no such file (the message says where to get it), or it cannot be read.
     """
     if not where:
-        raise UserError(f"Inception needs its weights: download {URL} and give {NAME}; features of pixels need none")
+        raise UserError(f"Inception weights are missing: download {URL} and give {NAME}; pixel features need no weights")
     path = Path(where).expanduser()
     if not path.is_file():
         raise UserError(f"{where}: no such file; download {URL}")

@@ -93,7 +93,7 @@ def read(path: Path) -> Any:
         raise
     except Exception as e:
         # A pickle of garbage raises whatever its bytes happen to mean.
-        raise UserError(f"it is no file of torch.save that can be read safely ({first_line(e)})") from e
+        raise UserError(f"it cannot be read safely as a torch.save file ({first_line(e)})") from e
 
 
 class _Unpickler(pickle.Unpickler):

@@ -68,7 +68,7 @@ def arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     found = {}
     for name, value in tensors.items():
         if not is_tensor(value):
-            raise UserError(f"{name!r} is no tensor, but a {getattr(value, 'kind', '') or type(value).__name__}")
+            raise UserError(f"{name!r} is not a tensor but a {getattr(value, 'kind', '') or type(value).__name__}")
         if not isinstance(value, np.ndarray):
             value = value.detach().float().numpy()
         with np.errstate(invalid="ignore", over="ignore"):
@@ -130,7 +130,7 @@ def _read_zip(path: Path) -> dict[Any, Any]:
         with np.load(path) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise UserError(f"it is no .npz file that can be read ({first_line(e)})") from e
+        raise UserError(f"it cannot be read as an .npz file ({first_line(e)})") from e
 
 
 def _tensors_by_name(content: Any) -> dict[Any, Any]:

@@ -108,7 +108,7 @@ def read_config(place: Path) -> dict[str, Any]:
     path = _config_path(place)
     config = _read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{path} is not the config of a model: it holds no names")
+        raise UserError(f"{path} is not a model config: it is not a JSON object")
     return config
 
 

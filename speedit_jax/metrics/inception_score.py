@@ -1,4 +1,4 @@
-"""The Inception Score (arXiv 1606.03498): are images classified surely, and as many classes?"""
+"""The Inception Score (arXiv 1606.03498): are images classified with confidence, and into many classes?"""
 
 import numpy as np
 

@@ -81,7 +81,9 @@ def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], Ori
         mean, covariance = arrays[f"mu{suffix}"], arrays[f"sigma{suffix}"]
         fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
         if not fits or not np.isfinite(mean).all() or not np.isfinite(covariance).all():
-            raise UserError(f"{path}: mu{suffix} and sigma{suffix} are no finite mean [D] and covariance [D, D]; make it again")
+            raise UserError(
+                f"{path}: mu{suffix} and sigma{suffix} are not a finite mean [D] and covariance [D, D]; create the file again"
+            )
         statistics[name] = Gaussian(mean, covariance)
     if statistics and made_with != features:
         raise UserError(f"{path} holds statistics of {made_with} features, not of {features}; give features={made_with}")

@@ -28,11 +28,12 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         *(f"           {line}" for line in classes.describe(source)),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
-        f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP an image and training step",
+        f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP per image and training step",
     ]
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
-            f"           at {model.tokens} tokens DiT is as fast or faster; GLA pays from about {GLA_PAYS_FROM} on (docs/gla.md)"
+            f"           at {model.tokens} tokens DiT is at least as fast; GLA is faster from about {GLA_PAYS_FROM}"
+            " tokens on (docs/gla.md)"
         )
     lines.append(f"timesteps  {parts.strategy.describe(config.training.batch_size)}")
     lines += [*decay_line(parts), *ema_line(config.training)]
@@ -43,8 +44,8 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     if device.platform == "cpu" and huge_pages_left_out():
         lines.append(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
     if parts.encoded_by:
-        pictures = "" if parts.autoencoder else "; pictures show three channels of latents, for data.vae names no autoencoder"
-        how = "encoded at each step" if parts.online else "stored"
+        pictures = "" if parts.autoencoder else "; data.vae is not set, so image grids show the first three latent channels"
+        how = "encoded at every step" if parts.online else "stored"
         lines.append(f"latents    {model.image_shape} of {parts.encoded_by['vae']}, {how}{pictures}")
         if not parts.online and (warning := scale_warning(source.header)):
             lines.append(f"           warning: {warning}")
@@ -97,11 +98,11 @@ def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | No
     ]
     if best:
         step, values = best
-        lines.append(f"Best             step {step}, {spelled(values)}; --checkpoint_step=best draws from it")
+        lines.append(f"Best             step {step}, {spelled(values)}; sample it with --checkpoint_step=best")
     labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     return [
         *lines,
-        f"All on one page  {workdir}/report.html; python -m speedit_jax.report --workdir={workdir} makes it again",
+        f"Report           {workdir}/report.html; update it with python -m speedit_jax.report --workdir={workdir}",
         f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png",
     ]
 

@@ -1,7 +1,7 @@
 """environment.json: where a run was trained, a record for each process that took part in it, and what that needed.
 
-Apart from run.json, which is the same wherever a run goes on, and from metrics.jsonl, which is the same however often. Also what
-of the system's settings a run leaves out.
+Separate from run.json, which is the same wherever a run resumes, and from metrics.jsonl, which is the same however often. Also
+which of the system's settings a run does not use.
 """
 
 import datetime

@@ -1,4 +1,4 @@
-"""HTML out of values: what is not `Html` already is escaped wherever it is put."""
+"""Building HTML from values: everything that is not of type `Html` is escaped."""
 
 import base64
 import html

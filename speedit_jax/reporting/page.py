@@ -1,4 +1,4 @@
-"""report.html: all of a run on one page that needs nothing else, neither files nor a network."""
+"""report.html: a whole run on one page, without other files or a network."""
 
 import contextlib
 import datetime
@@ -73,20 +73,22 @@ def read_run(workdir: Path) -> dict[str, Any]:
     """
     path = workdir / "run.json"
     if not path.is_file():
-        raise UserError(f"{workdir} holds no run (no run.json); name the --workdir of a training run")
+        raise UserError(f"{workdir} is not a training run (no run.json); give the --workdir of a training run")
     try:
         meta = run.read_run(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}); run train again: it writes it from a checkpoint's copy") from e
     if "imported_from" in meta:
-        raise UserError(f"{workdir} holds weights imported from {meta['imported_from']}, no run; name another --workdir")
+        raise UserError(
+            f"{workdir} holds weights imported from {meta['imported_from']}, not a training run; choose another --workdir"
+        )
     if not isinstance(meta.get("config"), dict) or "data_fingerprint" not in meta:
-        raise UserError(f"{path} is not that of a training run; name another --workdir")
+        raise UserError(f"{path} does not belong to a training run; choose another --workdir")
     return meta
 
 
 def status(config: ml_collections.ConfigDict, step: int | None, metrics: panels.Metrics, sessions: list[dict[str, Any]]) -> Html:
-    """How far the run is, and how it goes on."""
+    """The run's progress, and how to resume it."""
     of = config.training.num_steps
     logged = max((int(steps[-1]) for steps, _ in metrics.values()), default=0)
     done = max(step or 0, logged)
@@ -104,7 +106,7 @@ def status(config: ml_collections.ConfigDict, step: int | None, metrics: panels.
     if complete:
         return join([line, bar])
     command = (sessions[-1] if sessions else {}).get("command")
-    how = f"If it is not running, {'the same command goes on from the checkpoint' if step else 'start it again'}"
+    how = f"If it is not running, {'the same command resumes from the checkpoint' if step else 'start it again'}"
     return join([line, bar, tag("p", how, ":" if command else "."), tag("pre", command) if command else ""])
 
 

@@ -1,4 +1,4 @@
-"""The optional writer for Weights & Biases: what TensorBoard is told, and the config. It never stops a run."""
+"""Optional Weights & Biases writer: the same as TensorBoard, plus the config. It never stops a run."""
 
 import importlib.util
 import secrets
@@ -15,7 +15,7 @@ from speedit_jax.storage import first_line
 
 
 class WandbBoard:
-    """One W&B run for one workdir, whose `wandb_id` it keeps, so that a run that goes on goes on there, too.
+    """One W&B run for one workdir, whose `wandb_id` it keeps, so that a resumed run continues there.
 
     Steps that a killed run repeats are logged again, the same. The first failure is one line; after it nothing is logged.
     """
@@ -49,7 +49,7 @@ class WandbBoard:
             action()
         except Exception as e:
             self._run = None
-            tqdm.write(f"warning: W&B: {first_line(e)}; training goes on without it", file=sys.stderr)
+            tqdm.write(f"warning: W&B: {first_line(e)}; training continues without it", file=sys.stderr)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self._run:

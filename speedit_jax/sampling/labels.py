@@ -24,7 +24,7 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
     for name in names:
         number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
         if not 0 <= number < len(class_names):
-            raise UserError(f"--class_labels: no class {name!r}; there are 0..{len(class_names) - 1}")
+            raise UserError(f"--class_labels: no class {name!r}; the classes are 0..{len(class_names) - 1}")
         labels.append(number)
     return np.array(labels)
 

@@ -105,7 +105,10 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
     if settings.guidance_scale != 1 and model.null_label is None and guide is None:
-        raise UserError(f"guidance_scale={settings.guidance_scale} needs a model trained with classes and label dropout; use 1")
+        raise UserError(
+            f"guidance_scale={settings.guidance_scale} needs a model trained with classes and model.label_dropout > 0;"
+            " use guidance_scale=1"
+        )
     if not 0 <= settings.guidance_scale < math.inf:
         raise UserError(f"guidance_scale={settings.guidance_scale}: must be 0 or more and finite; 1 is no guidance")
     if not 0 <= settings.guidance_channels <= channels:

@@ -1,4 +1,4 @@
-"""Sampled images on disk: written batch by batch, so that a kill loses at most the batches on their way.
+"""Writing sampled images batch by batch, so that a kill loses at most the batches in progress.
 
 While they are drawn, beside the outputs:
   OUT.partial/settings.json   what they are
@@ -8,7 +8,7 @@ When all are there:
   OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
   OUT.png                     a grid of the first images
   OUT/CLASS/000000.png        each image, if they are wanted
-  OUT.json                    the settings, written last: without it the outputs are not there
+  OUT.json                    the settings, written last: without it the outputs count as missing
 Latents without an autoencoder are no pictures, and are not written as if they were:
   OUT.npz                     latents float32 [N, h, w, C], as the diffusion model sees them, and labels
   OUT.latents.png             three channels of the first ones, -1 to 1
@@ -112,10 +112,10 @@ class Output:
             foreign = [path for path in (self._file(".npz"), self.grid) if done is None and path.exists()]
             foreign += [path for path in self.partial.glob("*") if begun is None and not path.match("settings.*.partial")]
             if foreign and not goes_on and not unfinished:
-                raise UserError(f"{foreign[0]} is there, and no settings of these images beside it; {_WAYS_OUT}")
+                raise UserError(f"{foreign[0]} exists, but was not written by this command; {_WAYS_OUT}")
         ours = goes_on or unfinished or finished
         if not ours and self.out.is_dir() and (self.folders is not None or (done or {}).get("png_files")):
-            raise UserError(f"{self.out} is there, where the PNG files would be; move it away, or name another --out")
+            raise UserError(f"{self.out} exists where the PNG files would go; move it, or choose another --out")
         try:
             if unfinished:
                 self._shard(unfinished // self.batch).unlink(missing_ok=True)  # its last batch may be cut short
@@ -167,7 +167,9 @@ class Output:
                     f"{where} holds {what} of these settings, but {count} instead of {asked}: take the first {asked}, {_WAYS_OUT}"
                 )
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise UserError(f"{where} holds {what} of other settings ({'; '.join(different[:3])}{more}); use those, {_WAYS_OUT}")
+            raise UserError(
+                f"{where} holds {what} made with other settings ({'; '.join(different[:3])}{more}); use those, {_WAYS_OUT}"
+            )
 
     def _differences(self, found: dict) -> list[str]:
         old, new = flatten(found), flatten(json.loads(json.dumps(self.settings)))
@@ -256,7 +258,7 @@ def folder_name(class_name: str) -> str:
     return re.sub(r"[%/]|^\.", lambda match: f"%{ord(match[0]):02X}", class_name)
 
 
-_WAYS_OUT = "name another --out, or give --overwrite"
+_WAYS_OUT = "choose another --out, or give --overwrite"
 
 
 def _short(value: Any) -> str:
@@ -292,7 +294,7 @@ def claim(output: Output, overwrite: bool) -> np.ndarray | None:
         (failed, complete), finished = map(np.asarray, multihost_utils.broadcast_one_to_all(told))
         found = None if complete else finished
         if failed and not error:
-            error = UserError("process 0 cannot write the images; its own line says why")
+            error = UserError("process 0 cannot write the images; see its error")
     if error:
         raise error
     return found

@@ -1,4 +1,4 @@
-"""From a whole config to the parts of a run: the one place where config sections meet, and where the step is jitted."""
+"""Builds the parts of a run from its config and jits the step; the only place where config sections meet."""
 
 import dataclasses
 import functools
@@ -71,7 +71,7 @@ def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Me
     if source.encoded_by and not where and Path(source.encoded_by["vae"]).is_dir():
         where = source.encoded_by["vae"]
     if (where or source.encoded_by) and config.sampling.clip:
-        raise UserError("sampling.clip=True would clip latents as if they were pixels; set it to False")
+        raise UserError("sampling.clip=True is for pixels, but this run trains on latents; set sampling.clip=False")
     if not where:
         return None
     autoencoder = Autoencoder(where, mesh)

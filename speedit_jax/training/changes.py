@@ -180,9 +180,9 @@ def spelled(different: dict[str, list[Any]], most: int = 3) -> str:
 
 def _spell(key: str, old: Any, new: Any) -> str:
     if key == "data":
-        return "the data are not the same"
+        return "the data has changed"
     if key == "latents":
-        return f"the autoencoder is not the same (was {old}, now {new})"
+        return f"the autoencoder has changed (was {old}, now {new})"
     if key == "class_names":
         renamed = [f"{a!r} was {b!r}" for a, b in zip(new, old, strict=True) if a != b]
         return f"{len(renamed)} classes have other names ({', '.join(renamed[:2])})"

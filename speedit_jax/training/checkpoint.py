@@ -101,7 +101,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int = 0, create: bool = False):
         self.directory = Path(workdir).absolute() / "checkpoints"
         if not create and not self.directory.is_dir():
-            raise UserError(f"no checkpoints in {workdir}; train there first, or name another --workdir")
+            raise UserError(f"no checkpoints in {workdir}; train there first, or give another --workdir")
         self._evaluations: dict[int, dict[str, Any]] = {}
         self._saving: int | None = None
         policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
@@ -134,16 +134,18 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise UserError(f"no finished checkpoint in {self.directory}; train longer first")
+            raise UserError(f"no finished checkpoint in {self.directory} yet; train longer")
         if step in (None, "newest"):
             return steps[-1]
         there = f"there are {', '.join(map(str, steps))}"
         if step == "best":
             if best := self.best():
                 return best[0]
-            raise UserError(f"no checkpoint in {self.directory} was evaluated (evaluation.every), so none is the best; {there}")
+            raise UserError(
+                f"no checkpoint in {self.directory} was evaluated, so there is no best one (see evaluation.every); {there}"
+            )
         if str(step) not in map(str, steps):
-            raise UserError(f"no checkpoint of step {step} in {self.directory}; {there}; or say newest or best")
+            raise UserError(f"no checkpoint of step {step} in {self.directory}; {there}; or give newest or best")
         return int(step)
 
     def best(self) -> tuple[int, dict[str, float]] | None:
@@ -295,7 +297,7 @@ def _named_failure(directory: Path):
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
             text = "no space left on the device"
         raise UserError(
-            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are whole: make room and"
+            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; free some disk space and"
             " run the same command again"
         ) from e
 
@@ -310,7 +312,7 @@ def _named_damage(where: Path):
     except Exception as e:
         # Many layers read a checkpoint, each with exceptions of its own.
         raise UserError(
-            f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to go on from the one before"
+            f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to resume from the previous checkpoint"
         ) from e
 
 

@@ -120,10 +120,10 @@ def _kept(run: Run, class_names: Sequence[str], new: np.ndarray, null_label: int
     before, after, kept = len(run.class_names), len(class_names), int((new < len(class_names)).sum())
     how = "number, since the weights do not name them" if _nameless(run) and kept else "name"
     said = [f"classes {before} -> {after}: {kept} rows of the label table are kept, by {how}"]
-    said += [f"{after - kept} start anew"] if after > kept else []
+    said += [f"{after - kept} start from random values"] if after > kept else []
     said += [f"{before - kept} are dropped"] if before > kept else []
     if null_label is not None and len(new) == kept:
-        said.append("the null label's row starts anew")
+        said.append("the null label's row starts from random values")
     return ", ".join(said)
 
 
@@ -151,7 +151,7 @@ def _check_arrays(where: str, saved: dict[KeyPath, Any], wanted: dict[KeyPath, A
     def name(path):
         return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    problems = [f"{name(path)} is not in this run's" for path in saved if path not in wanted]
+    problems = [f"{name(path)} does not exist in this model" for path in saved if path not in wanted]
     problems += [
         f"{name(path)} has shape {saved[path].shape}, not {wanted[path].shape}"
         for path in saved
@@ -160,4 +160,4 @@ def _check_arrays(where: str, saved: dict[KeyPath, Any], wanted: dict[KeyPath, A
     problems += [f"{name(path)} is missing" for path in wanted if path not in saved]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise UserError(f"init_from={where} holds another network: {'; '.join(sorted(problems)[:_SHOWN])}{more}")
+        raise UserError(f"init_from={where} does not match this model: {'; '.join(sorted(problems)[:_SHOWN])}{more}")

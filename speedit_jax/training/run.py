@@ -1,4 +1,4 @@
-"""A run: its identity, which keeps other runs from being continued or overwritten by mistake, and the door to what it learned."""
+"""A run: its identity, so that no other run is resumed or overwritten by mistake, and open_run, which restores its weights."""
 
 import contextlib
 import dataclasses
@@ -81,7 +81,10 @@ def claim(
     saved, whole = _read(workdir)
     if saved:
         if "imported_from" in saved:
-            raise UserError(f"{workdir} holds weights imported from {saved['imported_from']}, no run; name another --workdir")
+            raise UserError(
+                f"{workdir} holds weights imported from {saved['imported_from']}, not a training run; choose another"
+                f" --workdir, and fine-tune with --config.init_from={workdir}"
+            )
         meta, lines = _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
         if not whole:
             _write(workdir, saved)
@@ -89,7 +92,7 @@ def claim(
         return meta, lines
     for name in ("checkpoints", "metrics.jsonl"):
         if (workdir / name).exists():
-            raise UserError(f"{workdir} holds {name} but no run.json; name another --workdir")
+            raise UserError(f"{workdir} holds {name} but no run.json; choose another --workdir")
     _write(workdir, meta)
     return meta, []
 
@@ -154,10 +157,10 @@ def _go_on(workdir, saved, meta, step, older_fingerprints, with_changes) -> tupl
         if any(changes.is_of_the_network(key) for key in found.misfits):
             way = "another network starts in another --workdir (init_from takes weights of the same network only)"
         said = changes.spelled(found.misfits | found.changes)
-        raise UserError(f"{workdir} holds another run ({said}); use its settings to go on; {way}")
+        raise UserError(f"{workdir} was made with other settings ({said}); use its settings to go on; {way}")
     if found.changes and not with_changes:
         raise UserError(
-            f"{workdir} holds another run ({changes.spelled(found.changes)}); use its settings to go on, or"
+            f"{workdir} was made with other settings ({changes.spelled(found.changes)}); use its settings to go on, or"
             f" --continue_with_changes to go on from step {step} with these, or {anew}"
         )
     lines = [f"the same to rounding: {changes.spelled(found.rounding)}"] if found.rounding else []

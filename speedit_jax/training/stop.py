@@ -5,7 +5,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-INTERRUPTED = 130  # exit code of a run that was asked to stop and can go on
+INTERRUPTED = 130  # exit code of a run that was asked to stop and can be resumed
 
 
 class Stop:
@@ -23,7 +23,7 @@ class Stop:
         # A second signal ends the process at once, even in the middle of a compilation.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
+        print(f"\n{signal.Signals(number).name}: saving after this step; repeat to stop at once without saving", flush=True)
 
     def __call__(self, step: int) -> bool:
         # On several hosts all must stop after the same step: jax's coordinator, which also catches SIGTERM, picks it.

@@ -1,4 +1,4 @@
-"""Compiling for accelerators that are not there: their devices, the step or sampler lowered for them, and what is read off it."""
+"""Compiling the step or the sampler for accelerators that this machine does not have, and reading memory and FLOPs from it."""
 
 import collections
 import importlib.util
@@ -100,7 +100,7 @@ def devices(topology: str) -> tuple[list[Any], int | None]:
 
 def _tpus(topology: str) -> list[Any]:
     if ":" not in topology:
-        raise UserError(f"--topology={topology}: there are {', '.join(GPUS)}, these with x8 behind, and TPUs like v5e:2x2")
+        raise UserError(f"--topology={topology}: choose {', '.join(GPUS)} (with x8 for eight of them), or a TPU such as v5e:2x2")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("the TPU compiler is missing: pip install -e '.[tpu]'")
     # Otherwise libtpu looks for the machine it thinks it runs on, and for other processes that would use its TPU.

@@ -32,11 +32,11 @@ def test_after_it_worked(run, imported, tmp_path):
     for path in (source, shutil.copy(source, tmp_path / "copy.safetensors")):
         result = run("convert", f"--from={path}", f"--workdir={workdir}", HEADS)
         assert_works(result)
-        assert result.out.startswith("Already there, nothing to do:\n") and "Next  python -m" in result.out
+        assert result.out.startswith("Nothing to do, these weights are already imported:\n") and "Next  python -m" in result.out
     state = load_file(source)
     save_file(state | {"blocks.0.mlp.fc1.bias": state["blocks.0.mlp.fc1.bias"] + 1e-6}, tmp_path / "other.safetensors")
     for flags in ([f"--from={tmp_path / 'other.safetensors'}", HEADS], [f"--from={source}", "--config.model.heads=2"]):
-        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "name another --workdir")
+        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "choose another --workdir")
     assert checksums(workdir) == before
 
 

@@ -22,7 +22,7 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
         ([new, "--from=/no/such.safetensors"], ["/no/such.safetensors"]),
         ([new, "--from=facebook/DiT-XL-2-256"], ["no such file", "hf download facebook/DiT-XL-2-256"]),
         ([new, f"--from={source}", HEADS, "--reverse_time"], ["--reverse_time", "--config.diffusion.path=linear"]),
-        ([f"--workdir={workdir}", f"--to={tmp_path / 'y.safetensors'}", "--reverse_time"], ["--reverse_time goes with --from"]),
+        ([f"--workdir={workdir}", f"--to={tmp_path / 'y.safetensors'}", "--reverse_time"], ["--reverse_time is only for --from"]),
         ([new, f"--from={source}", "--vae=x"], ["--vae", "--config.data.vae=DIR"]),
         ([new, f"--from={tmp_path / 'x.safetensors'}"], ["x.safetensors", "no file of weights"]),
         ([new, f"--from={tmp_path / 'empty'}"], ["empty", "diffusion_pytorch_model.safetensors"]),

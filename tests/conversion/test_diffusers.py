@@ -54,7 +54,7 @@ def test_a_pipeline_goes_out_and_in(run, imported, exported, tmp_path):
 
 def test_a_pipeline_wants_its_autoencoder(run, imported, tmp_path):
     export = ["convert", f"--workdir={imported('diffusers_dit')[2]}", f"--to={tmp_path / 'out'}/"]
-    assert_fails(run(*export, f"--vae={write_vae(tmp_path / 'vae', 'small')}"), "latents of 16 channels", "draws 4")
+    assert_fails(run(*export, f"--vae={write_vae(tmp_path / 'vae', 'small')}"), "latents of 16 channels", "latents of 4")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,7 +140,7 @@ def test_what_it_predicts_is_not_lost_in_silence(run, imported, tmp_path):
     assert not out.exists()
     result = run("convert", f"--workdir={workdir}", f"--to={out}.safetensors")
     assert_works(result)
-    assert "note: it predicts v" in result.out
+    assert "note: the model predicts v" in result.out
 
 
 def test_unequal_embedders_are_refused(run, tmp_path):

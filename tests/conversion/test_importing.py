@@ -118,6 +118,6 @@ def test_with_its_autoencoder_it_draws_pictures(run, tmp_path):
 def test_another_autoencoder_is_refused(run, imported, tmp_path):
     vae = write_vae(tmp_path / "vae", "small")
     flags = [f"--from={imported('dig')[1]}", f"--workdir={tmp_path / 'run'}"]
-    assert_fails(run("convert", *flags, f"--config.data.vae={vae}"), "latents of 16 channels", "draws 4")
+    assert_fails(run("convert", *flags, f"--config.data.vae={vae}"), "latents of 16 channels", "the network has 4")
     assert_fails(run("convert", *flags, "--config.data.vae=/no/such"), "/no/such")
     assert not (tmp_path / "run").exists()

@@ -80,7 +80,7 @@ def test_too_many_broken_files(tmp_path):
     source = open_source(config(f"folder:{tmp_path / 'images'}", max_broken=2))
     source[1], source[4]
     for _ in range(2):
-        with pytest.raises(UserError, match=r"08_empty.png.*3 such files, data.max_broken=2"):
+        with pytest.raises(UserError, match=r"08_empty.png.*3 broken files, data.max_broken=2"):
             source[8]
 
 

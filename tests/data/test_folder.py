@@ -90,7 +90,7 @@ def test_some_classes_of_a_folder(tmp_path):
 
 def test_classes_of_a_flat_folder(tmp_path):
     write(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"data\.classes=a: these data have no classes"):
+    with pytest.raises(UserError, match=r"data\.classes=a: this data set has no classes"):
         open_source(config(f"folder:{tmp_path}", classes="a"))
 
 
@@ -120,7 +120,7 @@ def test_the_fingerprint_follows_the_files_and_not_the_directory(tmp_path):
         (["a.png"], "a.png", "a.png: a file; give the directory that holds the images"),
         (["readme.txt"], "", "no images in "),
         (["cat/a.png", "dog/readme.txt"], "", "no images in .*dog"),
-        (["cat/a.png", "stray.png"], "", "stray.png and 0 more images lie beside the class directories"),
+        (["cat/a.png", "stray.png"], "", "stray.png and 0 more images lie next to the class folders"),
     ],
 )
 def test_errors_of_folders_name_the_path(tmp_path, files, place, message):

@@ -263,8 +263,8 @@ def test_places_and_scale_do_not_make_another_encoding(path, value):
     ],
 )
 def test_another_encoding_is_named(path, value):
-    assert_one_line(lambda: check(changed(path, value)), "another encoding", path.replace(".latent_channels", ""), "--out")
-    assert_one_line(lambda: latents.check_same("out", ENCODING, changed(path, value), ()), "another encoding")
+    assert_one_line(lambda: check(changed(path, value)), "other settings", path.replace(".latent_channels", ""), "--out")
+    assert_one_line(lambda: latents.check_same("out", ENCODING, changed(path, value), ()), "other settings")
 
 
 @pytest.mark.parametrize("path, value", [("images.fingerprint", "old"), ("images.count", 9)])

@@ -158,7 +158,7 @@ def test_without_classes_it_is_said_how_there_would_be(tmp_path, table):
     source = open_folder(tmp_path)
     first, hint = describe(source)
     assert first == "no classes" and "sub-directory" in hint and "dataset.json" in hint and (table or "") in hint
-    with pytest.raises(UserError, match=r"data\.classes=dog: these data have no classes: .*sub-directory") as error:
+    with pytest.raises(UserError, match=r"data\.classes=dog: this data set has no classes: .*sub-directory") as error:
         open_folder(tmp_path, classes="dog")
     assert "\n" not in str(error.value)
 

@@ -130,14 +130,14 @@ MISTAKES = {
     "not a split": ("tfds:animals/tame", {"split": "train[:"}, "data.split=train[:"),
     "a split of less than nothing": ("tfds:animals/tame", {"split": "train[5:1]"}, "data.split=train[5:1]: "),
     "an empty split": ("tfds:animals/tame", {"split": "train[:0]"}, "data.split=train[:0]: "),
-    "no image": ("tfds:numbers", {}, "not one feature is its image; it has label (ClassLabel), number (Tensor)"),
+    "no image": ("tfds:numbers", {}, "cannot tell which feature is the image; it has label (ClassLabel), number (Tensor)"),
     "none of the class": (
         "tfds:animals/wild",
         {"split": "unlabelled", "classes": "cat"},
         "no images in data.split=unlabelled of cat",
     ),
     "no such class": ("tfds:animals/tame", {"classes": "cow"}, "data.classes=cow: no class 'cow'"),
-    "no classes": ("tfds:pictures", {"classes": "cow"}, "data.classes=cow: these data have no classes"),
+    "no classes": ("tfds:pictures", {"classes": "cow"}, "data.classes=cow: this data set has no classes"),
     "channels": ("tfds:pictures", {"channels": 4}, "data.channels=4"),
 }
 
@@ -159,7 +159,7 @@ def test_preparing(tmp_path, monkeypatch):
 
 def test_mistakes_in_preparing(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    cases = {"birds": "tfds knows no such set", "by_hand": "[Mm]anual", "a b": "a b"}
+    cases = {"birds": "tfds has no such data set", "by_hand": "[Mm]anual", "a b": "a b"}
     for name, word in cases.items():
         with pytest.raises(UserError, match=f"cannot prepare {name}: .*{word}") as error:
             prepare_one(name, str(tmp_path / "manual"))

@@ -61,7 +61,7 @@ def test_an_override_changes_only_its_part(strategy, part, value):
     before, chosen = make_strategy(LINEAR, strategy), dict(zip(("sampling", "weighting", "dual"), PRESETS[strategy], strict=True))
     chosen[part] = value
     if chosen["sampling"] in UNFIXED and chosen["dual"]:
-        with pytest.raises(UserError, match=f"timesteps.dual .* timesteps.sampling={chosen['sampling']} has not"):
+        with pytest.raises(UserError, match=f"timesteps.dual .* timesteps.sampling={chosen['sampling']} has none"):
             make_strategy(LINEAR, strategy, **{part: value})
         return
     after = make_strategy(LINEAR, strategy, **{part: value})

@@ -274,7 +274,7 @@ def test_what_is_no_run_is_one_line(tmp_path):
     for text, words in {
         "{": "cannot be read",
         "[]": "cannot be read",
-        "{}": "not that of a training run",
+        "{}": "does not belong to a training run",
         '{"imported_from": "a.pt"}': "a.pt",
     }.items():
         (tmp_path / "run.json").write_text(text)

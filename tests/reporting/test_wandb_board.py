@@ -91,7 +91,7 @@ def test_a_failure_is_one_line_and_training_goes_on(offline, tmp_path, monkeypat
     write(tmp_path, [1, 2])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == [
-        "warning: W&B: no network; training goes on without it"
+        "warning: W&B: no network; training continues without it"
     ]
 
 
@@ -112,4 +112,4 @@ def test_where_it_is_not_installed_one_line_says_what_to_do(tmp_path, capsys):
     with pytest.raises(UserError, match=r"training\.wandb_project=mine.*pip install -e '\.\[wandb\]'"):
         wandb_board.check("mine")
     assert WandbBoard(tmp_path, "mine", {}).scalars(1, {}) is None
-    assert "training goes on without it" in capsys.readouterr().err
+    assert "training continues without it" in capsys.readouterr().err

@@ -180,7 +180,10 @@ def test_errors_come_before_sampling(changes, message):
 def test_guidance_needs_a_null_label():
     trainer = tiny.make_trainer(model__label_dropout=0.0)
     assert trainer.model.null_label is None
-    with pytest.raises(UserError, match=r"guidance_scale=2.0 needs a model trained with classes and label dropout; use 1"):
+    with pytest.raises(
+        UserError,
+        match=r"guidance_scale=2.0 needs a model trained with classes and model.label_dropout > 0; use guidance_scale=1",
+    ):
         make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
     make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, guidance_scale=1.0), trainer.mesh)
 

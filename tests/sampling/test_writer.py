@@ -228,7 +228,9 @@ def test_other_settings_are_refused(tmp_path, stage):
     if stage == "complete":
         drive(ours)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"x\.(partial|npz) holds .* of other settings \(seed was 0, now 1\); .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"x\.(partial|npz) holds .* made with other settings \(seed was 0, now 1\); .*--overwrite"
+    ):
         others.claim(False)
     assert contents(tmp_path) == before
     assert drive(others, overwrite=True) == [0, 1, 2]

@@ -129,7 +129,7 @@ def test_where_the_data_are_does_not_matter():
     others = moved | {"data_fingerprint": "0" * 16}
     assert list(compare(others).changes) == ["data.source", "data"]
     said = changes.spelled(compare(others).changes)
-    assert said == "data.source was 'synthetic', now 'folder:/elsewhere/'; the data are not the same"
+    assert said == "data.source was 'synthetic', now 'folder:/elsewhere/'; the data has changed"
 
 
 def test_an_older_fingerprint_is_the_same_data():
@@ -159,7 +159,7 @@ def test_latents():
     assert not compare(describe(more), describe(one)).misfits
     for other in (one | {"weights": "b"}, one | {"config": {"scaling_factor": 1.0}}, None):
         found = compare(describe(other), describe(one))
-        assert list(found.misfits) == ["latents"] and "the autoencoder is not the same" in changes.spelled(found.misfits)
+        assert list(found.misfits) == ["latents"] and "the autoencoder has changed" in changes.spelled(found.misfits)
 
 
 def test_before_the_first_step():

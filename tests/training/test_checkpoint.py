@@ -197,22 +197,22 @@ def test_choose(saved):
     assert checkpoints.choose(2) == checkpoints.choose("2") == 2
     for step in (9, "9", "last"):
         with pytest.raises(
-            UserError, match=rf"no checkpoint of step {step} in .*checkpoints; there are 1, 2, 3; or say newest or best"
+            UserError, match=rf"no checkpoint of step {step} in .*checkpoints; there are 1, 2, 3; or give newest or best"
         ):
             checkpoints.choose(step)
     assert checkpoints.best() is None
-    with pytest.raises(UserError, match=r"none is the best; there are 1, 2, 3") as error:
+    with pytest.raises(UserError, match=r"there is no best one .*; there are 1, 2, 3") as error:
         checkpoints.choose("best")
     assert "evaluation.every" in one_line(error)
 
 
 def test_no_checkpoints(tmp_path):
-    with pytest.raises(UserError, match=rf"no checkpoints in {tmp_path}; train there first, or name another --workdir"):
+    with pytest.raises(UserError, match=rf"no checkpoints in {tmp_path}; train there first, or give another --workdir"):
         Checkpoints(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     empty = Checkpoints(tmp_path, create=True)
     assert empty.latest() is None
-    with pytest.raises(UserError, match=r"no finished checkpoint in .*; train longer first"):
+    with pytest.raises(UserError, match=r"no finished checkpoint in .* yet; train longer"):
         empty.choose(None)
 
 
@@ -379,7 +379,7 @@ def test_full_disk(small_disk):
     assert Checkpoints(disk).choose(None) == 1
     tiny.assert_same(restore(disk, trainer, 1), tiny.random_state(trainer, 1))
 
-    resize(1 << 16)  # "make room and run the same command again"
+    resize(1 << 16)  # "free some disk space and run the same command again"
     save(disk, trainer, [2], keep_last=2)
     assert names(disk) == ["1", "2"]
     tiny.assert_same(restore(disk, trainer, 2), tiny.random_state(trainer, 2))

@@ -113,7 +113,7 @@ def test_grids_are_drawn_by_both(runs):
 
 def test_one_process_goes_on_where_two_stopped(runs):
     two, _, resumed, outputs = runs
-    assert "Going on from the checkpoint of step 2." in outputs[2]
+    assert "Resuming from the checkpoint of step 2." in outputs[2]
     expected = metrics(two)
     for name, values in metrics(resumed).items():
         assert values[:2] == expected[name][:2]

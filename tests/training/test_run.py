@@ -48,7 +48,7 @@ def test_claiming_again_changes_nothing(workdir):
         ({"timesteps__sampling": "uniform"}, "timesteps.sampling was None, now 'uniform'"),
         ({"data__flip": True}, "data.flip was False, now True"),
         # The data's shape changes the data too; both are said.
-        ({"data__height": 16}, r"image_shape was \[8, 8, 1\], now \[16, 8, 1\]; data.height was 8, now 16; the data are not"),
+        ({"data__height": 16}, r"image_shape was \[8, 8, 1\], now \[16, 8, 1\]; data.height was 8, now 16; the data has changed"),
         (
             {"seed": 1, "model__depth": 3, "training__ema_decay": 0.5, "optim__b1": 0.5},
             r"model.depth .*; optim.b1 .*; seed was 0, now 1 and 1 more",
@@ -58,7 +58,7 @@ def test_claiming_again_changes_nothing(workdir):
 )
 def test_another_run_is_refused(workdir, changes, message):
     before = (workdir / "run.json").read_bytes()
-    with pytest.raises(UserError, match=rf"{workdir} holds another run \(.*{message}.*\); use its settings") as error:
+    with pytest.raises(UserError, match=rf"{workdir} was made with other settings \(.*{message}.*\); use its settings") as error:
         run.claim(workdir, describe(**changes))
     assert "\n" not in str(error.value)
     assert (workdir / "run.json").read_bytes() == before
@@ -69,12 +69,12 @@ def test_another_autoencoder_is_refused(tmp_path):
     run.claim(tmp_path, describe(latents={"vae": "here", "weights": "a"}))
     run.claim(tmp_path, describe(latents={"vae": "there", "weights": "a"}))
     for latents in ({"vae": "here", "weights": "b"}, None):
-        with pytest.raises(UserError, match="the autoencoder is not the same"):
+        with pytest.raises(UserError, match="the autoencoder has changed"):
             run.claim(tmp_path, describe(latents=latents))
 
 
 def test_other_data_are_refused(workdir):
-    with pytest.raises(UserError, match="the data are not the same"):
+    with pytest.raises(UserError, match="the data has changed"):
         run.claim(workdir, describe() | {"data_fingerprint": "0" * 16})
 
 
@@ -96,7 +96,9 @@ def test_what_does_not_change_the_result_may_change(workdir, changes):
 
 def test_imported_weights_are_no_run(tmp_path):
     run.claim(tmp_path, describe() | {"imported_from": "a.pt"})
-    with pytest.raises(UserError, match=rf"{tmp_path} holds weights imported from a.pt, no run; name another --workdir"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path} holds weights imported from a.pt, not a training run; choose another --workdir"
+    ):
         run.claim(tmp_path, describe())
 
 
@@ -183,7 +185,7 @@ def test_a_run_older_than_the_mask_decays_as_it_did(tmp_path):
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
 def test_files_that_no_run_explains_are_left_alone(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=rf"{tmp_path} holds {name} but no run.json; name another --workdir"):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds {name} but no run.json; choose another --workdir"):
         run.claim(tmp_path, describe())
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
