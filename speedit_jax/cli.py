@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
+from speedit_jax import peers
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
@@ -77,15 +78,24 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
         # Ctrl-C ends the process, without a traceback; train.py takes it over when there is something to save.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        watch = None
         try:
             if _MULTIHOST.value:
                 join()
+                watch = peers.Watch()
                 if not saves_on_sigterm:
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which jax has taken over
-            return main()
+            code = main()
+            if watch:
+                watch.over()
+            return code
         except UserError as e:
+            if watch:
+                watch.blame(e)
             fail(str(e))
         except Exception as e:
+            if watch:
+                watch.blame(e)
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
                 fail(f"{e.strerror}; free some disk space and run the same command again")
             if jax.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, checksums, and the one line that an error has to say."""
+"""Files: atomic, lasting writes, JSON, checksums, and the one line that an error has to say."""
 
 import contextlib
 import hashlib
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from speedit_jax.errors import UserError
 
 
@@ -17,7 +19,7 @@ from speedit_jax.errors import UserError
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields another name to write a file or directory to, and renames that to `path`: what has the name is whole.
 
-    A kill leaves PATH.partial behind, which the next writer replaces.
+    A kill or a power cut leaves PATH.partial behind, which the next writer replaces.
 
     Args:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
@@ -27,7 +29,9 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync_names(path.parent)
     except Exception:
         _remove(partial)
         raise
@@ -36,6 +40,27 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 def unique_name(path: Path) -> Path:
     """PATH.XXXXXXXX.partial, another one at each call."""
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def sync(path: Path) -> None:
+    """Has a file or a whole directory written to the disk itself."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+        sync_names(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file)
+
+
+def sync_names(directory: Path) -> None:
+    """Has a directory's names written to the disk itself, where the file system can: after a rename."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -74,6 +99,12 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """The XXH3 checksum of a file, 128 bits in hexadecimal: as fast as memory is read, against accidents, not against intent."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

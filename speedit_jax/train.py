@@ -36,6 +36,7 @@ from speedit_jax.training.check import check_numbers
 from speedit_jax.training.checkpoint import Checkpoints, peek
 from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.nonfinite import Skips
+from speedit_jax.training.set_aside import set_aside_damaged
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
 
@@ -44,7 +45,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoin
 _CHANGES = flags.DEFINE_bool(
     "continue_with_changes", False, "Go on from the newest checkpoint though settings or data are others; the run records which."
 )
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, say what it takes, and write nothing.")
+_STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint instead of resuming from the newest whole one.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, print the memory it needs, and write nothing.")
 
 
 def say(*lines: str) -> None:
@@ -75,7 +77,8 @@ def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: d
     """The state to resume from: that of a checkpoint, or the initial one."""
     if step:
         try:
-            state = checkpoints.restore(step, parts.shapes, parts.shardings)
+            # Verified when damaged ones were set aside.
+            state = checkpoints.restore(step, parts.shapes, parts.shardings, verify=False)
         except UserError as e:
             way = "; go on with the run's own settings, or start a new one from its weights with --config.init_from"
             raise UserError(f"{e}{way if _CHANGES.value else ''}") from e
@@ -191,6 +194,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         say(*lines)
         return dry_run(parts, source)
     with lock.held(workdir):
+        lines += [f"damaged    {line}" for line in set_aside_damaged(workdir, _STRICT.value)]
         step, _ = peek(workdir) or (0, None)
         older = getattr(source, "older_fingerprints", ())
         meta = run.describe(config, source, parts.model.image_shape, parts.encoded_by)

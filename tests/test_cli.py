@@ -72,7 +72,7 @@ def test_ctrl_c_leaves_no_traceback(tmp_path, times):
     assert "Traceback" not in log.read_text() and "Fatal" not in log.read_text(), log.read_text()
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "report"])
+@pytest.mark.parametrize("command", ["train", "sample", "report", "verify"])
 def test_help(run, command):
     result = run(command, "--help")
     assert result.code in (0, 1)  # absl's own is 1

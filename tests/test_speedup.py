@@ -219,6 +219,16 @@ def test_a_curve_that_falls_twice_as_fast_is_twice_as_fast(share):
     np.testing.assert_allclose(odd.ratio, 1.7, rtol=1e-9)
 
 
+def test_a_strategy_like_the_baseline_gets_there_as_soon():
+    """Whatever the rounding: some of these targets would be missed by the last digit."""
+    for seed in range(15):
+        distances = np.sort(np.random.default_rng(seed).uniform(1, 100, (2, len(STEPS))))[:, ::-1]
+        for share in analysis.SHARES:
+            found = speed_up(Curve(STEPS, distances), Curve(STEPS, distances.copy()), share)
+            assert found.reached
+            np.testing.assert_allclose([found.ratio, found.low, found.high], 1, rtol=1e-9)
+
+
 def test_a_target_that_is_not_reached_is_a_bound():
     found = speed_up(decaying(1.0), decaying(0.4), 0.5)
     assert (found.ratio, found.reached) == (0.5, False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -71,3 +72,21 @@ def test_first_line():
     assert storage.first_line(ValueError("one\ntwo")) == "one"
     assert storage.first_line(ValueError()) == "ValueError"
     assert storage.first_line(ValueError("x" * 300)) == "x" * 200
+
+
+def test_what_gets_the_name_is_on_the_disk_before_and_the_name_after(tmp_path, monkeypatch):
+    """The order of the system calls is what a power cut depends on."""
+    done = []
+
+    def name(descriptor):
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor if isinstance(descriptor, int) else descriptor.fileno()}"))
+
+    monkeypatch.chdir(tmp_path)
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(name(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("rename") or replace(*paths))
+    with storage.replacing(tmp_path / "a") as partial:
+        partial.mkdir()
+        (partial / "b").write_text("")
+    storage.write_text(tmp_path / "c", "")
+    assert done == ["a.partial/b", "a.partial", "rename", ".", "c.partial", "rename", "."]

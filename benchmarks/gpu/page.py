@@ -35,7 +35,9 @@ class Records:
         """A cell of a table; of a measurement that failed, why."""
         if record := self.get(id_):
             return show(record)
-        return self._failed.get(id_, MISSING).replace("|", "/")
+        # Of what did not compile, neither pass was tried.
+        failed = self._failed.get(id_) or self._failed.get(id_.rpartition("/")[0])
+        return (failed or MISSING).replace("|", "/")
 
     def kind(self, kind: str) -> list[dict[str, Any]]:
         return [record for record in self.all if record["kind"] == kind]

@@ -77,8 +77,8 @@ PARTS: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("GLA's output gate", lambda o: "/attention/jit(silu)" in o or o.endswith("/attention/mul")),
     ("forget gates", lambda o: "log_sigmoid" in o or "/gate_up/" in o),
     (
-        "state scan",
-        lambda o: "/attention/" in o and o.rpartition("/")[2] in ("add", "pad", "slice", "exp", "reduce_sum", "add_any"),
+        "GLA's state scan, attention's biases",
+        lambda o: "/attention/" in o and o.rpartition("/")[2] in _SCAN_OPERATIONS,
     ),
     ("SwiGLU or GELU", lambda o: "/mlp/" in o),
     ("adaLN", lambda o: "adaLN" in o or "/timestep/" in o or "/label/" in o),

@@ -24,7 +24,7 @@ from speedit_jax.models.build import SIZES
 from tests.fixtures.make_pytorch_fixtures import load, provide_timm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MIXER_S, STEP_S = 4, 8
+MIXER_S, STEP_S = 4, 15  # seconds, with room
 BACKENDS = {"torch-flash": SDPBackend.FLASH_ATTENTION, "torch-cudnn": SDPBackend.CUDNN_ATTENTION}
 
 

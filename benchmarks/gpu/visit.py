@@ -132,8 +132,7 @@ def main() -> None:
         side(args, record, plans.rehearsal() if args.rehearsal else plans.full())
         return
     record.write("visit", seconds=args.seconds, rehearsal=args.rehearsal, **environment())
-    for old in (*args.out.glob("*.ready"), *args.out.glob("*.go")):
-        old.unlink()
+    forget_signs(args.out)
     processes = {which: start(args, which) for which in ("jax", "torch")}
     tests = {"values": VALUES} if args.rehearsal else {"values": VALUES, "resume": RESUME}
     running = {name: start_tests(args, name, files) for name, files in tests.items() if f"tests/{name}" not in record.done}
@@ -150,7 +149,14 @@ def main() -> None:
             record.write("failed", what=f"the {which} side ended with {code}; see {which}.log")
         elif code is None:
             record.write("failed", what=f"the {which} side was stopped at the end of its time")
+    forget_signs(args.out)
     record.write("end", seconds=round(time.time() - args.started, 1))
+
+
+def forget_signs(folder: Path) -> None:
+    """The small files by which the sides wait for each other."""
+    for sign in (*folder.glob("*.ready"), *folder.glob("*.go")):
+        sign.unlink()
 
 
 def deadline_of(which: str, args: argparse.Namespace, ends: float) -> float:

@@ -102,7 +102,7 @@ def first_reached(steps: np.ndarray, distances: np.ndarray, target: float) -> fl
 
 def _ratio(steps: np.ndarray, baseline: np.ndarray, other: np.ndarray, share: float) -> tuple[float, bool]:
     budget = steps[-1] * share
-    target = float(np.exp(np.interp(budget, steps, np.log(baseline))))
+    target = float(np.exp(np.interp(budget, steps, np.log(baseline)))) * (1 + 1e-12)  # the logarithm rounds
     reached = first_reached(steps, other, target)
     return (share, False) if reached is None else (budget / reached, True)
 

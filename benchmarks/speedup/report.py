@@ -96,9 +96,10 @@ def verdict(records: Records, scale: str, image_set: str, strategy: str) -> str:
         return f"`{strategy}` on {image_set}: {NOT_YET}; {len(left)} runs are missing."
     *_, end = speed_ups(records, image_set, strategy)
     seeds = len(seeds_of(records, image_set, strategy))
-    if not end.reached or end.high < 1:
+    low, high = round(end.low, 2), round(end.high, 2)  # as they are shown
+    if not end.reached or high < 1:
         outcome = "not reproduced: it is no faster than uniform here"
-    elif end.low <= 1:
+    elif low <= 1:
         outcome = "not shown: seeds differ more than strategies"
     elif end.ratio < CLAIMS[strategy]:
         outcome = "partly reproduced: faster than uniform, by less than was published"

@@ -57,6 +57,7 @@ def write_shard(
         if finished := finished_shard(path):  # by another process, meanwhile
             return finished
         facts = {"records": count, "sha256": storage.sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
+        storage.sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from speedit_jax.reporting.curves import read_metrics
 from speedit_jax.reporting.environment import NAME as ENVIRONMENT
 from speedit_jax.reporting.environment import read_environment
 from speedit_jax.reporting.markup import Html, byte_size, duration, image, join, pairs, table, tag
-from speedit_jax.training import assembly, changes
+from speedit_jax.training import assembly, changes, run
 from speedit_jax.training.checkpoint import peek
 
 _GRIDS = 12  # shown at most, evenly chosen
@@ -75,13 +75,15 @@ def read_run(workdir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{workdir} is not a training run (no run.json); give the --workdir of a training run")
     try:
-        meta = json.loads(path.read_text())
+        meta = run.read_run(path)
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({e}); a checkpoint's meta/metadata is a copy of it") from e
-    if isinstance(meta, dict) and "imported_from" in meta:
-        raise UserError(f"{workdir} holds weights imported from {meta['imported_from']}, no run; name another --workdir")
-    if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict) or "data_fingerprint" not in meta:
-        raise UserError(f"{path} is not that of a training run; name another --workdir")
+        raise UserError(f"{path} cannot be read ({e}); run train again: it writes it from a checkpoint's copy") from e
+    if "imported_from" in meta:
+        raise UserError(
+            f"{workdir} holds weights imported from {meta['imported_from']}, not a training run; choose another --workdir"
+        )
+    if not isinstance(meta.get("config"), dict) or "data_fingerprint" not in meta:
+        raise UserError(f"{path} does not belong to a training run; choose another --workdir")
     return meta
 
 

@@ -229,7 +229,7 @@ class _Spent:
 
 
 def _truncate(path: Path, last_step: int) -> _Spent:
-    """Drops the lines of metrics.jsonl beyond a step, and a line that a kill cut short.
+    """Drops the lines of metrics.jsonl beyond a step, and those that a kill cut short or that are damaged.
 
     Returns:
       What was spent: in all, with the lines dropped, whose steps are taken again.
@@ -238,13 +238,14 @@ def _truncate(path: Path, last_step: int) -> _Spent:
     if not path.exists():
         return spent
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             record: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            break
+            step = record["step"]
+        except (ValueError, TypeError, KeyError):
+            continue
         spent.total = record.get("time_total", spent.total)
-        if record["step"] <= last_step and line.endswith("\n"):
+        if step <= last_step and line.endswith("\n"):
             kept.append(line)
             spent.useful = record["time_goodput"] * spent.total if "time_goodput" in record else spent.useful
     write_text(path, "".join(kept))

@@ -215,13 +215,16 @@ class Output:
         grid = image_grid(to_uint8(images) if self.latents else images, columns)
         write_png(self.partial / "grid.png", grid, magnification(images.shape[1]))
         self._write_npz(self.partial / "images.npz", images[0])
+        storage.sync(self.partial / "images.npz")
         storage.write_json(self.partial / "outputs.json", self.settings)
         self._file(".json").unlink(missing_ok=True)  # from here on the old outputs, if any, are not there
         os.replace(self.partial / "images.npz", self._file(".npz"))
         os.replace(self.partial / "grid.png", self.grid)
         self._file(".png" if self.latents else ".latents.png").unlink(missing_ok=True)
         self._publish(self.partial / "png")
+        storage.sync_names(self.out.parent)
         os.replace(self.partial / "outputs.json", self._file(".json"))
+        storage.sync_names(self.out.parent)
         self._discard()
 
     def _publish(self, directory: Path) -> None:

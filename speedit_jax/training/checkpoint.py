@@ -2,8 +2,8 @@
 
 A checkpoint is the directory WORKDIR/checkpoints/STEP with two items: `state`, every array of the train state, and
 `meta`, JSON with the whole config, the data's fingerprint and class names, the versions that wrote it, and its own
-evaluation, if it had one. Orbax writes to a temporary name and renames when all is on disk, and renames again what is to go, so
-a checkpoint that is listed is whole.
+evaluation, if it had one; and checksums of their files. Orbax writes to a temporary name and renames when all is on disk, and
+renames again what is to go, so a checkpoint that is listed is whole; the checksums tell whether it still is.
 """
 
 import contextlib
@@ -20,9 +20,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
+from speedit_jax.training import integrity
 from speedit_jax.training.state import TrainState
 
 _RAW = "params"
+_ITEMS = ("state", "meta")
 
 # Where checkpoints that are not kept wait to be removed: a kill in the midst of that leaves none half there.
 _REMOVED = "removed"
@@ -101,6 +103,7 @@ class Checkpoints:
         if not create and not self.directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}; train there first, or give another --workdir")
         self._evaluations: dict[int, dict[str, Any]] = {}
+        self._saving: int | None = None
         policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -110,8 +113,10 @@ class Checkpoints:
                 # What a killed run left half-written would otherwise stay and eat space.
                 cleanup_tmp_directories=create,
                 todelete_subdir=_REMOVED,
+                # Called by one process, when all have written and before the directory gets its name.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
-            item_names=("state", "meta"),
+            item_names=_ITEMS,
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
         if create:
@@ -174,8 +179,13 @@ class Checkpoints:
             self._evaluations[step] = evaluation
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         self.wait()
+        self._saving = step
         with _named_failure(self.directory):
             self._manager.save(step, args=items)
+
+    def _seal(self) -> None:
+        (unnamed,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        integrity.seal(unnamed, _ITEMS)
 
     def wait(self) -> None:
         """Returns when all is on disk.
@@ -192,25 +202,47 @@ class Checkpoints:
             shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON saved with a step."""
+        """The JSON saved with a step.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        self._refuse(step, integrity.damage_of_meta(self.directory / str(step)))
         with _named_damage(self.directory / str(step)):
             return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+    def _refuse(self, step: int, problem: str | None) -> None:
+        """Raises a UserError if there is a problem with the files of a step."""
+        where = self.directory / str(step)
+        if problem and not where.is_dir():
+            raise UserError(f"checkpoint {where} was removed by the run that goes on there; run the same command again")
+        if problem:
+            raise UserError(
+                f"checkpoint {where} is damaged ({problem}); name another step, or train on: that sets it aside and goes on from"
+                " the newest whole one"
+            )
+
+    def restore(self, step: int, shapes: TrainState, shardings: TrainState, verify: bool = True) -> TrainState:
         """The whole state, onto any mesh.
+
+        Args:
+          verify: compare the files with their checksums first, which reads them once more.
 
         Raises:
           UserError: an array is missing, extra or of another shape, or the files are damaged.
         """
+        if verify:
+            self._refuse(step, integrity.damage(self.directory / str(step)))
         restored = self._restore(step, _as_dict(shapes), _as_dict(shardings), partial=False)
         return _from_dict(restored)
 
     def restore_weights(self, step: int, weights: str, shapes: Any, shardings: Any) -> Any:
-        """Only the parameters: "ema", "raw" or "ema_DECAY". Nothing else of the checkpoint is read.
+        """Only the parameters: "ema", "raw" or "ema_DECAY". All files are compared with their checksums.
 
         Raises:
           UserError: as `restore`; or there are no such weights.
         """
+        self._refuse(step, integrity.damage(self.directory / str(step)))
         with _named_damage(self.directory / str(step)):
             saved = self._manager.item_metadata(step)["state"].tree
         choices = {"raw": _RAW} | {name: name for name in saved if name.split("_")[0] == "ema"}
@@ -247,7 +279,8 @@ def peek(workdir: Path) -> tuple[int, dict[str, Any]] | None:
     directories = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
     for path in sorted(directories, key=lambda path: -int(path.name)):
         with contextlib.suppress(OSError, ValueError):
-            return int(path.name), json.loads((path / "meta" / "metadata").read_text())
+            if not integrity.damage_of_meta(path):
+                return int(path.name), json.loads((path / integrity.META).read_text())
     return None
 
 

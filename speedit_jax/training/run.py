@@ -1,7 +1,9 @@
 """A run: its identity, so that no other run is resumed or overwritten by mistake, and open_run, which restores its weights."""
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +22,10 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.training import changes
 from speedit_jax.training.assembly import make_diffusion, make_model
-from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.checkpoint import Checkpoints, peek
+
+NAME = "run.json"
+_CHECKSUM = "checksum"  # of all the rest of run.json
 
 
 def describe(
@@ -45,7 +50,7 @@ def describe(
 
 def settle(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Replaces "auto" by what the run in `workdir` has, where it stands for what depends on the run's age."""
-    saved = _read(workdir)
+    saved, _ = _read(workdir)
     if saved and config.optim.decay_mask == "auto":
         config.optim.decay_mask = complete(saved["config"]).optim.decay_mask
 
@@ -73,11 +78,18 @@ def claim(
     Raises:
       UserError: it holds another run, or files that no run.json explains; nothing is written then.
     """
-    saved = _read(workdir)
+    saved, whole = _read(workdir)
     if saved:
         if "imported_from" in saved:
-            raise UserError(f"{workdir} holds weights imported from {saved['imported_from']}, no run; name another --workdir")
-        return _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
+            raise UserError(
+                f"{workdir} holds weights imported from {saved['imported_from']}, not a training run; choose another"
+                f" --workdir, and fine-tune with --config.init_from={workdir}"
+            )
+        meta, lines = _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
+        if not whole:
+            _write(workdir, saved)
+            lines.insert(0, f"{NAME} was missing or damaged; it is written again from the newest checkpoint")
+        return meta, lines
     for name in ("checkpoints", "metrics.jsonl"):
         if (workdir / name).exists():
             raise UserError(f"{workdir} holds {name} but no run.json; choose another --workdir")
@@ -87,21 +99,52 @@ def claim(
 
 def record(workdir: Path, meta: dict[str, Any]) -> None:
     """Writes down changes that are new since `claim`: a later start is compared with these settings."""
-    saved = _read(workdir)
+    saved, _ = _read(workdir)
     if saved.get("changes", []) != meta.get("changes", []):
         _write(workdir, meta)
 
 
-def _read(workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "run.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _read(workdir: Path) -> tuple[dict[str, Any] | None, bool]:
+    """(what run.json says, True); (a checkpoint's copy, False) where it is missing or damaged; (None, False) without either.
+
+    Raises:
+      UserError: it is damaged, and there is no checkpoint.
+    """
+    path = workdir / NAME
+    with contextlib.suppress(OSError, ValueError):
+        return read_run(path), True
+    if newest := peek(workdir):
+        return {key: value for key, value in newest[1].items() if key != "evaluation"}, False
+    if path.exists():
+        raise UserError(f"{path} is damaged, and no checkpoint holds a copy; name another --workdir")
+    return None, False
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """What a run.json says.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is damaged.
+    """
+    meta = json.loads(path.read_text())
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    checksum = meta.pop(_CHECKSUM, None)  # earlier versions wrote none
+    if checksum not in (None, _checksum(meta)):
+        raise ValueError(f"{path} does not hold what was written")
+    return meta
+
+
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _write(workdir: Path, meta: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            storage.write_json(workdir / "run.json", meta)
+            storage.write_json(workdir / NAME, meta | {_CHECKSUM: _checksum(meta)})
         except OSError as e:
             raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
 

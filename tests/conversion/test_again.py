@@ -36,7 +36,7 @@ def test_after_it_worked(run, imported, tmp_path):
     state = load_file(source)
     save_file(state | {"blocks.0.mlp.fc1.bias": state["blocks.0.mlp.fc1.bias"] + 1e-6}, tmp_path / "other.safetensors")
     for flags in ([f"--from={tmp_path / 'other.safetensors'}", HEADS], [f"--from={source}", "--config.model.heads=2"]):
-        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "name another --workdir")
+        assert_fails(run("convert", *flags, f"--workdir={workdir}"), f"imported from {source}", "choose another --workdir")
     assert checksums(workdir) == before
 
 

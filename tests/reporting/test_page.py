@@ -271,7 +271,12 @@ def test_the_checkpoint_knows_how_long_the_run_is(tmp_path):
 
 def test_what_is_no_run_is_one_line(tmp_path):
     assert_one_line(lambda: write_report(tmp_path / "x"), str(tmp_path / "x"), "no run.json")
-    for text, words in {"{": "cannot be read", "[]": "not that of a training run", '{"imported_from": "a.pt"}': "a.pt"}.items():
+    for text, words in {
+        "{": "cannot be read",
+        "[]": "cannot be read",
+        "{}": "does not belong to a training run",
+        '{"imported_from": "a.pt"}': "a.pt",
+    }.items():
         (tmp_path / "run.json").write_text(text)
         assert_one_line(lambda: write_report(tmp_path), str(tmp_path), words)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

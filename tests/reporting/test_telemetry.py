@@ -204,6 +204,14 @@ def test_resuming_takes_back_what_will_be_logged_again(tmp_path, tail):
     assert steps(tmp_path) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("damaged", [b"\xff" * 9 + b"\n", b'{"step" 2}\n', b'["step"]\n', b'{"stop": 2}\n'], ids=repr)
+def test_resuming_loses_no_line_but_the_damaged_one(tmp_path, damaged):
+    one, three = (f'{{"step": {step}, "loss": 2.0}}\n'.encode() for step in (1, 3))
+    (tmp_path / "metrics.jsonl").write_bytes(one + damaged + three)
+    telemetry(tmp_path, first_step=3).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == one + three
+
+
 def test_resuming_before_everything_logged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 2.0}\n')
     telemetry(tmp_path).close()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from commands import COMPILATION, hosts
 from PIL import Image
 from tiny import TINY
 
+from benchmarks import faults
+from speedit_jax import peers
+from speedit_jax.training import integrity
 from speedit_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -130,3 +134,62 @@ def test_a_crash_ends_its_process_at_once():
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("stricken", [0, 1])
+@pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_named(stricken, struck):
+    """With a shorter silence than in use, which the limit below allows for."""
+    code = """if True:
+        import itertools, jax, numpy as np
+        from jax.experimental import multihost_utils
+        from speedit_jax import cli, peers
+        peers.SILENCE = 6
+        def main():
+            for i in itertools.count():
+                multihost_utils.process_allgather(np.array(i))
+                print(i, flush=True)
+        cli.run(main)
+        """
+    command = [sys.executable, "-c", code, "--multihost"]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
+    try:
+        while not processes[0].stdout.readline().startswith("5"):
+            assert processes[0].poll() is None
+        processes[stricken].send_signal(struck)
+        _, said = processes[1 - stricken].communicate(timeout=100)
+        assert processes[1 - stricken].returncode == peers.LOST == 75
+        last = said.splitlines()[-1]
+        assert last.startswith(f"error: process {stricken} of 2 on ") and last.endswith(
+            "is lost; start the same command again on all hosts: it goes on"
+        )
+        assert "Traceback" not in said
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_processes_share_the_search_for_damage_and_agree(tmp_path):
+    subject = faults.Subject(tmp_path / "run")
+    names = sorted(integrity.read(subject.checkpoint))
+    # The processes look at every other file each: either may be the one that finds it.
+    for name in names[2:4]:
+        with subject.damaged(subject.checkpoint / name, "cut"):
+            code = f"""if True:
+                import pathlib
+                from speedit_jax import cli
+                from speedit_jax.training import set_aside
+                cli.run(lambda: print("said", set_aside.set_aside_damaged(pathlib.Path({str(subject.workdir)!r}))))
+                """
+            envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+            command = [sys.executable, "-c", code, "--multihost"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            outputs = finish([subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs])
+            for output in outputs:
+                (line,) = [line for line in output.splitlines() if line.startswith("said")]
+                assert f"is damaged ({name} does not hold what was saved)" in line
+            aside = subject.checkpoint.with_name("damaged-2")
+            aside.rename(subject.checkpoint)

@@ -1,7 +1,5 @@
 """A run's directory continues only the run it holds."""
 
-import json
-
 import pytest
 import tiny
 
@@ -25,7 +23,7 @@ def workdir(tmp_path):
 
 
 def test_claim_writes_what_the_run_is(workdir):
-    meta = json.loads((workdir / "run.json").read_text())
+    meta = run.read_run(workdir / "run.json")
     assert meta == describe()
     assert meta["config"]["optim"]["learning_rate"] == 1e-4
     assert meta["image_shape"] == [8, 8, 1]
@@ -98,7 +96,9 @@ def test_what_does_not_change_the_result_may_change(workdir, changes):
 
 def test_imported_weights_are_no_run(tmp_path):
     run.claim(tmp_path, describe() | {"imported_from": "a.pt"})
-    with pytest.raises(UserError, match=rf"{tmp_path} holds weights imported from a.pt, no run; name another --workdir"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path} holds weights imported from a.pt, not a training run; choose another --workdir"
+    ):
         run.claim(tmp_path, describe())
 
 
@@ -148,7 +148,7 @@ def test_changes_are_recorded_and_later_starts_are_compared_with_them(workdir):
     assert meta == first | {"changes": [{"step": 7, "optim.learning_rate": [1e-4, 0.5]}]}
     assert (workdir / "run.json").read_bytes() == before, "until the state is known to fit"
     run.record(workdir, meta)
-    assert json.loads((workdir / "run.json").read_text()) == meta
+    assert run.read_run(workdir / "run.json") == meta
     # Without the word: the same goes on, and keeps the record; the first settings are another run's by now.
     assert run.claim(workdir, first, step=9) == (meta, [])
     with pytest.raises(UserError, match=r"optim.learning_rate was 0.5, now 0.0001"):
@@ -157,7 +157,7 @@ def test_changes_are_recorded_and_later_starts_are_compared_with_them(workdir):
     meta, _ = run.claim(workdir, other, step=9, with_changes=True)
     run.record(workdir, meta)
     assert [list(change) for change in meta["changes"]] == [["step", "optim.learning_rate"], ["step", "data"]]
-    assert json.loads((workdir / "run.json").read_text()) == meta
+    assert run.read_run(workdir / "run.json") == meta
 
 
 def test_what_changes_rounding_is_said(workdir):

@@ -1,0 +1,116 @@
+"""Watching the other processes of a job: a lost one ends all within a minute, with one line that names it.
+
+Without this a collective waits for a stopped process, and where one was killed it fails with a traceback that names an address.
+Each process counts up its own key at jax's coordination service, which process 0 runs, and looks whether the others do.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+
+from jax._src.distributed import global_state  # jax has no public way to the service's keys
+from tqdm import tqdm
+
+SILENCE = 40.0  # seconds after which a process is lost
+LOST = 75  # exit code; EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
+
+_KEY = "speedit_jax/alive"
+_BEAT = 2.0  # seconds between two signs of life
+_SUSPICION = 10.0  # seconds after which it is when a collective has failed already
+_COLLECTIVE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination|[Bb]arrier|Connection (reset|closed)")
+
+
+class Watch:
+    """Of the processes that jax.distributed.initialize joined; starts at once."""
+
+    def __init__(self):
+        self._me, self._count = global_state.process_id, global_state.num_processes
+        self._over = threading.Event()
+        self._hosts = {0: global_state.coordinator_address.rpartition(":")[0]}
+        self._said: dict[int, str] = {}
+        self._forget()
+        for target in (self._beat, self._look):
+            threading.Thread(target=target, daemon=True).start()
+        if self._me:
+            self._take_over_aborts()
+
+    def _forget(self) -> None:
+        """All count as heard now."""
+        self._answered = time.monotonic()  # when the service last did
+        self._heard = dict.fromkeys(set(range(self._count)) - {self._me}, self._answered)
+
+    def _beat(self) -> None:
+        client, beats, host = global_state.client, 0, socket.gethostname()
+        while True:
+            beats += 1
+            try:
+                client.key_value_set(f"{_KEY}/{self._me}", f"{beats} {host}", allow_overwrite=True)
+                found = client.key_value_dir_get(_KEY)
+            except Exception:  # of the service's: it is gone, which `lost` tells by the time
+                found = ()
+            for key, value in found:
+                self._answered, process = time.monotonic(), int(key.rpartition("/")[2])
+                if self._said.get(process) != value and process != self._me:
+                    self._said[process], self._hosts[process] = value, value.partition(" ")[2]
+                    self._heard[process] = self._answered
+            time.sleep(_BEAT)
+
+    def _look(self) -> None:
+        while not self._over.is_set():
+            since = time.monotonic()
+            time.sleep(1)
+            if time.monotonic() - since > _SUSPICION:
+                self._forget()  # this process itself was stopped for a while
+            elif (process := self.lost(SILENCE)) is not None:
+                self._end(process)
+
+    def lost(self, silence: float) -> int | None:
+        """The first process of which nothing was heard for `silence` seconds."""
+        now = time.monotonic()
+        if now - self._answered > silence:
+            return 0 if self._me else None
+        return next((process for process, heard in sorted(self._heard.items()) if now - heard > silence), None)
+
+    def _end(self, process: int) -> None:
+        """Exits at once: sys.exit would wait for the lost process."""
+        host = self._hosts.get(process, "an unknown host")
+        tqdm.write(
+            f"error: process {process} of {self._count} on {host} is lost; start the same command again on all hosts: it goes on",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(LOST)
+
+    def blame(self, error: BaseException) -> None:
+        """Ends the process if an error comes of a lost one; returns if it does not seem so, after some seconds at most."""
+        if not _COLLECTIVE.search(f"{error} {error.__cause__ or ''}"):
+            return
+        until = time.monotonic() + _SUSPICION + 2 * _BEAT
+        while time.monotonic() < until:
+            if (process := self.lost(_SUSPICION)) is not None:
+                self._end(process)
+            time.sleep(0.2)
+
+    def over(self) -> None:
+        """From here on processes may end."""
+        self._over.set()
+
+    def _take_over_aborts(self) -> None:
+        """When process 0 is killed, jax's own client aborts in another thread, and no exception tells of it."""
+        host, _, port = global_state.coordinator_address.rpartition(":")
+
+        def aborted(_):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+            except OSError:
+                self._end(0)
+
+        # Python's own handlers run in the main thread only, and later than the abort.
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
