@@ -81,7 +81,7 @@ def test_training_goes_on_from_the_newest_whole_one(run, trained, damaged, tmp_p
     assert_works(result)
     assert f"checkpoint {workdir}/checkpoints/6 is damaged (state/" in result.out and "set aside as damaged-6" in result.out
     assert "run.json was missing or damaged; it is written again" in result.out
-    assert "Going on from the checkpoint of step 3." in result.out
+    assert "Resuming from the checkpoint of step 3." in result.out
     assert (workdir / "run.json").read_bytes() == (trained / "run.json").read_bytes()
     assert differences(kept(workdir), kept(trained)) == [] and len(kept(trained)) > 20
 
