@@ -32,12 +32,12 @@ from speedit_jax.data.tfds import TfdsSource
 from speedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "folder:PATH, tfds:NAME, digits or synthetic, as config.data.source.")
-_SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set or of the digits, as config.data.split.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds data set or of digits, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
-_SIZE = flags.DEFINE_list("size", None, "Pixels of training, SIDE or HEIGHT,WIDTH: to count the images that are smaller.")
-_BACKGROUND = flags.DEFINE_string("background", "white", "Behind transparent parts, as config.data.background.")
+_SIZE = flags.DEFINE_list("size", None, "Image size in training, SIDE or HEIGHT,WIDTH; smaller images are counted.")
+_BACKGROUND = flags.DEFINE_string("background", "white", "Colour behind transparent parts, as config.data.background.")
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Where to write all that was found, JSON.")
+_OUT = flags.DEFINE_string("out", None, "Where to write the full report as JSON.")
 
 SHOWN = 20  # lines of each kind on screen
 

@@ -28,7 +28,7 @@ from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_
 from speedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "Images: folder:PATH, tfds:NAME or synthetic, as config.data.source.")
-_SPLIT = flags.DEFINE_string("split", "train", "Of a tfds set, as config.data.split.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of a tfds data set, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH.")
 _VAE = flags.DEFINE_string("vae", None, "Directory of a diffusers AutoencoderKL: config.json and its weights.")
@@ -39,7 +39,7 @@ _SHARD_SIZE = flags.DEFINE_integer(
 )
 _TILE = flags.DEFINE_bool("tile", False, "Encode in overlapping tiles: less memory for large images, slightly different numbers.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations; auto: float32 on CPU, else bfloat16."
+    "dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of activations; auto: float32 on CPU, else bfloat16."
 )
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
 _MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "How many undecodable files to replace by the next image.", lower_bound=0)

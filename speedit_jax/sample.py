@@ -48,8 +48,8 @@ _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one
 _VAE = flags.DEFINE_string(
     "vae", None, "For a run on latents: directory of its autoencoder. Default: as in training. none: latents."
 )
-_DTYPE = flags.DEFINE_enum("dtype", None, ("auto", *DTYPES), "Of activations. Default: the run's model.dtype.")
-_TILE = flags.DEFINE_bool("tile", False, "Decode latents in overlapping tiles, for pictures that do not fit in memory.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ("auto", *DTYPES), "Precision of activations. Default: the run's model.dtype.")
+_TILE = flags.DEFINE_bool("tile", False, "Decode latents in overlapping tiles, for images that do not fit in memory.")
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddpm, ddim or dpm++; for flows euler, heun or sde. Default, here and below: the run's sampling section."
 )

@@ -43,7 +43,7 @@ from speedit_jax.training.stop import INTERRUPTED, Stop
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
 _CHANGES = flags.DEFINE_bool(
-    "continue_with_changes", False, "Go on from the newest checkpoint though settings or data are others; the run records which."
+    "continue_with_changes", False, "Resume although settings or data have changed; the run records the changes."
 )
 _STRICT = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint instead of resuming from the newest whole one.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, compile the step, print the memory it needs, and write nothing.")

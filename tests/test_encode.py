@@ -154,7 +154,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, folder, vae, tmp_path, ca
 def test_another_encoding_is_not_mixed_in(run, encoded, folder, vae):
     before = contents(encoded)
     assert_fails(run("encode", *flags(folder, vae, encoded), "--size=16"), "was encoded with other settings", "images.shape")
-    assert_fails(run("encode", f"--source=latents:{encoded}", f"--vae={vae}", "--out=/tmp/x"), "latents already")
+    assert_fails(run("encode", f"--source=latents:{encoded}", f"--vae={vae}", "--out=/tmp/x"), "already latents")
     assert contents(encoded) == before
 
 

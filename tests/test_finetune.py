@@ -143,14 +143,16 @@ def test_another_network_is_refused_before_anything_is_written(run, trained, tmp
 def test_what_was_trained_otherwise_is_taken_on_the_word(run, trained, tmp_path):
     flags = ["--config.diffusion.schedule=cosine", "--config.model.time_freq_shift=1", "--continue_with_changes"]
     out = start(run, trained, tmp_path / "run", *flags)
-    said = "trained otherwise: model.time_freq_shift was 0, now 1; diffusion.schedule was 'linear', now 'cosine'"
+    said = "trained with other settings: model.time_freq_shift was 0, now 1; diffusion.schedule was 'linear', now 'cosine'"
     assert f"init from  {said}\n" in out
 
 
 def test_two_names_of_one_schedule(run, trained, tmp_path):
     other = ["--config.diffusion.schedule=cosine"]
     assert_works(run("train", *TINY, *STILL, *other, f"--workdir={tmp_path / 'first'}"))
-    assert "otherwise" not in start(run, tmp_path / "first", tmp_path / "run", "--config.diffusion.schedule=squaredcos_cap_v2")
+    assert "trained with other settings" not in start(
+        run, tmp_path / "first", tmp_path / "run", "--config.diffusion.schedule=squaredcos_cap_v2"
+    )
 
 
 def test_the_run_records_what_it_started_from(run, trained, tmp_path):

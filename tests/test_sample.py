@@ -215,7 +215,7 @@ def test_images_that_are_there_stay(run, trained, tmp_path):
     assert "Nothing to do" in again.out
     other = run("sample", *flags, "--seed=1", "--guidance_scale=3")
     assert_fails(
-        other, f"{tmp_path / 'x'}.npz holds images of other settings", "seed was 0, now 1", "guidance_scale", "--overwrite"
+        other, f"{tmp_path / 'x'}.npz holds images made with other settings", "seed was 0, now 1", "guidance_scale", "--overwrite"
     )
     assert checksums(tmp_path) == before
     assert_works(run("sample", *flags, "--seed=1", "--overwrite"))

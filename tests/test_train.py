@@ -124,7 +124,7 @@ def test_another_run_is_not_overwritten(run, trained, tmp_path):
         (["--config.training.num_steps=9"], ["training.num_steps was 6, now 9"]),
         (["--config.data.source=synthetic"], ["data.source", "the data has changed"]),
     ):
-        assert_fails(run("train", *TINY, *flags, f"--workdir={trained}"), "another run", *words)
+        assert_fails(run("train", *TINY, *flags, f"--workdir={trained}"), "other settings", *words)
     assert checksums(trained) == before
     (tmp_path / "metrics.jsonl").write_text("mine")
     assert_fails(run("train", *TINY, f"--workdir={tmp_path}"), str(tmp_path), "metrics.jsonl", "run.json")

@@ -67,7 +67,7 @@ def test_no_run_to_verify(run, tmp_path):
 def test_a_damaged_checkpoint_is_not_used(run, damaged, tmp_path, command):
     workdir, name = damaged
     out = {"sample": ("--num_images=2", f"--out={tmp_path / 'a.png'}"), "convert": (f"--to={tmp_path / 'a.safetensors'}",)}
-    assert_fails(run(command, f"--workdir={workdir}", *out[command]), name, "checkpoints/6 is damaged", "name another step")
+    assert_fails(run(command, f"--workdir={workdir}", *out[command]), name, "checkpoints/6 is damaged", "choose another step")
     assert not any(tmp_path.iterdir())
     assert_works(run(command, f"--workdir={workdir}", "--checkpoint_step=3", *out[command]))
 

@@ -198,8 +198,8 @@ def check_space(workdir: Path, trees: Any) -> None:
     free = shutil.disk_usage(there).free
     if free < _COMPRESSED * needed:
         raise UserError(
-            f"--workdir={workdir}: the weights need {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are left on the device; make"
-            " room and run the same command again"
+            f"--workdir={workdir}: the weights need {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are left on the device; free"
+            " some disk space and run the same command again"
         )
 
 

@@ -176,8 +176,8 @@ def make_extractor(
     if reference.statistics and known and tuple(known) != tuple(shape):
         sizes = ["x".join(map(str, of)) for of in (known, shape)]
         raise UserError(
-            f"{prefix}reference={reference.where} holds statistics of images of {sizes[0]}, and those measured are {sizes[1]}:"
-            " one size is compared; make statistics of this size (evaluate --save_statistics)"
+            f"{prefix}reference={reference.where} holds statistics of images of {sizes[0]}, but the evaluated images are"
+            f" {sizes[1]}: compute statistics of this size (evaluate --save_statistics)"
         )
     for name, gaussian in reference.statistics.items():
         if len(gaussian.mean) != extractor.outputs.get(name):
@@ -201,7 +201,7 @@ def choose_metrics(
     """
     names = dict.fromkeys(asked or METRICS)
     if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"{prefix}metrics: unknown {', '.join(unknown)}; choose of {', '.join(METRICS)}")
+        raise UserError(f"{prefix}metrics: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     obstacles = {name: _obstacle(METRICS[name], reference, features, prefix) for name in names}
     if asked and (found := [f"{name} needs {why}" for name, why in obstacles.items() if why]):
         raise UserError(f"{prefix}metrics: {found[0]}")

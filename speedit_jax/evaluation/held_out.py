@@ -144,14 +144,14 @@ def _check_fits(parts: Assembly, examples: Source, source: Source) -> None:
     """Raises a UserError for examples that are not of the run's kind."""
     name = f"evaluation.loss_source={parts.config.evaluation.loss_source}"
     if source.class_names and tuple(examples.class_names) != tuple(source.class_names):
-        raise UserError(f"{name}: its classes are not those of data.source={parts.config.data.source}; name a set with the same")
+        raise UserError(f"{name}: its classes differ from those of data.source={parts.config.data.source}")
     if examples.encoded_by and (examples.encoded_by["weights"] != (parts.encoded_by or {}).get("weights")):
-        raise UserError(f"{name}: holds latents of another autoencoder than the run's")
+        raise UserError(f"{name}: has latents of another autoencoder")
     shape = examples.image_shape
     if not examples.encoded_by and parts.encoded_by:
         if not parts.autoencoder:
-            raise UserError(f"{name}: these are images and the run learns latents; name its autoencoder by data.vae")
+            raise UserError(f"{name}: these are images, but the run trains on latents; set data.vae to its autoencoder")
         shape = parts.autoencoder.latent_shape(shape)
     if tuple(shape) != tuple(parts.model.image_shape):
         sizes = ["x".join(map(str, of)) for of in (shape, parts.model.image_shape)]
-        raise UserError(f"{name}: gives {sizes[0]}, and the run learns {sizes[1]}")
+        raise UserError(f"{name}: has {sizes[0]}, but the run trains on {sizes[1]}")

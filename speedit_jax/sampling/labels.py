@@ -19,7 +19,7 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
     if not class_names:
         raise UserError("--class_labels: this model was trained without classes")
     if not names:
-        raise UserError(f"--class_labels is empty; there are 0..{len(class_names) - 1}")
+        raise UserError(f"--class_labels is empty; the classes are 0..{len(class_names) - 1}")
     labels = []
     for name in names:
         number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1

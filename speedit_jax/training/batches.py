@@ -46,7 +46,7 @@ def _readable(batches: Iterator[dict[str, Any]], where: str) -> Iterator[dict[st
         except StopIteration:
             return
         except UserError as e:
-            raise UserError(f"{e}; data that changed go on with --continue_with_changes") from e
+            raise UserError(f"{e}; if you change the data, resume with --continue_with_changes") from e
         except Exception as e:
             # Sources read with many libraries, each with errors of its own.
             raise UserError(f"an example of data.source={where} cannot be read: {type(e).__name__}: {first_line(e)}") from e

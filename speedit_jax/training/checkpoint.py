@@ -218,8 +218,8 @@ class Checkpoints:
             raise UserError(f"checkpoint {where} was removed by the run that goes on there; run the same command again")
         if problem:
             raise UserError(
-                f"checkpoint {where} is damaged ({problem}); name another step, or train on: that sets it aside and goes on from"
-                " the newest whole one"
+                f"checkpoint {where} is damaged ({problem}); choose another step, or run train: it sets this one aside and"
+                " resumes from the newest whole one"
             )
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState, verify: bool = True) -> TrainState:

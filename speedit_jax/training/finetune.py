@@ -70,11 +70,11 @@ def starting_weights(
         settings = " ".join(f"--config.{key}={old}" for key, (old, _) in different.items() if "." in key)
         said = f"set {settings}" if settings else "encode with the same VAE"
         raise UserError(
-            f"init_from={where} was trained otherwise ({changes.spelled(different)}): {said}, or say --continue_with_changes to"
-            " start from these weights all the same"
+            f"init_from={where} was trained with other settings ({changes.spelled(different)}): {said}, or give"
+            " --continue_with_changes to use these weights anyway"
         )
     if different:
-        lines.append(f"trained otherwise: {changes.spelled(different, len(different))}")
+        lines.append(f"trained with other settings: {changes.spelled(different, len(different))}")
     old, new = label_rows(run, class_names, parts.model.null_label)
     if parts.model.num_classes or run.model.num_classes:
         lines.append(_kept(run, class_names, new, parts.model.null_label))

@@ -157,11 +157,11 @@ def _go_on(workdir, saved, meta, step, older_fingerprints, with_changes) -> tupl
         if any(changes.is_of_the_network(key) for key in found.misfits):
             way = "another network starts in another --workdir (init_from takes weights of the same network only)"
         said = changes.spelled(found.misfits | found.changes)
-        raise UserError(f"{workdir} was made with other settings ({said}); use its settings to go on; {way}")
+        raise UserError(f"{workdir} was made with other settings ({said}); use its settings to resume; {way}")
     if found.changes and not with_changes:
         raise UserError(
-            f"{workdir} was made with other settings ({changes.spelled(found.changes)}); use its settings to go on, or"
-            f" --continue_with_changes to go on from step {step} with these, or {anew}"
+            f"{workdir} was made with other settings ({changes.spelled(found.changes)}); use its settings to resume, or"
+            f" --continue_with_changes to resume from step {step} with these, or {anew}"
         )
     lines = [f"the same to rounding: {changes.spelled(found.rounding)}"] if found.rounding else []
     earlier = saved.get("changes", [])

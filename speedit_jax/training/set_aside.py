@@ -43,9 +43,9 @@ def set_aside_damaged(workdir: Path, strict: bool = False) -> list[str]:
             whole = True
     told = [f"checkpoint {directory / str(step)} is damaged ({problem})" for step, problem in damaged.items()]
     if damaged and strict:
-        raise UserError(f"{told[0]}; without --strict the run sets it aside and goes on from the newest whole one")
+        raise UserError(f"{told[0]}; without --strict the run sets it aside and resumes from the newest whole one")
     if damaged and not whole:
-        raise UserError(f"{told[0]}, and no checkpoint in {directory} is whole; start the run anew in another --workdir")
+        raise UserError(f"{told[0]}, and no checkpoint in {directory} is whole; start again in another --workdir")
     lines = []
     for step, line in zip(damaged, told, strict=True):
         to = _free(directory, step)

@@ -37,7 +37,7 @@ def exported(run, imported, tmp_path_factory):
     vae = write_vae(root / "vae", "four")
     result = run("convert", f"--workdir={imported('diffusers_dit')[2]}", f"--to={root / 'out'}/", f"--vae={vae}")
     assert_works(result)
-    assert "A DiTPipeline" in result.out
+    assert "Wrote a DiTPipeline" in result.out
     return vae, root / "out"
 
 

@@ -55,7 +55,7 @@ def test_the_held_out_digits():
 @pytest.mark.parametrize(
     "source, keys, message",
     [
-        ("digits", {"classes": "1,ten"}, "no class 'ten'; there are 0..9: 0, 1, 2, 3, 4, ..."),
+        ("digits", {"classes": "1,ten"}, "no class 'ten'; the classes are 0..9: 0, 1, 2, 3, 4, ..."),
         ("digits", {"classes": "1,10"}, "no class '10'"),
         ("digits", {"classes": "1,"}, "no class ''"),
         ("digits", {"classes": "1,2,1"}, "'1' is given twice"),

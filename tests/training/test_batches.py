@@ -31,7 +31,10 @@ class Broken:
         (OSError(5, "Input/output error"), r"an example of data.source=synthetic cannot be read: OSError: .*Input/output error"),
         (ValueError("bad record\nin many lines"), "cannot be read: ValueError: bad record$"),
         (MemoryError(), "cannot be read: MemoryError: MemoryError"),
-        (UserError("image 3 is damaged; mend it"), "^image 3 is damaged; mend it; data that changed go on with --continue_with"),
+        (
+            UserError("image 3 is damaged; mend it"),
+            "^image 3 is damaged; mend it; if you change the data, resume with --continue_with",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -121,7 +121,7 @@ def test_older_ones_are_set_aside_where_their_json_is_damaged(copy):
 def test_nothing_is_set_aside_where_no_checkpoint_is_whole(copy):
     for step in (1, 2):
         spoil(data_file(copy, step))
-    with pytest.raises(UserError, match=r"and no checkpoint in .* is whole; start the run anew in another --workdir"):
+    with pytest.raises(UserError, match=r"and no checkpoint in .* is whole; start again in another --workdir"):
         set_aside.set_aside_damaged(copy)
     assert names(copy) == ["1", "2"]
 

@@ -128,7 +128,7 @@ def test_a_key_younger_than_the_run_has_its_default(tmp_path):
 
 def test_the_two_ways_on_are_named(workdir):
     with pytest.raises(
-        UserError, match="or --continue_with_changes to go on from step 7 with these, or start a new run"
+        UserError, match="or --continue_with_changes to resume from step 7 with these, or start a new run"
     ) as error:
         run.claim(workdir, describe(optim__learning_rate=1.0), step=7)
     assert f"--config.init_from={workdir}" in str(error.value)
