@@ -12,6 +12,8 @@ from speedit_jax.errors import UserError
 
 SHARES = (0.5, 0.75, 1.0)  # of the baseline's steps, whose quality is the target
 RESAMPLES, INTERVAL = 2000, (5, 95)
+# Of a scale, what all runs of a comparison must share.
+_SAME = ("width", "depth", "patch", "batch_size", "num_steps", "learning_rate", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ def read(directory: Path, scale: str) -> dict[Piece, dict]:
         if not path.exists():
             continue
         record = json.loads(path.read_text())
-        how = {"judge": record["judge"]["weights"], "evaluation": record["evaluation"], "scale": record["scale"]}
+        how = {"judge": record["judge"]["weights"], "evaluation": record["evaluation"]}
+        how |= {name: record["scale"][name] for name in _SAME}
         if judges.setdefault(piece.set, how) != how:
             raise UserError(f"{path} was not measured as the others of its set were; move it away and make the run again")
         found[piece] = record

@@ -96,7 +96,7 @@ class Run:
 
     def __init__(self, piece: Piece, images: ImageSet, judge: Judge, workdir: Path):
         self.piece, self.scale, self.config = piece, SCALES[piece.scale], make_config(piece)
-        self._images, self._workdir = images, workdir
+        self._images = images
         mesh = sharding.make_mesh(self.config.mesh)
         self.parts = assemble(self.config, images.train, mesh)
         self._evaluate = Evaluation(self.parts, images, judge, self.scale)
