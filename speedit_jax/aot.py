@@ -44,28 +44,36 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder runs before each step, or after the sampler
 
 
-def open_data(config: ml_collections.ConfigDict, mesh: Mesh) -> Source | Description:
-    """The config's data, or what --image_shape and --num_classes say of them.
-
-    With data.vae these are latents, which the model draws: stored ones, or of images that are as much larger as it makes them.
-    """
+def described() -> Description | None:
+    """What --image_shape and --num_classes say of the data; None without them."""
     if _IMAGE_SHAPE.value is None:
-        return open_source(config.data)
+        return None
     try:
         height, width, channels = (int(n) for n in _IMAGE_SHAPE.value)
     except ValueError:
         raise UserError(f"--image_shape={','.join(_IMAGE_SHAPE.value)}: give H,W,C") from None
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
-    shape, classes, vae = (height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))), config.data.vae
+    return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
+
+
+def open_data(config: ml_collections.ConfigDict, given: Description | None, mesh: Mesh) -> Source | Description:
+    """The config's data, or what is given of them.
+
+    With data.vae the latter are latents, which the model draws: stored ones, or of images that are as much larger as it makes
+    them.
+    """
+    vae = config.data.vae
+    if given is None:
+        return open_source(config.data)
     if not vae:
-        return Description(shape, classes)
-    autoencoder = Autoencoder(vae, mesh)
+        return given
+    autoencoder, shape, channels = Autoencoder(vae, mesh), given.image_shape, given.image_shape[2]
     if autoencoder.channels != channels:
         raise UserError(f"--image_shape has {channels} channels, but data.vae={vae} has latents of {autoencoder.channels}")
     if config.data.source.startswith("latents:"):
-        return Description(shape, classes, encoded_by=autoencoder.identity)
-    return Description(autoencoder.image_shape(shape), classes)
+        return Description(shape, given.class_names, encoded_by=autoencoder.identity)
+    return Description(autoencoder.image_shape(shape), given.class_names)
 
 
 def aot() -> int | None:
@@ -76,9 +84,10 @@ def aot() -> int | None:
     # Whatever accelerator is here: it is not the one that is asked about.
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
+    given = described()
     devices, allowed = topologies.devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
-    parts = assemble(config, open_data(config, mesh), mesh)
+    parts = assemble(config, open_data(config, given, mesh), mesh)
     model = parts.model
     shown = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     print(

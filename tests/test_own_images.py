@@ -37,7 +37,7 @@ def test_two_classes_of_a_folder_in_rectangles(run, photographs, tmp_path):
     workdir = tmp_path / "run"
     result = run("train", *TINY, *data, f"--workdir={workdir}")
     assert_works(result)
-    assert "12 images (8, 12, 3), 2 classes" in result.out
+    assert "12 images (8, 12, 3)\n" in result.out and "2 classes: c 6, a 6" in result.out
     assert json.loads((workdir / "run.json").read_text())["class_names"] == ["c", "a"]
     images, labels = draw(run, workdir, "--class_labels=a,c")
     assert images.shape == (4, HEIGHT, WIDTH, 3) and images.std() > 0
@@ -53,4 +53,4 @@ def test_tfds_in_rectangles(tmp_path):
     data = ["--config.data.source=tfds:animals/tame", "--config.data.split=train+test", *RECTANGLE]
     result = run_alone("train", *TINY, *data, f"--workdir={tmp_path / 'run'}", TFDS_DATA_DIR=tmp_path)
     assert_works(result)
-    assert "20 images (8, 12, 3), 3 classes" in result.out
+    assert "20 images (8, 12, 3)\n" in result.out and "3 classes: " in result.out

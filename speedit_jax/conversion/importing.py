@@ -175,7 +175,7 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
       UserError: `workdir` holds something else, or cannot be written.
     """
     path = workdir / "run.json"
-    saved = json.loads(path.read_text()) if path.is_file() else {}
+    saved = run.read_run(path) if path.is_file() else {}
     if "imported_from" in saved:
         step = (peek(workdir) or (None,))[0]
         if step is None:

@@ -33,7 +33,7 @@ def test_it_samples_without_more_flags(run, imported, tmp_path, name):
     assert_works(result)
     settings = json.loads((tmp_path / "x.json").read_text())
     side = 12 if name == "dig" else 8
-    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, side, side, 4)
+    assert np.load(tmp_path / "x.npz")["latents"].shape == (2, side, side, 4)
     assert settings["clip"] is False
     assert settings["guidance_channels"] == (0 if name == "diffusers_dit" else 3)
 

@@ -68,7 +68,7 @@ def ours(workdir, labels=LABELS):
     def draw(noise):
         channels = config.sampling.guidance_channels or 4
         apply = lambda x, t, y: model.apply(params, x, t, y)  # noqa: E731
-        denoise = guided(apply, labels, model.null_label, scales, channels, None, diffusion.level)
+        denoise = guided(apply, labels, model.null_label, scales, channels, None, diffusion.schedule_index)
         return sample(denoise, noise, diffusion, lambda k: 0 * noise, sampler="ddim", num_steps=steps, clip=config.sampling.clip)
 
     autoencoder, weights = load_vae(meta["latents"]["vae"])

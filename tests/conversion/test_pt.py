@@ -104,7 +104,7 @@ def test_half_precision_and_drifted_positions(run, torch_state, tmp_path):
     torch.save(half, tmp_path / "half.pt")
     result = run("convert", f"--from={tmp_path / 'half.pt'}", f"--workdir={tmp_path / 'run'}", HEADS)
     assert_works(result)
-    assert "note: its pos_embed is up to 0.002 off" in result.out
+    assert "note: its pos_embed is up to 0.002 away" in result.out
     assert_works(run("convert", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out.safetensors'}"))
     back = load_file(tmp_path / "out.safetensors")
     del back["pos_embed"], half["pos_embed"]

@@ -61,7 +61,7 @@ def test_the_held_out_digits():
         ("digits", {"classes": "1,2,1"}, "'1' is given twice"),
         ("digits", {"split": "test"}, "data.split=test: the digits have train and held_out"),
         ("synthetic", {"split": "test"}, "data.split=test: only tfds:NAME and digits"),
-        ("synthetic", {"classes": "1"}, "data.classes=1: not of synthetic"),
+        ("synthetic", {"classes": "1"}, "data.classes=1 is not possible for synthetic"),
         ("latents:x", {"classes": "1"}, "speedit_jax.encode --classes"),
     ],
 )

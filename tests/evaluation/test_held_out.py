@@ -94,7 +94,7 @@ class Moments(ArraySource):
     """Stored latents: the moments of an image and, spoiled, of its mirror image."""
 
     @property
-    def latents(self):
+    def encoded_by(self):
         return {"vae": "v", "weights": "w", "config": dataclasses.asdict(VaeConfig(latent_channels=1, scaling_factor=0.5))}
 
     @property
