@@ -60,7 +60,7 @@ def test_no_checkpoint_to_sample(run, tmp_path):
 
 def test_guidance_needs_label_dropout(run, without_null_label, tmp_path):
     flags = [f"--workdir={without_null_label}", "--num_images=2", f"--out={tmp_path / 'x'}"]
-    assert_fails(run("sample", *flags, "--guidance_scale=2"), "guidance_scale=2", "label dropout")
+    assert_fails(run("sample", *flags, "--guidance_scale=2"), "guidance_scale=2", "label_dropout")
     assert_works(run("sample", *flags))
     assert json.loads((tmp_path / "x.json").read_text())["guidance_scale"] == 1
 

@@ -13,7 +13,7 @@ class Broken:
 
     def __init__(self, error: Exception):
         self._source, self._error = open_source(tiny.make_config().data), error
-        self.latents, self._read = None, 0
+        self.encoded_by, self._read = None, 0
 
     def __len__(self):
         return len(self._source)
