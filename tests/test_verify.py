@@ -1,5 +1,6 @@
 """The commands on a run whose newest checkpoint is damaged."""
 
+import contextlib
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import pytest
 from commands import TINY, assert_fails, assert_works
 
 from benchmarks.kill_resume import differences, restore
-from speedit_jax.training.checkpoint import Checkpoints, arrays
+from speedit_jax.training.checkpoint import arrays
+from speedit_jax.training.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,8 @@ def test_training_goes_on_from_the_newest_whole_one(run, trained, damaged, tmp_p
 
 def kept(workdir):
     """All numbers of the last step, and what was logged."""
-    checkpoints = Checkpoints(workdir)
-    state = {name: array.tobytes() for name, array in arrays(restore(checkpoints, 6)).items()}
-    checkpoints.close()
+    run = open_run(workdir, 6)
+    with contextlib.closing(run.checkpoints):
+        state = {name: array.tobytes() for name, array in arrays(restore(run)).items()}
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return state | {f"line {i}": {k: v for k, v in line.items() if k[:5] != "time_"} for i, line in enumerate(lines)}
