@@ -5,6 +5,7 @@ the same, and CPUs compile without optimisation unless SPEEDIT_DEFAULT_COMPILATI
 """
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,17 @@ def trained(run, tmp_path_factory) -> Path:
     assert_works(result)
     assert f"python -m speedit_jax.sample --workdir={workdir}" in result.out
     return workdir
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """(an empty file system of 1 MiB, a function that sets its size in KiB)."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        pytest.skip(f"needs the right to mount a tmpfs: {e}")
+    yield disk, lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -1,28 +1,12 @@
 """The same import a second time: after it worked, after a full disk, and into another's directory."""
 
 import shutil
-import subprocess
 
-import pytest
 from commands import assert_fails, assert_works, checksums
 from safetensors.numpy import load_file, save_file
 from test_pytorch_parity import load
 
 from .networks import HEADS, assert_computes
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """(an empty file system of 64 KiB, a function that sets its size in KiB)."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as e:
-        pytest.skip(f"needs the right to mount a tmpfs: {e}")
-    yield disk, lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_after_it_worked(run, imported, tmp_path):
@@ -42,6 +26,7 @@ def test_after_it_worked(run, imported, tmp_path):
 
 def test_after_a_full_disk(run, imported, small_disk):
     disk, resize = small_disk
+    resize(64)
     convert = ["convert", f"--from={imported('dit')[1]}", f"--workdir={disk / 'run'}", HEADS]
     assert_fails(
         run(*convert), f"--workdir={disk / 'run'}", "the weights need 0.4 MB and 0.1 MB are left", "run the same command again"

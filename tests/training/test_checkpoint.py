@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import jax
@@ -345,20 +344,6 @@ def test_a_kill_in_a_removal_leaves_none_half_there(small, tmp_path, monkeypatch
     assert names(tmp_path)[0] == "2", "the first was to go"
     save(tmp_path, small, [3], keep_last=2)
     assert names(tmp_path) == ["2", "3"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """(an empty file system of 1 MiB, a function that sets its size in KiB)."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as e:
-        pytest.skip(f"needs the right to mount a tmpfs: {e}")
-    yield disk, lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(disk)], check=True)
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_full_disk(small_disk):
