@@ -63,7 +63,7 @@ def open_images() -> Source:
 def encode() -> None:
     if not _OUT.value:
         raise UserError("--out is missing; name a directory")
-    out = Path(_OUT.value).expanduser()
+    out = storage.path(_OUT.value)
     if _VERIFY.value:
         header = latents.verify(out)
         print(f"{out}: {header['count']} latents in {len(header['shards'])} shards; all checksums match")
@@ -148,10 +148,10 @@ def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] =
 
 def write_claim(path: Path, what: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(path.parent)
         storage.write_json(path, what, shared=True)
     except OSError as e:
-        raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
+        raise UserError(f"cannot write to --out={path.parent}: {storage.reason(e)}") from e
 
 
 def share(paths: list[Path]) -> list[int]:
