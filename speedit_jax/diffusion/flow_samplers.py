@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
+from speedit_jax.diffusion.inverse import NOTHING, Known
 from speedit_jax.errors import UserError
 
 FLOW_SAMPLERS = ("euler", "heun", "sde")
@@ -35,15 +36,17 @@ def sample_flow(
     sampler: str,
     num_steps: int,
     clip: bool = False,
+    known: Known = NOTHING,
 ) -> jax.Array:
     """Runs the flow from x, pure noise, to images.
 
     Args:
       denoise: the network, guidance included: (x [B, H, W, C], s [B]) -> [B, H, W, C or 2C].
       x: [B, H, W, C] standard normal.
-      noise: index k of the step, num_steps-1 being the first and 0 the last -> z like x.
+      noise: index k of the step, num_steps-1 being the first and 0 the last -> z like x. With `known` further ones are drawn.
       sampler: of FLOW_SAMPLERS.
       clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
+      known: an image that is known in part, or to start from, and how it is used.
 
     Returns:
       [B, H, W, C].
@@ -55,14 +58,13 @@ def sample_flow(
         raise UserError(f"num_steps={num_steps}: a flow needs a positive whole number of sampling steps")
     num_steps = int(num_steps)
     times = _times(sampler, num_steps)
-    _, sigma, _, _ = PATHS[flow.path](times[:-1], np)
+    alpha, sigma, _, _ = PATHS[flow.path](times[:-1], np)
     steps = np.diff(times)
-    table = {
-        "k": np.arange(num_steps)[::-1],
-        "s": times[:-1].astype(x.dtype),
-        "h": steps.astype(x.dtype),
-        "spread": (np.sqrt(2 * steps * sigma) * (np.arange(num_steps) < num_steps - 1)).astype(x.dtype),
-    }
+    rows = known.plan.rows(alpha[::-1], sigma[::-1])
+    columns = {"s": times[:-1], "h": steps, "spread": np.sqrt(2 * steps * sigma) * (np.arange(num_steps) < num_steps - 1)}
+    rows |= {name: column[num_steps - 1 - rows["level"]] for name, column in columns.items()}
+    table = {name: column.astype(x.dtype) if column.dtype.kind == "f" else column for name, column in rows.items()}
+    x = known.start(x, table)
 
     def drift(x, s):
         s = jnp.full(x.shape[:1], s)
@@ -74,13 +76,17 @@ def sample_flow(
             # At the end there is no noise left to tell.
             eps = jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), eps)
             v = d_alpha * x0 + d_sigma * eps
-        return v - eps if sampler == "sde" else v
+        return v - eps if sampler == "sde" else v, x0
 
     def step(x, row):
-        slope = drift(x, row["s"])
+        x = known.before(x, row, noise)
+        slope, x0 = drift(x, row["s"])
         if sampler == "heun":
-            slope = (slope + drift(x + row["h"] * slope, row["s"] + row["h"])) / 2
-        x = x + row["h"] * slope
-        return (x + row["spread"] * noise(row["k"]) if sampler == "sde" else x), None
+            ahead = known.after(x + row["h"] * slope, x0, row)
+            slope = (slope + drift(ahead, row["s"] + row["h"])[0]) / 2
+            x0, _ = flow.x0_and_eps(slope, x, jnp.full(x.shape[:1], row["s"]))
+        after = known.after(x + row["h"] * slope, x0, row)
+        return (after + row["spread"] * noise(row["number"]) if sampler == "sde" else after), None
 
-    return jax.lax.scan(step, x, jax.tree.map(jnp.asarray, table))[0]
+    x = jax.lax.scan(step, x, jax.tree.map(jnp.asarray, table))[0]
+    return known.end(x)
