@@ -2,8 +2,11 @@
 
 (1)  euler:  x <- x + h v(x, s)
 (2)  heun:   x <- x + h (v(x, s) + v(x + h v(x, s), s + h)) / 2                        two evaluations a step
-(3)  sde:    x <- x + h (v - eps_hat) + sqrt(2 h sigma_s) z,  the score being -eps_hat / sigma_s: Euler-Maruyama with SiT's
-     diffusion coefficient sigma_s; the last step, of 0.04 as in SiT or 1 / N if that is more, without noise
+(3)  sde:    x <- x + h (v - n_hat) + sqrt(2 h sigma_s) z,  the score being -n_hat / (a^2 sigma_s) with noise_scale a:
+     Euler-Maruyama with SiT's diffusion coefficient sigma_s, of noise z with standard deviation a; the last step, of 0.04 as in
+     SiT or 1 / N if that is more, without noise
+
+Where the network predicts the image, heun's last step is euler's, as JiT's: at s = 1 its velocity is 0 / 0.
 """
 
 from collections.abc import Callable
@@ -66,21 +69,15 @@ def sample_flow(
 
     def drift(x, s):
         s = jnp.full(x.shape[:1], s)
-        v = flow.velocity(denoise(x, s))
-        x0, eps = flow.x0_and_eps(v, x, s)
-        if clip:
-            alpha, sigma, d_alpha, d_sigma = flow.coefficients(s, x)
-            x0 = x0.clip(-1, 1)
-            # At the end there is no noise left to tell.
-            eps = jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), eps)
-            v = d_alpha * x0 + d_sigma * eps
-        return v - eps if sampler == "sde" else v
+        v, n = flow.velocity_and_noise(denoise(x, s), x, s, clip)
+        return v - n if sampler == "sde" else v
 
     def step(x, row):
         slope = drift(x, row["s"])
         if sampler == "heun":
-            slope = (slope + drift(x + row["h"] * slope, row["s"] + row["h"])) / 2
+            first, slope = slope, (slope + drift(x + row["h"] * slope, row["s"] + row["h"])) / 2
+            slope = jnp.where(row["k"] > 0, slope, first) if flow.predicts_x0 else slope
         x = x + row["h"] * slope
-        return (x + row["spread"] * noise(row["k"]) if sampler == "sde" else x), None
+        return (x + row["spread"] * flow.scaled(noise(row["k"])) if sampler == "sde" else x), None
 
-    return jax.lax.scan(step, x, jax.tree.map(jnp.asarray, table))[0]
+    return jax.lax.scan(step, flow.scaled(x), jax.tree.map(jnp.asarray, table))[0]

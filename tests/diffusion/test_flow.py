@@ -42,7 +42,7 @@ def test_the_velocity_tells_image_and_noise(path):
     x0, noise, s = batch()
     flow = FlowMatching(path)
     _, _, d_alpha, d_sigma = flow.coefficients(s, x0)
-    told = flow.x0_and_eps(d_alpha * x0 + d_sigma * noise, flow.q_sample(x0, s, noise), s)
+    told = flow.x0_and_noise(d_alpha * x0 + d_sigma * noise, flow.q_sample(x0, s, noise), s)
     for got, expected in zip(told, (x0, noise), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-13)
 
