@@ -84,6 +84,15 @@ def test_all_sides_see_the_same(rehearsal):
         np.testing.assert_allclose(noise[piece], noise[MADE[0]], rtol=0, atol=2e-6)
 
 
+def test_a_flow_is_measured_too(tmp_path):
+    with signals_kept():
+        assert fill([Piece("rehearsal", "digits", "flow_x0_patch16", 0)], tmp_path / "out", tmp_path / "work", 600) == 0
+    (record,) = analysis.read(tmp_path / "out", "rehearsal").values()
+    # A network that says nothing yet: the image is zero, and so the noise is off by x_s - n = s (x_0 - n).
+    assert all(0 < value < 2 for value in record["rows"][-1]["weights"]["ema"]["mse"])
+    assert np.isfinite(record["rows"][-1]["weights"]["ema"]["fd"])
+
+
 def test_another_seed_is_another_run_with_the_same_evaluation(rehearsal):
     _, records, noise = rehearsal
     one, other = records[MADE[0]], records[OTHER]
@@ -174,6 +183,10 @@ def test_the_plan():
     assert cpu["uniform_lr_half"].optim.learning_rate * 4 == cpu["uniform_lr_double"].optim.learning_rate == 2e-3
     assert (cpu["dig"].model.name, cpu["dig"].model.width) == ("DiG-S/4", 112)
     assert cpu["uniform"].timesteps.strategy == "uniform" and cpu["logit_normal_v"].diffusion.prediction == "v"
+    assert (cpu["flow_x0_patch16"].model.name, cpu["flow_x0_patch16"].diffusion.prediction) == ("DiT-S/16", "x0")
+    flows = [cpu[name].to_dict() for name in ("flow_v", "flow_x0")]
+    flows[1]["diffusion"]["prediction"] = "epsilon"
+    assert flows[0] == flows[1] and flows[0]["sampling"]["num_steps"] * 2 == cpu["uniform"].sampling.num_steps
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu256"])
