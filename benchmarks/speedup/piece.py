@@ -29,8 +29,8 @@ SAVE_SECONDS = 180  # between two checkpoints, at most, and a step
 class HeldOut:
     """The mse of the noise on held-out images, by quarter of the schedule, at timesteps and noise that never change.
 
-    It is the mse of the noise whatever the network predicts, unweighted, and not what a strategy minimises. A flow's times are those
-    in the middle of its levels, whose signal-to-noise ratios are not those of the diffusion.
+    It is the mse of the noise whatever the network predicts, unweighted, and not what a strategy minimises. A flow's times are
+    those in the middle of its levels, whose signal-to-noise ratios are not those of the diffusion.
     """
 
     def __init__(self, parts: Assembly, source: ArraySource, count: int):

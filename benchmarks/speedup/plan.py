@@ -41,7 +41,7 @@ STRATEGIES = {
     "logit_normal_v": {"timesteps.strategy": "logit_normal", "diffusion.prediction": "v"},
     "clts": {"timesteps.strategy": "clts"},
     "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
-    # The velocity or the image, predicted by the same network at the same times; and from patches with more numbers than it is wide.
+    # The same network predicts the velocity or the image, at the same times; also with patches of more numbers than it is wide.
     "flow_v": _FLOW,
     "flow_x0": _FLOW | _IMAGE,
     "flow_v_patch16": _FLOW | {"model.patch": 16},
