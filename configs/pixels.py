@@ -2,10 +2,10 @@
 
   python -m speedit_jax.train --config=configs/pixels.py --config.data.source=folder:/data/photographs --workdir=runs/pixels
 
-The argument is the model and, after a comma, the pixels: configs/pixels.py:DiT-L/32,512. The side of a patch is a sixteenth of the
-image's, so there are 256 tokens at both sizes. The network, the loss, the times and the learning rate are JiT's, except for its 32
-class tokens in the sequence. --config.timesteps.strategy=speedit draws with SpeeDiT instead. The learning rate is 5e-5 for each 256
-images of a batch.
+The argument is the model and, after a comma, the pixels: configs/pixels.py:DiT-L/32,512. The side of a patch is a sixteenth of
+the image's, so there are 256 tokens at both sizes. The network, the loss, the times and the learning rate are JiT's, without its
+32 class tokens in the sequence. --config.timesteps.strategy=speedit draws with SpeeDiT instead. The learning rate is 5e-5 for
+each 256 images of a batch.
 
 Hardware: made for 8 accelerators of 80 GB; with fewer, --config.training.accumulation=8. Not run by us at this size: see
 docs/acceleration.md for what was. Published FID-50K of JiT-B/16 on ImageNet at 256 pixels with guidance: about 3.7.

@@ -9,8 +9,8 @@ import pytest
 from commands import TINY, assert_fails, assert_works
 from tiny import make_config
 
-from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.assembly import make_diffusion
+from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.finetune import _differences, label_rows
 
 SYNTHETIC = ["--config.data.source=synthetic", "--config.data.channels=1"]
