@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 
 from speedit_jax import storage
@@ -63,9 +64,8 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
         files.need_torch()
     run = open_run(workdir, checkpoint_step, one_device())
     config, model = run.config, run.model
-    if config.model.qk_norm:
-        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format can store")
     backbone, _, patch = parse_name(config.model.name)
+    refuse_unpublished(workdir, backbone, config.model)
     names = table(backbone)
     network = network_of(model, names.shapes(run.shapes, patch))
     if directory:
@@ -88,6 +88,15 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     else:
         write_file(out, exported)
     print(f"{origin} in {out}")
+
+
+def refuse_unpublished(workdir: Path, backbone: str, model: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for parts of a network that no published format can store."""
+    parts = {"qk_norm": model.qk_norm, "rope": model.rope, "patch_bottleneck": model.patch_bottleneck}
+    parts |= {"mlp=swiglu": model.mlp == "swiglu", "norm=rms": backbone == "DiT" and model.norm == "rms"}
+    used = [f"model.{part}" for part, on in parts.items() if on]
+    if used:
+        raise UserError(f"{workdir} was trained with {' and '.join(used)}, which no published format can store")
 
 
 def refuse_prediction(prediction: str, alone: str) -> None:
