@@ -7,7 +7,8 @@ While they are drawn, beside the outputs:
 When all are there:
   OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
   OUT.png                     a grid of the first images
-  OUT/CLASS/000000.png        each image, if they are wanted
+  OUT/CLASS/000000.png        each image, if they are wanted; of a run on text OUT/000000.png
+  OUT/metadata.jsonl          of a run on text, with those: the prompt of each
   OUT.json                    the settings, written last: without it the outputs count as missing
 Latents without an autoencoder are no pictures, and are not written as if they were:
   OUT.npz                     latents float32 [N, h, w, C], as the diffusion model sees them, and labels
@@ -38,7 +39,7 @@ from speedit_jax.sampling.images import image_grid, magnification, to_uint8, wri
 GRID = 100  # images of OUT.png at most
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
-_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae")
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "text_encoder.encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Output:
     Attributes:
       out: OUT.
       settings: all that the images depend on, JSON; images of other settings are not mixed with them.
-      labels: int32 [N].
+      labels: int32 [N], of classes or prompts.
       batch: images a batch; the last may be smaller.
       folders: the directories of the PNG files below OUT, by label; None writes none.
       latents: these are latents, float32, not pictures, uint8.
+      prompts: the texts, by label, of a run on text.
     """
 
     out: Path
@@ -60,6 +62,7 @@ class Output:
     batch: int
     folders: tuple[str, ...] | None = None
     latents: bool = False
+    prompts: tuple[str, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -222,6 +225,8 @@ class Output:
         os.replace(self.partial / "grid.png", self.grid)
         self._file(".png" if self.latents else ".latents.png").unlink(missing_ok=True)
         self._publish(self.partial / "png")
+        if self.prompts and self.folders is not None:
+            storage.write_text(self.out / "metadata.jsonl", self._captions())
         storage.sync_names(self.out.parent)
         os.replace(self.partial / "outputs.json", self._file(".json"))
         storage.sync_names(self.out.parent)
@@ -235,6 +240,12 @@ class Output:
             target = self.out / path.relative_to(directory)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+
+    def _captions(self) -> str:
+        """The PNG files and their prompts, which makes OUT a folder with captions again."""
+        texts = (self.prompts[label] for label in self.labels.tolist())
+        records = ({"file_name": f"{i:06d}.png", "text": text} for i, text in enumerate(texts))
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def _write_npz(self, path: Path, like: np.ndarray) -> None:
         """The bytes of np.savez, which wants all images in memory; each is like `like`."""
