@@ -21,18 +21,19 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c.seed = 0  # seed of weights, data order, noise, timesteps and label dropout
 
     c.data = data = ml_collections.ConfigDict()
-    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
-    data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
+    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode), synthetic or blobs
+    data.split = "train"  # of tfds (also train[:90%], train+test) or of digits and blobs (train, held_out)
     data.classes = ""  # only these classes: names or numbers, separated by commas, renumbered in this order; "" takes all
     data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
+    data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
     data.threads = 4  # threads that decode images
-    data.synthetic_size = 4096  # images of the synthetic set
+    data.synthetic_size = 4096  # images of the synthetic set and of the blobs
     data.synthetic_classes = 10  # 0 is unconditional
 
     c.model = model = ml_collections.ConfigDict()

@@ -31,6 +31,7 @@ KEYS = {
     "data.channels": Kind.DATA,
     "data.background": Kind.CHANGES,
     "data.vae": Kind.DATA,
+    "data.text": Kind.DATA,
     "data.flip": Kind.CHANGES,
     "data.max_broken": Kind.FREE,
     "data.threads": Kind.FREE,
