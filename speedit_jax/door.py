@@ -14,14 +14,14 @@ import numpy as np
 from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
-from speedit_jax.encoders.text_encoder import TextEncoder, open_text_encoder
+from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.sampling.conditions import Conditions, Labels
 from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.labels import parse_labels
-from speedit_jax.sampling.prompts import encode_prompts
+from speedit_jax.sampling.prompts import encode_prompts, open_encoder
 from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
 from speedit_jax.training.run import Run, open_run
 
@@ -110,7 +110,7 @@ class LoadedRun:
     def text_encoder(self) -> TextEncoder | None:
         """Encodes prompts, opened when it is first asked for; None for a run without text."""
         identity = self.run.text_encoder
-        return identity and open_text_encoder(self._text_encoder, identity)
+        return identity and open_encoder(self._text_encoder, identity, self.model.text)
 
     def _conditions(self, labels: Sequence[int | str] | None, prompts: Sequence[str] | None, negative: str) -> Conditions:
         if not self.run.text_encoder:

@@ -23,14 +23,13 @@ from tqdm import tqdm
 from speedit_jax import cli, sharding
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
-from speedit_jax.encoders.text_encoder import open_text_encoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import DTYPES
 from speedit_jax.sampling.conditions import Conditions, Labels, Prompts
 from speedit_jax.sampling.draw import check_weights, draw_batches, in_batches
 from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.labels import parse_labels, random_labels
-from speedit_jax.sampling.prompts import encode_prompts, read_prompts
+from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
 from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
 from speedit_jax.training.run import Run, open_run
@@ -245,7 +244,7 @@ def choose_prompts(run: Run, settings: Settings) -> tuple[Prompts, dict[str, Any
     if _NEGATIVE_PROMPT.value is not None and settings.guidance_scale == 1:
         raise UserError("--negative_prompt has no effect without guidance; give --guidance_scale above 1")
     texts = _PROMPT.value or read_prompts(Path(_PROMPTS_FILE.value).expanduser())
-    encoder = open_text_encoder(_TEXT_ENCODER.value, run.text_encoder)
+    encoder = open_encoder(_TEXT_ENCODER.value, run.text_encoder, run.model.text)
     negative = _NEGATIVE_PROMPT.value or ""
     prompts, warnings = encode_prompts(encoder, texts, negative, run.model.text)
     if jax.process_index() == 0:

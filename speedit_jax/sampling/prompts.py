@@ -3,10 +3,11 @@
 import bisect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from speedit_jax.encoders.text_encoder import TextEncoder
+from speedit_jax.encoders.text_encoder import TextEncoder, open_text_encoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.condition import TextShape
 from speedit_jax.sampling.conditions import Prompts
@@ -31,6 +32,27 @@ def read_prompts(path: Path) -> list[str]:
     if not numbered:
         raise UserError(f"--prompts_file={path} holds no prompts")
     return [line for _, line in numbered]
+
+
+def open_encoder(given: str | None, identity: dict[str, Any], shape: TextShape) -> TextEncoder:
+    """The text encoder of a run.
+
+    Args:
+      given: where it is now; None is where it was.
+      identity: of the run; imported weights do not know which encoder theirs was.
+      shape: of the network's text.
+
+    Raises:
+      UserError: it is not there, or it is another one.
+    """
+    if "weights" in identity:
+        return open_text_encoder(given, identity)
+    if not given:
+        raise UserError("imported weights do not say where their text encoder is: give --text_encoder")
+    encoder = TextEncoder(given, shape.pooled)
+    if encoder.width != shape.width:
+        raise UserError(f"--text_encoder={given} has tokens of {encoder.width} numbers, but these weights want {shape.width}")
+    return encoder
 
 
 def encode_prompts(encoder: TextEncoder, texts: Sequence[str], negative: str, shape: TextShape) -> tuple[Prompts, list[str]]:
