@@ -119,8 +119,9 @@ def aot() -> int | None:
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)
     if model.text:
-        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(model.conditions(config.training.batch_size)))
-        print(f"text: {model.text.length} tokens of {model.text.width}, {size / 2**20:.1f} MiB a batch over all devices", flush=True)
+        rows = jax.tree.leaves(model.conditions(config.training.batch_size))
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows) / 2**20
+        print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
     since = time.perf_counter()
     try:

@@ -89,7 +89,8 @@ class LoadedRun:
           uint8 [num_images, H, W, C]; latents without an autoencoder are no pictures: float32 [num_images, h, w, C].
 
         Raises:
-          UserError: there is no such class, there are labels for a run on text or the other way round, the model cannot serve the settings, or what it draws is not finite.
+          UserError: there is no such class, there are labels for a run on text or the other way round, the model cannot serve the
+            settings, or what it draws is not finite.
         """
         if not 0 <= seed <= LARGEST_SEED:
             raise UserError(f"seed={seed}: must lie in 0..{LARGEST_SEED}")

@@ -277,9 +277,7 @@ def open_guide(run: Run) -> Run | None:
     return guide
 
 
-def draw(
-    sampler, params, autoencoder: Autoencoder | None, output: Output, conditions: Conditions, finished: np.ndarray
-) -> None:
+def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, conditions: Conditions, finished: np.ndarray) -> None:
     """Draws the batches that are not finished; process 0 writes them."""
     writes, count = jax.process_index() == 0, len(output.labels)
     there = min(int(finished.sum()) * output.batch, count)

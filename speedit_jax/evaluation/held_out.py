@@ -149,7 +149,7 @@ def _check_fits(parts: Assembly, examples: Source, source: Source) -> None:
     if parts.texts:
         texts = getattr(examples, "texts", None)
         if texts is None:
-            raise UserError(f"{name}: this run is on text; set evaluation.loss_text to the captions that encode_text made of these")
+            raise UserError(f"{name}: this run is on text; set evaluation.loss_text to the encoded captions of these")
         if not same_encoder(texts.identity, parts.texts.identity):
             raise UserError(f"evaluation.loss_text={parts.config.evaluation.loss_text}: has captions of another text encoder")
     elif source.class_names and tuple(examples.class_names) != tuple(source.class_names):

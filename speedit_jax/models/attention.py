@@ -79,7 +79,10 @@ def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Arra
 
 
 def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> jax.Array:
-    """The same numbers as `softmax_attention` in memory linear in T: one chunk of queries after the other, each computed again in the backward pass."""
+    """The same as `softmax_attention`, in memory linear in T.
+
+    It computes one chunk of queries after the other, and each again in the backward pass.
+    """
     tokens = q.shape[1]
     chunk = min(_QUERY_CHUNK, tokens)
     # [B, T, H, K] -> [N, B, chunk, H, K]; the queries that fill the last chunk are dropped.

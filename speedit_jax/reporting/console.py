@@ -45,7 +45,8 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
     if parts.texts:
         way = "cross-attention to its tokens" if config.model.text == "cross" else "pooled, added to the timestep"
-        lines.append(f"text       {parts.texts.identity['encoder']}, at most {model.text.length} tokens of {model.text.width}: {way}")
+        encoder, form = parts.texts.identity["encoder"], model.text
+        lines.append(f"text       {encoder}, at most {form.length} tokens of {form.width}: {way}")
         if source.class_names:
             lines.append("           the classes of the data are not given to the network")
     if parts.encoded_by:

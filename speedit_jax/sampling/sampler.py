@@ -191,7 +191,7 @@ def make_sampler(
       model, diffusion: of training.
       settings: how to sample.
       mesh: B must be a multiple of its batch devices.
-      guide: a weaker model to be guided away from, instead of from the null condition; params are then a pair, (model's, guide's).
+      guide: a weaker model to be guided away from, instead of the null condition; params are then a pair, (model's, guide's).
 
     Raises:
       UserError: settings that the model cannot serve.

@@ -146,7 +146,7 @@ class Assembly:
         return self._states[1]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], and text."""
+        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text."""
         batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
         name, channels = ("moments", 2 * channels) if self.encoded_by else ("image", channels)
         shapes = {
