@@ -50,6 +50,8 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write 
 
 def open_images() -> Source:
     """The images, which are never read here."""
+    if _DATA.value != "blobs" and not _DATA.value.startswith("folder:"):
+        raise UserError(f"--data={_DATA.value}: only folder:PATH and blobs have captions")
     data = get_config().data
     data.update(source=_DATA.value, split=_SPLIT.value, classes=_CLASSES.value, synthetic_size=_SIZE.value)
     return open_source(ml_collections.ConfigDict(data))
