@@ -16,7 +16,7 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.during_training import Evaluation
@@ -301,7 +301,7 @@ def main() -> int | None:
             raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
-    return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    return train(_CONFIG.value, storage.path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

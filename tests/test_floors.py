@@ -20,6 +20,8 @@ COMMANDS = 7
 OWNERS = {
     "flax": ("speedit_jax.models",),
     "orbax": ("speedit_jax.training.checkpoint",),
+    "etils": ("speedit_jax.storage",),
+    "fsspec": ("speedit_jax.storage",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
@@ -116,6 +118,7 @@ def test_every_package_has_a_floor():
         ("speedit_jax.training.step", "import flax.linen as nn"),
         ("speedit_jax.training.state", "import orbax.checkpoint as ocp"),
         ("speedit_jax.train", "from grain import python"),
+        ("speedit_jax.encode", "from etils import epath"),
         ("speedit_jax.models.build", "import tensorflow_datasets as tfds"),
         ("speedit_jax.data.sources", "import torch.utils.data"),
         ("speedit_jax.interop.dit", "from speedit_jax.models import layers"),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from speedit_jax import storage
 from speedit_jax.data.names import printable
 from speedit_jax.data.scan import CAPTION_SUFFIX, CAPTION_TABLES, Scan
 from speedit_jax.errors import UserError
@@ -63,7 +64,7 @@ def _read(root: Path, files: tuple[str, ...], where: str) -> dict[str, list[str]
     if where.startswith("."):
         return _beside(root, files, where)
     if where not in ("auto", "metadata"):
-        return _of_one_file(root, files, Path(where).expanduser())
+        return _of_one_file(root, files, storage.path(where))
     tables = _tables(root, files)
     if where == "metadata":
         if not tables:

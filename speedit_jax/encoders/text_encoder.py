@@ -9,11 +9,11 @@ DIRECTORY    a BERT as transformers stores it: config.json, model.safetensors, v
 import re
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.data.texts import rounded
 from speedit_jax.encoders.bert import BertNetwork
 from speedit_jax.encoders.hub_text import HubNetwork
@@ -123,7 +123,7 @@ def _open(where: str) -> _Network:
     kind, _, name = where.partition(":")
     if kind == "hf" and name:
         return HubNetwork(name)
-    directory = Path(where).expanduser()
+    directory = storage.path(where)
     if (directory / "config.json").is_file():
         return BertNetwork(directory)
     raise UserError(
