@@ -13,7 +13,6 @@ that runs after the sampler, is compiled and counted too.
 import dataclasses
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -144,7 +143,7 @@ def aot() -> int | None:
         record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
     if _OUT.value:
-        storage.write_json(Path(_OUT.value).expanduser(), record)
+        storage.write_json(storage.path(_OUT.value), record)
     return None if record["fits"] else 1
 
 

@@ -4,10 +4,8 @@ import errno
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -104,15 +102,6 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             raise
 
     app.run(guarded, flags_parser=_parse)
-
-
-def check_writable(path: Path) -> None:
-    """Raises a UserError now rather than when all is computed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}; choose another file") from e
 
 
 def join() -> None:

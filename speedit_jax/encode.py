@@ -11,7 +11,6 @@ be a directory that all see. --verify reads what is there, compares checksums an
 
 import sys
 import time
-from pathlib import Path
 
 import jax
 import ml_collections
@@ -19,7 +18,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.data import latents, loader, shards
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
@@ -61,7 +60,7 @@ def open_images() -> Source:
 def encode() -> None:
     if not _OUT.value:
         raise UserError("--out is missing; name a directory")
-    out = Path(_OUT.value).expanduser()
+    out = storage.path(_OUT.value)
     if _VERIFY.value:
         header = latents.verify(out)
         print(f"{out}: {header['count']} latents in {len(header['shards'])} shards; all checksums match")

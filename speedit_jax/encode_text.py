@@ -14,7 +14,6 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import ml_collections
@@ -22,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from speedit_jax import cli
+from speedit_jax import cli, storage
 from speedit_jax.config import get_config
 from speedit_jax.data import shards, texts
 from speedit_jax.data.captions import read_captions
@@ -50,6 +49,8 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write 
 
 def open_images() -> Source:
     """The images, which are never read here."""
+    if _DATA.value != "blobs" and not _DATA.value.startswith("folder:"):
+        raise UserError(f"--data={_DATA.value}: only folder:PATH and blobs have captions")
     data = get_config().data
     data.update(source=_DATA.value, split=_SPLIT.value, classes=_CLASSES.value, synthetic_size=_SIZE.value)
     return open_source(ml_collections.ConfigDict(data))
@@ -58,7 +59,7 @@ def open_images() -> Source:
 def encode_text() -> None:
     if not _OUT.value:
         raise UserError("--out is missing; name a directory")
-    out = Path(_OUT.value).expanduser()
+    out = storage.path(_OUT.value)
     if _VERIFY.value:
         header = texts.verify(out)
         print(f"{out}: {header['captions']:,} captions in {len(header['shards'])} shards; all checksums match")

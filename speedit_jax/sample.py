@@ -11,7 +11,6 @@ writes.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
@@ -95,7 +94,7 @@ def sample() -> None:
     latents = run.draws_latents and not autoencoder
     check_decoding(latents, autoencoder)
     settings = choose_settings(run, guide, autoencoder)
-    out = Path(_OUT.value).expanduser() if _OUT.value else run.workdir / "sampled"
+    out = storage.path(_OUT.value) if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
     sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
@@ -118,7 +117,7 @@ def sample() -> None:
                 random = asked["class_labels"] == "random"
                 output.finish(None if random else columns_for(conditions.count, min(count, GRID)))
         except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; fix this and run the same command again") from e
+            raise UserError(f"cannot write to {out}: {storage.reason(e)}; fix this and run the same command again") from e
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all is written")
     if jax.process_index() == 0:

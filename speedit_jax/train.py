@@ -311,7 +311,7 @@ def main() -> int | None:
             raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
-    return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    return train(_CONFIG.value, storage.path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

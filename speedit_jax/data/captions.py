@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from speedit_jax import storage
 from speedit_jax.data.names import printable
-from speedit_jax.data.scan import Scan
+from speedit_jax.data.scan import CAPTION_SUFFIX, CAPTION_TABLES, Scan
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
-_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _FILE, _TEXT = "file_name", "text"
 _WAYS = "metadata.jsonl, NAME.txt beside NAME.png, or --captions=FILE.json of COCO"
 
@@ -64,17 +64,18 @@ def _read(root: Path, files: tuple[str, ...], where: str) -> dict[str, list[str]
     if where.startswith("."):
         return _beside(root, files, where)
     if where not in ("auto", "metadata"):
-        return _of_one_file(root, files, Path(where).expanduser())
+        return _of_one_file(root, files, storage.path(where))
     tables = _tables(root, files)
     if where == "metadata":
         if not tables:
-            raise UserError(f"--captions=metadata: there is no {', '.join(_TABLES)} in {printable(root)}")
+            raise UserError(f"--captions=metadata: there is no {', '.join(CAPTION_TABLES)} in {printable(root)}")
         return _of_tables(root, tables)
-    beside = _beside(root, files, ".txt")
+    beside = _beside(root, files, CAPTION_SUFFIX)
     if tables and beside:
+        text = Path(next(iter(beside))).with_suffix(CAPTION_SUFFIX)
         raise UserError(
-            f"captions are in {printable(tables[0])} and in {printable(Path(next(iter(beside))).with_suffix('.txt'))}; say which"
-            " with --captions=metadata or --captions=.txt"
+            f"captions are in {printable(tables[0])} and in {printable(text)}; say which with --captions=metadata or"
+            f" --captions={CAPTION_SUFFIX}"
         )
     return _of_tables(root, tables) if tables else beside
 
@@ -92,7 +93,7 @@ def _tables(root: Path, files: tuple[str, ...]) -> list[str]:
     """metadata.* of all directories, relative to root."""
     found = []
     for directory in _directories(files):
-        here = [f"{directory}/{table}".lstrip("/") for table in _TABLES if (root / directory / table).is_file()]
+        here = [f"{directory}/{table}".lstrip("/") for table in CAPTION_TABLES if (root / directory / table).is_file()]
         if len(here) > 1:
             raise UserError(f"captions are in {printable(root / here[0])} and in {Path(here[1]).name}; keep one of them")
         found += here

@@ -96,10 +96,10 @@ def claim(out: Path, what: dict[str, Any], check_same: Callable[[dict[str, Any]]
 
 def _write_claim(path: Path, what: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(path.parent)
         storage.write_json(path, what, shared=True)
     except OSError as e:
-        raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
+        raise UserError(f"cannot write to --out={path.parent}: {storage.reason(e)}") from e
 
 
 def share(paths: list[Path]) -> list[int]:

@@ -262,7 +262,7 @@ def with_texts(source: Any, directory: str) -> CaptionedSource:
     Raises:
       UserError: there is no whole store, or it is that of another data set.
     """
-    store = open_texts(Path(directory).expanduser())
+    store = open_texts(storage.path(directory))
     images = source.header.get("images", {}).get("fingerprint") if source.encoded_by else source.fingerprint
     if (store.fingerprint, store.count) != (images, len(source)):
         raise UserError(

