@@ -26,6 +26,7 @@ OWNERS = {
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
     "huggingface_hub": ("speedit_jax.interop",),
+    "transformers": ("speedit_jax.encoders.hub_text",),
     "torch": ("speedit_jax.interop", "speedit_jax.testing"),
     "tensorflow": (),
     "wandb": ("speedit_jax.reporting.wandb_board",),
