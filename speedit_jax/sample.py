@@ -242,7 +242,7 @@ def choose_prompts(run: Run, settings: Settings) -> tuple[Prompts, dict[str, Any
         raise UserError(f'{run.workdir} was trained on text: give --prompt="TEXT", or --prompts_file=FILE')
     if _NEGATIVE_PROMPT.value is not None and settings.guidance_scale == 1:
         raise UserError("--negative_prompt has no effect without guidance; give --guidance_scale above 1")
-    texts = _PROMPT.value or read_prompts(Path(_PROMPTS_FILE.value).expanduser())
+    texts = _PROMPT.value or read_prompts(storage.path(_PROMPTS_FILE.value))
     encoder = open_encoder(_TEXT_ENCODER.value, run.text_encoder, run.model.text)
     negative = _NEGATIVE_PROMPT.value or ""
     prompts, warnings = encode_prompts(encoder, texts, negative, run.model.text)
