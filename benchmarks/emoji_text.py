@@ -82,7 +82,9 @@ def prepare(archive: Path, out: Path) -> None:
                 if member.name in wanted
             }
     except (OSError, KeyError, tarfile.TarError) as e:
-        raise UserError(f"--archive={archive} is not the package ({e}); npm pack emoji-datasource-google@16.0.0") from e
+        raise UserError(
+            f"--archive={archive} is not the package ({storage.first_line(e)}); npm pack emoji-datasource-google@16.0.0"
+        ) from e
     apart = held_out(table, pictures)
 
     def write(directory: Path) -> None:

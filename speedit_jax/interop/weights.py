@@ -27,8 +27,7 @@ class Weights:
 
     Attributes:
       raw, ema: name -> array; the same mapping where there is only one.
-      diffusers: config.json of a DiTTransformer2DModel or of diffusers' PixArt, whose names the tensors then have; {} for
-        those of the published codes.
+      diffusers: config.json of diffusers' DiT or PixArt, whose names the tensors then have; {} for those of the published codes.
       around: the pipeline around it.
       num_classes, label_dropout: of training, where the file tells; None where it does not.
       path: config.diffusion.path.
