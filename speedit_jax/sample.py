@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
+from speedit_jax.diffusion.inverse import METHODS
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import DTYPES
 from speedit_jax.sampling.conditions import Conditions, Labels, Prompts
 from speedit_jax.sampling.draw import check_weights, draw_batches, in_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, read_pictures
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
@@ -72,6 +74,14 @@ _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, l
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
+_IMAGE = flags.DEFINE_string("image", None, "Start from this picture, or complete it: a file, or a directory of files in turn.")
+_MASK = flags.DEFINE_string("mask", None, "Fill where this picture is white, keep --image where it is black; or a directory.")
+_STRENGTH = flags.DEFINE_float("strength", None, "Share of the steps that are run from --image on; 1 ignores what is not kept.")
+_INPAINT = flags.DEFINE_enum(
+    "inpaint", None, METHODS, "How pixels are kept. Default: projection, or network for a run trained with data.mask."
+)
+_RESAMPLE = flags.DEFINE_integer("resample", None, "How often each --jump steps are run. Default: 10 for repaint, else 1.")
+_JUMP = flags.DEFINE_integer("jump", None, "Sampling steps that --resample repeats. Default: 10.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
 _GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Checkpoint step of --guide_workdir. Default: the newest.")
 
@@ -97,7 +107,8 @@ def sample() -> None:
     out = storage.path(_OUT.value) if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
-    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
+    pictures = choose_pictures(run, autoencoder)
+    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model, pictures)
     params = run.restore(_WEIGHTS.value)
     params = (params, guide.restore(_WEIGHTS.value)) if guide else params
     check_weights(params)
@@ -105,6 +116,7 @@ def sample() -> None:
     count = _NUM_IMAGES.value
     conditions, labels, asked = choose_conditions(run, settings, in_batches(count, batch))
     record = describe(run, guide, settings, autoencoder, asked, checksum(params))
+    record |= {"known": {"image": _IMAGE.value, "mask": _MASK.value, **pictures.describe()}} if pictures else {}
     prompts = tuple(asked.get("prompts") or ())
     # Directories that folder: takes for classes; without classes it wants none.
     folders = tuple(map(folder_name, run.class_names)) if not prompts and run.class_names else ("",) * (len(prompts) or 1)
@@ -112,7 +124,7 @@ def sample() -> None:
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:
         try:
-            draw(sampler, params, autoencoder, output, conditions, finished)
+            draw(sampler, params, autoencoder, output, conditions, finished, pictures)
             if jax.process_index() == 0:
                 random = asked["class_labels"] == "random"
                 output.finish(None if random else columns_for(conditions.count, min(count, GRID)))
@@ -276,7 +288,35 @@ def open_guide(run: Run) -> Run | None:
     return guide
 
 
-def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, conditions: Conditions, finished: np.ndarray) -> None:
+def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | None:
+    """--image and --mask; None without.
+
+    Raises:
+      UserError: they cannot be read, or do not fit the run or the other flags.
+    """
+    if not _IMAGE.value:
+        given = [flag for flag in (_MASK, _STRENGTH, _INPAINT, _RESAMPLE, _JUMP) if flag.value is not None]
+        if given:
+            raise UserError(f"--{given[0].name}={given[0].value} needs --image")
+        return None
+    if run.draws_latents and not autoencoder:
+        raise UserError("--image: this run draws latents; name the autoencoder that they are of, --vae=DIR")
+    masked = _MASK.value is not None
+    plan = choose_plan(masked, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value, trained_with_masks=False)
+    shape = run.model.image_shape
+    drawn = autoencoder.image_shape(shape) if autoencoder else shape
+    return open_pictures(*read_pictures(_IMAGE.value, _MASK.value, drawn, run.config.data.background), plan, shape, autoencoder)
+
+
+def draw(
+    sampler,
+    params,
+    autoencoder: Autoencoder | None,
+    output: Output,
+    conditions: Conditions,
+    finished: np.ndarray,
+    pictures: Pictures | None,
+) -> None:
     """Draws the batches that are not finished; process 0 writes them."""
     writes, count = jax.process_index() == 0, len(output.labels)
     there = min(int(finished.sum()) * output.batch, count)
@@ -286,7 +326,8 @@ def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, condi
     with tqdm(total=count, initial=there, unit="image", disable=not writes) as bar:
         for i, images in draw_batches(sampler, params, key, conditions, count, output.batch, autoencoder, missing):
             if writes:
-                bar.update(output.write(i, images if output.latents else to_uint8(images)))
+                images = images if output.latents else to_uint8(images)
+                bar.update(output.write(i, pictures.composite(i * output.batch, images) if pictures else images))
 
 
 if __name__ == "__main__":

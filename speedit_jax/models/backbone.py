@@ -58,6 +58,8 @@ class Backbone(nn.Module):
       constrain: the activations' sharding.
       scan_unroll: periods per iteration of the scan over depth.
       dtype: of activations and matmul inputs; parameters are float32.
+      patch_bottleneck: width of a linear layer without bias between a patch's numbers and the tokens; 0: there is none.
+      final_norm: one of layers.NORMS.
     """
 
     width: int
@@ -74,6 +76,8 @@ class Backbone(nn.Module):
     constrain: layers.Constrain
     scan_unroll: int
     dtype: jnp.dtype
+    patch_bottleneck: int = 0
+    final_norm: str = "layer"
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: Condition) -> jax.Array:
@@ -96,6 +100,8 @@ class Backbone(nn.Module):
 
         # [B, T, D]
         tokens = layers.patchify(x, self.patch).astype(self.dtype)
+        if self.patch_bottleneck:
+            tokens = dense(self.patch_bottleneck, layers.xavier, (None, None), None, self.dtype, "patch_bottleneck")(tokens)
         tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
         positions = layers.sincos_position_table(*grid, self.width, self.position_scale)
         tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
@@ -111,7 +117,7 @@ class Backbone(nn.Module):
             shift, scale = layers.table_adaln(self, c[:, None], 2, "final_table")
         else:
             shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
-        tokens = layers.modulated_layer_norm(tokens, shift, scale)
+        tokens = layers.modulated_norm(self.final_norm, "final_norm", tokens, shift, scale)
         features = self.patch**2 * self.out_channels
         tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
         out = layers.unpatchify(tokens, grid, self.patch)

@@ -12,11 +12,11 @@ import ml_collections
 
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
-from speedit_jax.models import dig
+from speedit_jax.models import dig, layers
 from speedit_jax.models.attention import attention, choose_attention, chunked_attention, softmax_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
 from speedit_jax.models.condition import TextShape, text_rows
-from speedit_jax.models.dit import DiTBlock
+from speedit_jax.models.dit import MLPS, DiTBlock
 from speedit_jax.models.flops import cross_attention_flops, mixer_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
@@ -24,7 +24,7 @@ SIZES = {
     "DiT": {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)},
     "DiG": {"tiny": (128, 4, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)},
 }
-PATCHES = (1, 2, 4, 8)
+PATCHES = (1, 2, 4, 8, 16, 32)
 TIME_FREQ_SHIFTS = (0, 1)
 TEXT_WAYS = ("cross", "pooled")
 ADALN = ("block", "single")
@@ -136,6 +136,8 @@ def build(
     _check_conditioning(config, text)
     if not 0 <= config.label_dropout < 1:
         raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if config.patch_bottleneck < 0:
+        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
     if not 1 <= config.scan_unroll <= depth:
         raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
     dtype_name = config.dtype
@@ -145,13 +147,18 @@ def build(
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    _choose("norm", config.norm, layers.NORMS)
+    _choose("mlp", config.mlp, MLPS)
     if backbone == "DiG":
-        _choose("norm", config.norm, dig.NORMS)
+        if config.rope or config.mlp != "gelu":
+            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
         _choose("convolution", config.convolution, dig.CONVOLUTIONS)
         _choose("directions", config.directions, dig.ORDERS)
         mixer = choose_gla(config.gla, platform)
     else:
         mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
+        if config.rope and width // heads % 4:
+            raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {width // heads}")
     num_classes = 0 if text else num_classes
     has_null = num_classes > 0 and config.label_dropout > 0
 
@@ -171,6 +178,8 @@ def build(
             constrain=constrain,
             scan_unroll=config.scan_unroll,
             dtype=dtype,
+            patch_bottleneck=config.patch_bottleneck,
+            final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
         )
 
     def boxed_init(key):
@@ -221,14 +230,14 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
     cross = chunked_attention if config.attention == "chunked" else softmax_attention
 
     def dit_block(i, grid):
-        del i, grid
+        del i
 
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
-        return functools.partial(
-            remat(DiTBlock, config.remat, 1), heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype
-        )
+        block, rope = remat(DiTBlock, config.remat, 1), grid if config.rope else None
+        arguments = (heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype, config.mlp, config.norm, rope)
+        return functools.partial(block, *arguments)
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)

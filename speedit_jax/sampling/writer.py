@@ -38,7 +38,7 @@ from speedit_jax.sampling.images import image_grid, magnification, to_uint8, wri
 GRID = 100  # images of OUT.png at most
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
-_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "text_encoder.encoder")
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "text_encoder.encoder", "known.image", "known.mask")
 
 
 @dataclasses.dataclass(frozen=True)
