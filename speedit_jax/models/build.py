@@ -122,24 +122,9 @@ def build(
     backbone, size, patch = parse_name(config.name)
     width, depth, heads = SIZES[backbone][size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
-    for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
-        if value <= 0:
-            raise UserError(f"model.{key}={value}: must be positive")
     h, w, c = image_shape
-    if h % patch or w % patch:
-        raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
-    multiple = 2 * heads if backbone == "DiG" else heads
-    if width % multiple or width % 4:
-        raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
-    _choose("remat", config.remat, REMAT_POLICIES)
-    _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
+    _check_form(config, backbone, (width, depth, heads), patch, image_shape)
     _check_conditioning(config, text)
-    if not 0 <= config.label_dropout < 1:
-        raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
-    if config.patch_bottleneck < 0:
-        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
-    if not 1 <= config.scan_unroll <= depth:
-        raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
     dtype_name = config.dtype
     if dtype_name == "auto":
         dtype_name = "float32" if platform == "cpu" else "bfloat16"
@@ -147,18 +132,7 @@ def build(
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
-    _choose("norm", config.norm, layers.NORMS)
-    _choose("mlp", config.mlp, MLPS)
-    if backbone == "DiG":
-        if config.rope or config.mlp != "gelu":
-            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
-        _choose("convolution", config.convolution, dig.CONVOLUTIONS)
-        _choose("directions", config.directions, dig.ORDERS)
-        mixer = choose_gla(config.gla, platform)
-    else:
-        mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
-        if config.rope and width // heads % 4:
-            raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {width // heads}")
+    mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
     num_classes = 0 if text else num_classes
     has_null = num_classes > 0 and config.label_dropout > 0
 
@@ -193,11 +167,10 @@ def build(
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     shapes, tokens = nn.meta.unbox(boxes), (h // patch) * (w // patch)
-    flops = mixer_flops(backbone, tokens, width, depth, heads)
+    text_tokens = text.length if text and config.text == "cross" else 1
+    flops = weights_flops(shapes, tokens, text_tokens) + mixer_flops(backbone, tokens, width, depth, heads)
     if text and config.text == "cross":
-        flops += weights_flops(shapes, tokens, text.length) + cross_attention_flops(tokens, text.length, width, depth)
-    else:
-        flops += weights_flops(shapes, tokens, 1)
+        flops += cross_attention_flops(tokens, text_tokens, width, depth)
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
@@ -214,6 +187,43 @@ def build(
         forward_flops=flops,
         dtype=dtype_name,
     )
+
+
+def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises a UserError for a network of `form`, width, depth and heads, that cannot be."""
+    width, depth, heads = form
+    for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
+        if value <= 0:
+            raise UserError(f"model.{key}={value}: must be positive")
+    h, w, _ = image_shape
+    if h % patch or w % patch:
+        raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
+    multiple = 2 * heads if backbone == "DiG" else heads
+    if width % multiple or width % 4:
+        raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
+    _choose("remat", config.remat, REMAT_POLICIES)
+    _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
+    if not 0 <= config.label_dropout < 1:
+        raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if config.patch_bottleneck < 0:
+        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
+    if not 1 <= config.scan_unroll <= depth:
+        raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
+
+
+def _choose_parts(config, backbone: str, head_width: int, platform: str, dtype) -> str:
+    """The mixer, when the other parts of a block are what the backbone has."""
+    _choose("norm", config.norm, layers.NORMS)
+    _choose("mlp", config.mlp, MLPS)
+    if backbone == "DiG":
+        if config.rope or config.mlp != "gelu":
+            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
+        _choose("convolution", config.convolution, dig.CONVOLUTIONS)
+        _choose("directions", config.directions, dig.ORDERS)
+        return choose_gla(config.gla, platform)
+    if config.rope and head_width % 4:
+        raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {head_width}")
+    return choose_attention(config.attention, platform, dtype)
 
 
 def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | None) -> None:

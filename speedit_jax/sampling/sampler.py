@@ -220,18 +220,19 @@ def make_sampler(
         return pictures.at(indices) if pictures else ()
 
     # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
+    shapes = _inputs(model, sharding.batch_devices(mesh))
     params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
-    few = sharding.batch_devices(mesh)
-    inputs = (*_inputs(model, few), *known(np.zeros(few, int)))
     with jax.set_mesh(mesh):
-        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), *inputs)
+        jax.eval_shape(
+            jitted, params if guide else params[0], jax.random.key(0), *shapes, *known(np.zeros(shapes[0].shape, np.int32))
+        )
 
     def run(params, key, indices, y, null_text=None):
         forms = _inputs(model, len(indices))[:2]
-        given = jax.tree.map(lambda x, form: np.asarray(x, form.dtype), (indices, y), forms)
-        (indices, y), pair = jax.tree.map(lambda x: sharding.from_host(rows, x), (given, known(given[0])))
+        indices, y = jax.tree.map(lambda x, form: np.asarray(x, form.dtype), (indices, y), forms)
+        indices, y, images = jax.tree.map(lambda x: sharding.from_host(rows, x), (indices, y, known(indices)))
         with jax.set_mesh(mesh):
-            return jitted(params, key, indices, y, null_text, *pair)
+            return jitted(params, key, indices, y, null_text, *images)
 
     return run
 
