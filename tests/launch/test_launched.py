@@ -56,7 +56,16 @@ def test_stop_waits_for_what_is_saved(tmp_path):
 
 
 def test_restart_after_75_alone(tmp_path):
-    run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", "echo >>starts; (($(wc -l <starts) < 3)) && exit 75; exit 1")
+    run(
+        tmp_path,
+        "detached.sh",
+        "run",
+        "--restart",
+        "--",
+        "bash",
+        "-c",
+        "echo >>starts; (($(wc -l <starts) < 3)) && exit 75; exit 1",
+    )
     wait(lambda: status(tmp_path) == "1")
     assert (tmp_path / "starts").read_text().count("\n") == 3
 
