@@ -56,6 +56,7 @@ SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
+MinJobAge=86400
 SchedulerParameters=sched_interval=2,bf_interval=5
 NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
@@ -115,6 +116,10 @@ class Job:
     def __init__(self, env: dict[str, str], workdir: Path, steps: int, *flags: str):
         self.env, self.workdir, self.log = env, workdir, workdir.with_suffix(".log")
         _, _, _, *training = train_command(steps)
+        # Interruptions are in the steps here, so pictures and evaluations are few.
+        seldom = {f"--config.{name}": steps // 2 for name in ("evaluation.every", "training.sample_every")}
+        training = [flag for flag in training if flag.partition("=")[0] not in seldom]
+        training += [f"{name}={every}" for name, every in seldom.items()]
         command = ["launch/slurm.sbatch", "--nodes=1", "--processes=2", "--time=60", "--partition=low", f"--output={self.log}"]
         command += ["--", *training, "--config.mesh.fsdp=2", f"--workdir={workdir}", *flags]
         self.number = re.search(r"\d+", slurm(env, *command))[0]
@@ -189,7 +194,7 @@ def interrupted(job: Job, steps: int) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="of the run")
+    parser.add_argument("--steps", type=int, default=800, help="of the run")
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
