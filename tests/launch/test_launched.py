@@ -103,7 +103,12 @@ def test_slurm_job_saves_and_comes_back_before_its_time_is_over(tmp_path):
     """SIGUSR1 to the batch script becomes SIGTERM to all processes of the tasks, of which training makes 130."""
     task = "trap 'sleep 0.5; touch saved; exit 130' TERM; touch started; while :; do sleep 0.1; done"
     srun = 'until [[ $1 == bash ]]; do shift; done; "$@" & echo $! >task; wait $!'
-    fakes = {"srun": srun, "python": task, "scontrol": "echo scontrol $@", "scancel": 'echo "$@"; kill -TERM $(<task) $(pgrep -P $(<task))'}
+    fakes = {
+        "srun": srun,
+        "python": task,
+        "scontrol": "echo scontrol $@",
+        "scancel": 'echo "$@"; kill -TERM $(<task) $(pgrep -P $(<task))',
+    }
     for name, text in fakes.items():
         script(tmp_path / "bin" / name, text)
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7"}
