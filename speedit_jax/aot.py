@@ -104,7 +104,7 @@ def aot() -> int | None:
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
     given = described()
-    devices, allowed = topologies.devices(topology)
+    devices, allowed = topologies.devices(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     parts = assemble(config, open_data(config, given, mesh), mesh)
     model = parts.model
@@ -122,6 +122,8 @@ def aot() -> int | None:
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows) / 2**20
         print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
+    if what == "train":
+        record["model_flops_per_device"] = 3 * model.forward_flops * config.training.batch_size / mesh.size
     since = time.perf_counter()
     try:
         for name, lowered in programs(parts, what).items():

@@ -174,6 +174,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     mesh.data = -1  # batch only
     mesh.fsdp = 1  # batch and parameters: for models that do not fit one device
     mesh.tensor = 1  # heads and MLP: must divide the heads
+    mesh.slices = 1  # TPU slices, or nodes of GPUs, among which mesh.data is divided, so that only gradients cross their network
     return c
 
 

@@ -51,6 +51,9 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the noise. Image i of a seed does not depend on num_images.", lower_bound=0, upper_bound=LARGEST_SEED
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Batch size over all devices; all batches are full.", lower_bound=1)
+_MESH = flags.DEFINE_list(
+    "mesh", [], "Share the weights among devices, for a model that does not fit one: fsdp=4 or fsdp=4,tensor=2. Default: whole."
+)
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "newest, best (of the run's evaluations), or a number.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _VAE = flags.DEFINE_string(
@@ -95,8 +98,9 @@ def columns_for(labels: int, images: int) -> int | None:
 def sample() -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; name the directory of a training run")
-    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value, dtype=_DTYPE.value)
-    model, mesh = run.model, run.mesh
+    mesh = sharding.make_mesh(sharding.parse_mesh(_MESH.value))
+    run = open_run(_WORKDIR.value, _CHECKPOINT_STEP.value, mesh, _DTYPE.value)
+    model = run.model
     guide = open_guide(run)
     autoencoder = open_autoencoder(
         _VAE.value, run.encoded_by, model.image_shape[2], mesh, dtype=_DTYPE.value or "auto", tile=_TILE.value
@@ -112,6 +116,9 @@ def sample() -> None:
     params = run.restore(_WEIGHTS.value)
     params = (params, guide.restore(_WEIGHTS.value)) if guide else params
     check_weights(params)
+    if _MESH.value and jax.process_index() == 0:
+        held, whole = (size / 2**20 for size in sharding.weight_bytes(params))
+        print(f"Weights: {held:.3g} MiB of {whole:.3g} MiB on each of {mesh.size} devices.")
     batch = _BATCH_SIZE.value + -_BATCH_SIZE.value % sharding.batch_devices(mesh)
     count = _NUM_IMAGES.value
     conditions, labels, asked = choose_conditions(run, settings, in_batches(count, batch))
@@ -208,6 +215,7 @@ def describe(
         "batch_size": _BATCH_SIZE.value,
         "devices": run.mesh.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
+        **({"mesh": dict(run.mesh.shape)} if _MESH.value else {}),
         "png_files": _PNG_FILES.value,
         "versions": run.meta["versions"] | {"sampled_with_jax": jax.__version__},
     }

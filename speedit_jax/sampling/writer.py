@@ -315,8 +315,10 @@ def claim(output: Output, overwrite: bool) -> np.ndarray | None:
 
 
 def checksum(params: Any) -> str:
-    """Of all numbers of a tree of arrays that are whole on every device."""
+    """Of all numbers of a tree of arrays, however they are divided among devices; all processes have to ask."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()

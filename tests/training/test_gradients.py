@@ -31,19 +31,11 @@ def gradient(shape, x64: bool, accumulation: int = 1, text: bool = False, **chan
         "importance": rng.uniform(0.5, 1.5, BATCH).astype(dtype),
         "y": rng.integers(0, CLASSES + 1, BATCH).astype(np.int32),
     }
-<<<<<<< HEAD
-    if changes.get("diffusion__path", "vp") != "vp":
-        batch["t"] = rng.uniform(0.02, 0.98, BATCH).astype(dtype)
-    if text:
-        length = rng.integers(1, TEXTS.length + 1, BATCH).astype(np.int32)
-        batch["y"] = {"tokens": rng.normal(size=(BATCH, TEXTS.length, TEXTS.width)).astype(dtype), "length": length}
-=======
     if text:
         length = rng.integers(1, TEXTS.length + 1, BATCH).astype(np.int32)
         batch["y"] = {"tokens": rng.normal(size=(BATCH, TEXTS.length, TEXTS.width)).astype(dtype), "length": length}
     if changes.get("diffusion__path", "vp") != "vp":
         batch["t"] = rng.uniform(0.02, 0.98, BATCH).astype(dtype)
->>>>>>> textmodel
     with jax.enable_x64(x64):
         trainer = tiny.make_trainer(shape, texts=TEXTS if text else None, **changes)
         params = jax.device_put(tiny.random_like(trainer.shapes.params, dtype=dtype), trainer.shardings.params)
@@ -87,23 +79,6 @@ def test_every_leaf_of_dig_on_every_mesh(shape):
     assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
 
 
-<<<<<<< HEAD
-# As configs/pixels.py.
-PIXELS = {
-    "diffusion__path": "linear",
-    "diffusion__prediction": "x0",
-    "diffusion__noise_scale": 2.0,
-    "diffusion__variance": "fixed_small",
-    "model__qk_norm": True,
-    "model__rope": True,
-    "model__mlp": "swiglu",
-    "model__norm": "rms",
-    "model__patch_bottleneck": 4,
-}
-
-
-=======
->>>>>>> textmodel
 TEXT = {
     "DiT": {},
     "DiT, pooled, adaLN-single": {"model__text": "pooled", "model__adaln": "single"},
@@ -112,19 +87,6 @@ TEXT = {
 
 
 @pytest.mark.parametrize("shape", MOST_IS_SLOW)
-<<<<<<< HEAD
-def test_every_leaf_of_a_flow_on_pixels_on_every_mesh(shape):
-    grads, reference = gradient(shape, True, **PIXELS)[0], gradient(ONE, True, **PIXELS)[0]
-    errors = tiny.relative_errors(grads, reference)
-    assert len(errors) == 21 + 6
-    # Those of the weights of q_norm and k_norm are 1e-5: random weights of 0.1 make logits of nearly zero.
-    assert all(np.linalg.norm(leaf) > 1e-6 for leaf in jax.tree.leaves(reference)), "a gradient that is zero tests nothing"
-    assert max(errors.values()) < 1e-11, {name: error for name, error in errors.items() if error >= 1e-11}
-
-
-@pytest.mark.parametrize("shape", MOST_IS_SLOW)
-=======
->>>>>>> textmodel
 @pytest.mark.parametrize("changes", TEXT.values(), ids=TEXT)
 def test_every_leaf_with_text(shape, changes):
     grads, _, _ = gradient(shape, True, text=True, **changes)
@@ -144,8 +106,6 @@ def test_accumulation_with_text_changes_only_the_rounding():
     # Lengths and tokens are dealt out together with the images.
     errors = tiny.relative_errors(gradient((2, 2, 2), True, 4, text=True)[0], gradient(ONE, True, text=True)[0])
     assert max(errors.values()) < 1e-12, errors
-<<<<<<< HEAD
-=======
 
 
 # As configs/pixels.py.
@@ -170,7 +130,6 @@ def test_every_leaf_of_a_flow_on_pixels_on_every_mesh(shape):
     # Those of the weights of q_norm and k_norm are 1e-5: random weights of 0.1 make logits of nearly zero.
     assert all(np.linalg.norm(leaf) > 1e-6 for leaf in jax.tree.leaves(reference)), "a gradient that is zero tests nothing"
     assert max(errors.values()) < 1e-11, {name: error for name, error in errors.items() if error >= 1e-11}
->>>>>>> textmodel
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
