@@ -212,6 +212,7 @@ class FixedSamples:
       key: of the noise.
       count: of images.
       devices: that share a batch.
+      progress: called after each batch.
     """
 
     sampler: Callable[..., jax.Array]
@@ -220,10 +221,12 @@ class FixedSamples:
     key: jax.Array
     count: int
     devices: int
+    progress: Callable[[], None] = lambda: None
 
     def draw(self, params, batch: int) -> Iterator[np.ndarray]:
         """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
         batch += -batch % self.devices
         labels = np.arange(in_batches(self.count, batch)) % max(1, self.num_classes)
         for i, images in draw_batches(self.sampler, params, self.key, labels, self.count, batch, self.autoencoder):
+            self.progress()
             yield to_uint8(images[: self.count - i * batch])
