@@ -49,7 +49,8 @@ def test_a_hang_ends_with_every_stack_and_a_line():
     *stacks, line = errors.strip().splitlines()
     assert any("in batches" in stack for stack in stacks), errors  # where it hangs
     assert sum("hread 0x" in stack for stack in stacks) >= 2  # and what the others do
-    assert line.startswith("error: nothing has happened for") and "while waiting for data" in line and "training.hang_after" in line
+    assert line.startswith("error: nothing has happened for")
+    assert "while waiting for data" in line and "training.hang_after" in line
 
 
 @pytest.mark.parametrize(("code", "limit"), [(WORKS, 0.5), ("time.sleep(2); print('done')", 0)])
