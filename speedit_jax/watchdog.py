@@ -4,7 +4,6 @@ A hung job costs as much as a working one, and no scheduler restarts a process t
 """
 
 import faulthandler
-import os
 import socket
 import sys
 import threading
@@ -12,9 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from tqdm import tqdm
-
-from speedit_jax.peers import LOST
+from speedit_jax.peers import leave
 
 T = TypeVar("T")
 
@@ -69,12 +66,8 @@ class Watchdog:
                 self._end(now - self._seen)
 
     def _end(self, silent: float) -> None:
-        """Exits at once: sys.exit would wait for the thread that hangs."""
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        tqdm.write(
-            f"error: nothing has happened for {silent:,.0f} seconds on {socket.gethostname()}, while {self._doing}; the stack of"
-            " every thread is above; start the same command again on all hosts: it goes on (training.hang_after)",
-            file=sys.__stderr__,
+        leave(
+            f"nothing has happened for {silent:,.0f} seconds on {socket.gethostname()}, while {self._doing}; the stack of every"
+            " thread is above; start the same command again on all hosts: it goes on (training.hang_after)"
         )
-        sys.stdout.flush()
-        os._exit(LOST)

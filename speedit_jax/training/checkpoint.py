@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -292,13 +293,15 @@ def _named_failure(directory: Path):
     except (OSError, ValueError, RuntimeError) as e:
         for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             shutil.rmtree(partial, ignore_errors=True)
-        text = first_line(e)
+        # What orbax had begun to write is dropped with its coroutines, of which Python would warn after our line.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        text, way = first_line(e), "mend that"
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
-            text = "no space left on the device"
+            text, way = "no space left on the device", "free some disk space"
         raise UserError(
-            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; free some disk space and"
-            " run the same command again"
+            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; {way} and run the same"
+            " command again"
         ) from e
 
 
