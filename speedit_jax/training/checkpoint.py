@@ -216,7 +216,7 @@ class Checkpoints:
         """Raises a UserError if there is a problem with the files of a step."""
         where = self.directory / str(step)
         if problem and not where.is_dir():
-            raise UserError(f"checkpoint {where} was removed by the run that goes on there; run the same command again")
+            raise UserError(_removed(where))
         if problem:
             raise UserError(
                 f"checkpoint {where} is damaged ({problem}); choose another step, or run train: it sets this one aside and"
@@ -305,6 +305,10 @@ def _named_failure(directory: Path):
         ) from e
 
 
+def _removed(where: Path) -> str:
+    return f"checkpoint {where} was removed by the run that goes on there; run the same command again"
+
+
 @contextlib.contextmanager
 def _named_damage(where: Path):
     """Turns what orbax raises on damaged files into one line."""
@@ -314,6 +318,8 @@ def _named_damage(where: Path):
         raise
     except Exception as e:
         # Many layers read a checkpoint, each with exceptions of its own.
+        if not where.is_dir():
+            raise UserError(_removed(where)) from e
         raise UserError(
             f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to resume from the previous checkpoint"
         ) from e
