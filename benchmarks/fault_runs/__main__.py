@@ -108,6 +108,23 @@ def summary(rows: list[dict]) -> list[dict]:
     return [row for row in counted if row["trials"]]
 
 
+def table(counts: list[dict]) -> str:
+    """The counts in Markdown, for docs/results/faults.md."""
+    lines = [
+        "| fault | trials | over before | with its line | in time | identical | wrong | seconds to the end |",
+        f"|{'---|' * 8}",
+    ]
+    for row in counts:
+        met, seconds = row["trials"] - row["over"], row["seconds"]
+        timed = "" if row["in time"] is None else f"{row['in time']} of {met}"
+        spent = f"{seconds['median']:.0f}, at most {seconds['longest']:.0f}" if seconds else ""
+        lines.append(
+            f"| {row['kind']} | {row['trials']} | {row['over']} | {row['line']} of {met} | {timed} | {row['identical']} of"
+            f" {row['trials']} | {row['WRONG']} | {spent} |"
+        )
+    return "\n".join(lines)
+
+
 def write(out: Path, rows: list[dict], args: argparse.Namespace) -> None:
     record = {
         "seed": args.seed,
@@ -126,9 +143,7 @@ def main():
     parser.add_argument("--kinds", default="", help="only kinds that this regular expression matches")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="start no trial after so many seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument(
-        "--scratch", help="directory that stays: runs without a fault, and what trials that went wrong left"
-    )
+    parser.add_argument("--scratch", help="directory that stays: runs without a fault, and what trials that went wrong left")
     parser.add_argument("--out", required=True, help="JSON of the results, to which trials are added")
     args = parser.parse_args()
     logging.set_verbosity(logging.ERROR)  # orbax warns of every checkpoint that it only reads
@@ -153,6 +168,7 @@ def main():
             if not (args.scratch and row["problems"]):
                 shutil.rmtree(place.directory)
     counts = collections.Counter("WRONG" if row["problems"] else "right" for row in rows)
+    print(table(summary(rows)))
     print(f"{len(rows)} trials, {counts['WRONG']} wrong")
     if not args.scratch:
         shutil.rmtree(root)
