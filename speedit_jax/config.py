@@ -130,6 +130,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     training.profile_steps = 3  # steps in the trace
     training.wandb_project = ""  # also log to this project of Weights & Biases: pip install -e '.[wandb]'; "" does not
     training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
+    # Seconds without a sign of life after which a hung process ends, with the stack of every thread and exit code 75, which
+    # schedulers restart on; longer than compiling, a save or a batch of samples takes. 0 never ends it.
+    training.hang_after = 1_800
 
     c.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 5_000  # steps; a run that ends or is interrupted saves too

@@ -7,6 +7,7 @@ After an interruption, run the same command again: it resumes from the last chec
 
 import contextlib
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from speedit_jax.training.nonfinite import Skips
 from speedit_jax.training.set_aside import set_aside_damaged
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
+from speedit_jax.watchdog import Watchdog
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits or mine.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
@@ -56,7 +58,7 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None, Evaluation | None]:
+def make_drawings(parts: Assembly, source: Source, watchdog: Watchdog) -> tuple[FixedSamples | None, Evaluation | None]:
     """(the grids', the evaluation's): what training draws of the EMA weights, as far as the config wants it."""
     config, mesh = parts.config, parts.mesh
     if not config.training.sample_every and not config.evaluation.every:
@@ -66,7 +68,8 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
 
     def samples(seed, count, conditions):
         devices = sharding.batch_devices(mesh)
-        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices)
+        progress = functools.partial(watchdog.alive, "drawing samples")
+        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices, progress)
 
     def conditions(count):
         return stored_prompts(parts.texts, count) if parts.texts else Labels(np.arange(max(1, parts.model.num_classes)))
@@ -190,7 +193,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     source = open_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
-    grids, evaluation = make_drawings(parts, source)
+    watchdog = Watchdog(config.training.hang_after)
+    grids, evaluation = make_drawings(parts, source, watchdog)
     held_out = HeldOutLoss(parts, source) if config.evaluation.loss_every else None
     weights, lines = {}, console.opening(parts, source)
     if config.init_from and not peek(workdir):
@@ -210,7 +214,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         meta = run.describe(config, source, parts.model.image_shape, parts.encoded_by)
         meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
         say(*lines, *(f"settings   {line}" for line in changed))
-        return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), started)
+        return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), watchdog, started)
 
 
 def go_on(
@@ -220,6 +224,7 @@ def go_on(
     meta: dict,
     weights: dict,
     watching: tuple[FixedSamples | None, Evaluation | None, HeldOutLoss | None],
+    watchdog: Watchdog,
     started: float,
 ) -> int | None:
     """Takes the steps that a run still lacks."""
@@ -234,6 +239,7 @@ def go_on(
         evaluation.prepare(workdir)
     if held_out:
         held_out.prepare()
+    watchdog.start()
     key = jax.random.key(config.seed)
     state, train_step = first_state(parts, checkpoints, step, weights, key), parts.jit_step()
     run.record(workdir, meta)
@@ -247,7 +253,7 @@ def go_on(
     skips = Skips(parts, int(state.skipped))
 
     try:
-        for batch in telemetry.waiting_for(batches(parts, source, step, num_steps)):
+        for batch in watchdog.waiting_for(telemetry.waiting_for(batches(parts, source, step, num_steps))):
             profiler.before(step)
             with jax.set_mesh(mesh):
                 state, metrics = train_step(state, batch, key)
@@ -274,11 +280,13 @@ def go_on(
                 if drawing:
                     show_grid(grids, state, workdir, step, telemetry)
                 if saving:
+                    watchdog.alive("saving a checkpoint")
                     checkpoints.save(step, state, meta | evaluated)
                     environment.write(step)
                 telemetry.paused(since)
             if stopping and not last:
                 break
+        watchdog.alive("saving a checkpoint")
         checkpoints.wait()
     except Exception as e:
         rescue(checkpoints, telemetry, state, meta)
@@ -286,6 +294,7 @@ def go_on(
             raise UserError(f"{e.filename}: {e.strerror}; mend it and run the same command again") from e
         raise
 
+    watchdog.stop()
     profiler.close()
     best = checkpoints.best()
     checkpoints.close()

@@ -248,6 +248,7 @@ class FixedSamples:
       key: of the noise.
       count: of images.
       devices: that share a batch.
+      progress: called after each batch.
     """
 
     sampler: Callable[..., jax.Array]
@@ -256,9 +257,11 @@ class FixedSamples:
     key: jax.Array
     count: int
     devices: int
+    progress: Callable[[], None] = lambda: None
 
     def draw(self, params, batch: int) -> Iterator[np.ndarray]:
         """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
         batch += -batch % self.devices
         for i, images in draw_batches(self.sampler, params, self.key, self.conditions, self.count, batch, self.autoencoder):
+            self.progress()
             yield to_uint8(images[: self.count - i * batch])

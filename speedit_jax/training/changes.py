@@ -74,6 +74,7 @@ KEYS = {
     "training.profile_steps": Kind.FREE,
     "training.wandb_project": Kind.FREE,
     "training.max_skipped_in_a_row": Kind.FREE,
+    "training.hang_after": Kind.FREE,
     "checkpoint": Kind.FREE,
     "sampling": Kind.FREE,
     "evaluation": Kind.FREE,
