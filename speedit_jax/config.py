@@ -72,6 +72,12 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
+    c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
+    tokens.method = "none"  # none: all; route: some skip the middle blocks (DiT; TREAD, arXiv 2501.04765)
+    tokens.rate = 0.5  # share of an image's tokens that skip them
+    tokens.start = 2  # first blocks, which see all tokens
+    tokens.tail = 3  # last blocks, which see all tokens again
+
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or
     # speed_cvpr25: docs/speedit.md

@@ -104,6 +104,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_c
         num_classes=num_classes,
         learned_variance=config.diffusion.variance == "learned_range",
         platform=mesh.devices.flat[0].platform,
+        tokens=config.tokens,
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,
