@@ -1,7 +1,7 @@
 """Compiles the training step, or the sampler, for TPUs and GPUs that this machine does not have, to see whether it fits.
 
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
 
 The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
 the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints the memory that each device needs, the
@@ -11,7 +11,6 @@ that runs after the sampler, is compiled and counted too.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from speedit_jax.training import topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.check import check_numbers
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. imagenet:DiG-S/2.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:2x2 up to v5e:16x16, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1; h100, a100, h100x8.")
 _WHAT = flags.DEFINE_enum(
     "what", "train", ["train", "sample"], "What to compile: the training step, or the sampler for training.batch_size images."
@@ -123,7 +122,7 @@ def aot() -> int | None:
         record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
     if _OUT.value:
-        storage.write_json(Path(_OUT.value).expanduser(), record)
+        storage.write_json(storage.path(_OUT.value), record)
     return None if record["fits"] else 1
 
 

@@ -4,16 +4,14 @@ import errno
 import os
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from speedit_jax import peers
+from speedit_jax import peers, recipes
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
@@ -27,7 +25,9 @@ _MULTIHOST = flags.DEFINE_bool(
 
 def _parse(argv):
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(recipes.expand(argv))
+    except UserError as e:
+        fail(str(e))
     except Exception as e:
         # absl's own errors, and whatever the config file or an override raised.
         fail(f"{_one_line(e)} (while reading the flags; see --help, and speedit_jax/config.py for every config key)")
@@ -104,15 +104,6 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             raise
 
     app.run(guarded, flags_parser=_parse)
-
-
-def check_writable(path: Path) -> None:
-    """Raises a UserError now rather than when all is computed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}; choose another file") from e
 
 
 def join() -> None:

@@ -1,7 +1,7 @@
 """Every knob, once, with its default, unit and reason. Other configs start from here and change what they must.
 
 Override any of them on the command line: --config.optim.learning_rate=2e-4 --config.training.batch_size=64
-Every config takes the model's name after a colon: --config=configs/base.py:DiG-S/2
+Every config takes the model's name after a colon: --config=base:DiG-S/2
 """
 
 from typing import Any

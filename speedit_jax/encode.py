@@ -1,7 +1,7 @@
 """Encodes images to latents once, so that training does not encode them at every step.
 
   python -m speedit_jax.encode --source=folder:/path/to/images --size=256 --vae=/path/to/sd-vae-ft-ema --out=data/latents
-  python -m speedit_jax.train --config=configs/imagenet.py --config.data.source=latents:data/latents --workdir=runs/mine
+  python -m speedit_jax.train --config=imagenet --config.data.source=latents:data/latents --workdir=runs/mine
 
 Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
 header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
@@ -63,7 +63,7 @@ def open_images() -> Source:
 def encode() -> None:
     if not _OUT.value:
         raise UserError("--out is missing; name a directory")
-    out = Path(_OUT.value).expanduser()
+    out = storage.path(_OUT.value)
     if _VERIFY.value:
         header = latents.verify(out)
         print(f"{out}: {header['count']} latents in {len(header['shards'])} shards; all checksums match")
@@ -112,7 +112,7 @@ def encode() -> None:
         print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
         if warning := scale_warning(header):
             print(f"warning: {warning}", file=sys.stderr)
-        print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")
+        print("Next: python -m speedit_jax.train --config=imagenet:DiT-S/2", end=" ")
         print(f"--config.data.source=latents:{out} --workdir=runs/mine")
 
 
@@ -148,10 +148,10 @@ def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] =
 
 def write_claim(path: Path, what: dict[str, Any]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(path.parent)
         storage.write_json(path, what, shared=True)
     except OSError as e:
-        raise UserError(f"cannot write to --out={path.parent}: {e.strerror}") from e
+        raise UserError(f"cannot write to --out={path.parent}: {storage.reason(e)}") from e
 
 
 def share(paths: list[Path]) -> list[int]:

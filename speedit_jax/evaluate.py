@@ -77,10 +77,10 @@ def evaluate() -> None:
         raise UserError("--reference is missing; --help has examples, and --metrics=is needs none")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
-    out, save = (Path(flag.value).expanduser() if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
+    out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
     for path in filter(None, (out, save)):
-        cli.check_writable(path)
-    if out and _IMAGES.value and out.absolute() == Path(f"{_IMAGES.value.removesuffix('.npz')}.json").expanduser().absolute():
+        storage.check_writable(path)
+    if out and _IMAGES.value and out.absolute() == storage.path(f"{_IMAGES.value.removesuffix('.npz')}.json").absolute():
         raise UserError(f"--out={_OUT.value} would overwrite the settings of --images; choose another file")
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)

@@ -10,7 +10,6 @@ writes.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,13 +18,15 @@ from absl import flags
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
+from speedit_jax.diffusion.inverse import METHODS
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import DTYPES
 from speedit_jax.sampling.draw import check_weights, draw_batches, in_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, read_pictures
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
 from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
@@ -66,6 +67,14 @@ _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, l
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
+_IMAGE = flags.DEFINE_string("image", None, "Start from this picture, or complete it: a file, or a directory of files in turn.")
+_MASK = flags.DEFINE_string("mask", None, "Fill where this picture is white, keep --image where it is black; or a directory.")
+_STRENGTH = flags.DEFINE_float("strength", None, "Share of the steps that are run from --image on; 1 ignores what is not kept.")
+_INPAINT = flags.DEFINE_enum(
+    "inpaint", None, METHODS, "How pixels are kept. Default: projection, or network for a run trained with data.mask."
+)
+_RESAMPLE = flags.DEFINE_integer("resample", None, "How often each --jump steps are run. Default: 10 for repaint, else 1.")
+_JUMP = flags.DEFINE_integer("jump", None, "Sampling steps that --resample repeats. Default: 10.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
 _GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Checkpoint step of --guide_workdir. Default: the newest.")
 
@@ -88,10 +97,11 @@ def sample() -> None:
     latents = run.draws_latents and not autoencoder
     check_decoding(latents, autoencoder)
     settings = choose_settings(run, guide, autoencoder)
-    out = Path(_OUT.value).expanduser() if _OUT.value else run.workdir / "sampled"
+    out = storage.path(_OUT.value) if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
-    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
+    pictures = choose_pictures(run, autoencoder)
+    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model, pictures)
     params = run.restore(_WEIGHTS.value)
     params = (params, guide.restore(_WEIGHTS.value)) if guide else params
     check_weights(params)
@@ -100,17 +110,18 @@ def sample() -> None:
     # Of the last batch's extra images too, so that a batch is the same to the bit when more images are asked for later.
     labels, asked = choose_labels(run.class_names, in_batches(count, batch))
     record = describe(run, guide, settings, autoencoder, asked, checksum(params))
+    record |= {"known": {"image": _IMAGE.value, "mask": _MASK.value, **pictures.describe()}} if pictures else {}
     # Directories that folder: takes for classes; without classes it wants none.
     folders = tuple(map(folder_name, run.class_names)) or ("",)
     output = Output(out, record, labels[:count], batch, folders if _PNG_FILES.value else None, latents)
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:
         try:
-            draw(sampler, params, autoencoder, output, labels, finished)
+            draw(sampler, params, autoencoder, output, labels, finished, pictures)
             if jax.process_index() == 0:
                 output.finish(None if asked == "random" else columns_for(len(asked), min(count, GRID)))
         except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror}; fix this and run the same command again") from e
+            raise UserError(f"cannot write to {out}: {storage.reason(e)}; fix this and run the same command again") from e
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all is written")
     if jax.process_index() == 0:
@@ -232,7 +243,35 @@ def open_guide(run: Run) -> Run | None:
     return guide
 
 
-def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, labels: np.ndarray, finished: np.ndarray) -> None:
+def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | None:
+    """--image and --mask; None without.
+
+    Raises:
+      UserError: they cannot be read, or do not fit the run or the other flags.
+    """
+    if not _IMAGE.value:
+        given = [flag for flag in (_MASK, _STRENGTH, _INPAINT, _RESAMPLE, _JUMP) if flag.value is not None]
+        if given:
+            raise UserError(f"--{given[0].name}={given[0].value} needs --image")
+        return None
+    if run.draws_latents and not autoencoder:
+        raise UserError("--image: this run draws latents; name the autoencoder that they are of, --vae=DIR")
+    masked = _MASK.value is not None
+    plan = choose_plan(masked, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value, trained_with_masks=False)
+    shape = run.model.image_shape
+    drawn = autoencoder.image_shape(shape) if autoencoder else shape
+    return open_pictures(*read_pictures(_IMAGE.value, _MASK.value, drawn, run.config.data.background), plan, shape, autoencoder)
+
+
+def draw(
+    sampler,
+    params,
+    autoencoder: Autoencoder | None,
+    output: Output,
+    labels: np.ndarray,
+    finished: np.ndarray,
+    pictures: Pictures | None,
+) -> None:
     """Draws the batches that are not finished; process 0 writes them.
 
     Args:
@@ -246,7 +285,8 @@ def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, label
     with tqdm(total=count, initial=there, unit="image", disable=not writes) as bar:
         for i, images in draw_batches(sampler, params, key, labels, count, output.batch, autoencoder, missing):
             if writes:
-                bar.update(output.write(i, images if output.latents else to_uint8(images)))
+                images = images if output.latents else to_uint8(images)
+                bar.update(output.write(i, pictures.composite(i * output.batch, images) if pictures else images))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains a diffusion transformer.
 
-  python -m speedit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.KEY=VALUE ...]
+  python -m speedit_jax.train --config=digits --workdir=runs/digits [--config.KEY=VALUE ...]
 
 After an interruption, run the same command again: it resumes from the last checkpoint and ends with the same result.
 """
@@ -16,7 +16,7 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.during_training import Evaluation
@@ -40,7 +40,7 @@ from speedit_jax.training.set_aside import set_aside_damaged
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits or mine.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
 _CHANGES = flags.DEFINE_bool(
     "continue_with_changes", False, "Resume although settings or data have changed; the run records the changes."
@@ -298,10 +298,10 @@ def main() -> int | None:
     file = None if _CONFIG.value is None else config_flags.get_config_filename(flags.FLAGS["config"])
     for name, value in (("config", file), ("workdir", _WORKDIR.value)):
         if not value:
-            raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
+            raise UserError(f"--{name} is missing; for example --config=digits --workdir=runs/digits")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
-    return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    return train(_CONFIG.value, storage.path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

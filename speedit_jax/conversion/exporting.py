@@ -54,7 +54,7 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     Raises:
       UserError: there are no such weights, they are not finite, or the format cannot hold them.
     """
-    out = Path(to).expanduser()
+    out = storage.path(to)
     directory = to.endswith("/") or not out.suffix
     if not directory and out.suffix not in (".pt", ".safetensors"):
         raise UserError(f"--to={to}: must end in .pt, .safetensors, or / for a diffusers directory")

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.config import complete
 from speedit_jax.conversion.configure import fill_config
 from speedit_jax.conversion.tables import check_positions, dig_notes, one_device, table
@@ -62,7 +63,7 @@ def import_weights(
       UserError: it cannot be read or does not fit, or `workdir` holds something else.
     """
     try:
-        found = weights.read(path)
+        found = weights.read(storage.fetched(path))
         if reverse_time is not None:
             found = dataclasses.replace(found, reversed_time=reverse_time)
         fitted = fit(found, config, given)
@@ -179,7 +180,7 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
     if "imported_from" in saved:
         step = (peek(workdir) or (None,))[0]
         if step is None:
-            shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
+            storage.remove(workdir / "checkpoints")
             path.unlink()
         elif _says_the_same(saved, meta) and _holds_the_same(workdir, step, fitted):
             return True
@@ -193,6 +194,8 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
 
 def check_space(workdir: Path, trees: Any) -> None:
     """Raises a UserError where arrays do not fit on the disk: before they are half written, which takes the other half's room."""
+    if storage.is_remote(workdir):
+        return
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
     there = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free

@@ -10,13 +10,13 @@
 import dataclasses
 import hashlib
 import sys
-from pathlib import Path
 from typing import Any, Protocol
 
 import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from speedit_jax import storage
 from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.folder import FolderSource, open_folder
 from speedit_jax.data.images import parse_background
@@ -161,12 +161,12 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     if kind == "digits":
         source = _digits(split, wanted)
     elif kind == "folder":
-        source = open_folder(Path(argument).expanduser(), shape, config.max_broken, wanted, background)
+        source = open_folder(storage.path(argument), shape, config.max_broken, wanted, background)
         _say_left_out(source)
     elif kind == "tfds":
         source = open_tfds(argument, split, shape, wanted, background)
     elif kind == "latents":
-        source = open_latents(Path(argument).expanduser())
+        source = open_latents(storage.path(argument))
     elif kind == "synthetic":
         names = tuple(f"class {i}" for i in range(config.synthetic_classes))
         source = SyntheticSource(config.synthetic_size, shape, names)

@@ -5,14 +5,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from speedit_jax import sharding
+from speedit_jax import sharding, storage
 from speedit_jax.data.image_sets import Images, open_images
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.features import Collected, Inception, Pixels, collect
@@ -145,7 +144,7 @@ def open_reference(
       UserError: it cannot be read, or holds neither.
     """
     images = open_images(where, shape, split, background)
-    path, statistics = Path(where).expanduser(), {}
+    path, statistics = storage.path(where), {}
     origin = Origin(len(images), images.shape, crop_of(where)) if images else Origin()
     if path.suffix == ".npz":
         statistics, told = read_statistics(path, features)

@@ -51,7 +51,7 @@ def page(workdir: Path) -> str:
     sessions = read_environment(workdir)
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     values = {
-        "title": f"{workdir.resolve().name}: {config.model.name}",
+        "title": f"{_whole(workdir).name}: {config.model.name}",
         "status": status(config, step, metrics, sessions),
         "key_numbers": key_numbers(metrics, sessions),
         "curves": curves(metrics),
@@ -63,6 +63,10 @@ def page(workdir: Path) -> str:
         "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
     return string.Template(template).substitute({name: join([value]) for name, value in values.items()})
+
+
+def _whole(workdir: Path) -> Path:
+    return workdir if storage.is_remote(workdir) else workdir.resolve()
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -187,7 +191,7 @@ def results(workdir: Path) -> Html:
     apart = {workdir / name for name in ("checkpoints", "tensorboard", "samples")} | {workdir / "run.json", workdir / ENVIRONMENT}
     paths = [path for path in (*workdir.glob("*.json"), *workdir.glob("*/*.json")) if not {path, path.parent} & apart]
     sampled, evaluated, measured = [], [], []
-    for path in sorted(filter(Path.is_file, paths), key=lambda path: (-path.stat().st_mtime, path)):
+    for path in sorted((path for path in paths if path.is_file()), key=lambda path: (-storage.modified(path), path)):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             record = json.loads(path.read_text())
             if isinstance(record.get("metrics"), dict):
@@ -320,7 +324,7 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
     names = meta.get("class_names") or []
     shape, latents = meta.get("image_shape"), meta.get("latents")
     shown = [
-        ("directory", str(workdir.resolve())),
+        ("directory", str(_whole(workdir))),
         ("model", config.model.name),
         ("timesteps", strategy),
         ("data", config.data.source),

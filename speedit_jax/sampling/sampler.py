@@ -16,11 +16,13 @@ from speedit_jax.diffusion import samplers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.inverse import NOTHING, Known, Plan
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 from speedit_jax.sampling.draw import draw_batches, in_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, check_sampler
 
 Diffusion = GaussianDiffusion | FlowMatching
 
@@ -117,10 +119,18 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
         raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
 
 
-def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
-    """As `make_sampler`, on arrays that are on the mesh."""
+def _jitted_sampler(
+    model: Model,
+    diffusion: Diffusion,
+    settings: Settings,
+    mesh: Mesh,
+    guide: Model | None = None,
+    plan: Plan = NOTHING.plan,
+):
+    """As `make_sampler`, on arrays that are on the mesh; the known images and masks are its last arguments."""
     settings = resolve(settings, diffusion)
     _check(settings, model, guide)
+    check_sampler(plan, settings.sampler, isinstance(diffusion, FlowMatching))
     scales = samplers.guidance_scales(
         diffusion.schedule.num_steps,
         settings.guidance_scale,
@@ -129,7 +139,7 @@ def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh
         settings.guidance_high,
     )
 
-    def sample(params, key, indices, labels):
+    def sample(params, key, indices, labels, images=None, mask=None):
         params, guide_params = params if guide else (params, None)
         denoise = samplers.guided(
             lambda x, t, y: model.apply(params, x, t, y),
@@ -148,6 +158,7 @@ def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh
             lambda k: image_noise(key, indices, k + 1, model.image_shape),
         )
         common = {"sampler": settings.sampler, "num_steps": settings.num_steps, "clip": settings.clip}
+        common["known"] = Known(images, mask, plan)
         if isinstance(diffusion, FlowMatching):
             return sample_flow(*inputs, **common)
         return samplers.sample(*inputs, **common, spacing=settings.spacing, eta=settings.eta)
@@ -170,7 +181,12 @@ def lower_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: 
 
 
 def make_sampler(
-    model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
+    model: Model,
+    diffusion: Diffusion,
+    settings: Settings,
+    mesh: Mesh,
+    guide: Model | None = None,
+    pictures: Pictures | None = None,
 ) -> Callable[..., jax.Array]:
     """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32, whole on every device.
 
@@ -181,22 +197,28 @@ def make_sampler(
       settings: how to sample.
       mesh: B must be a multiple of its batch devices.
       guide: a weaker model to be guided away from, instead of from the null label; params are then a pair, (model's, guide's).
+      pictures: that the samples start from or complete.
 
     Raises:
       UserError: settings that the model cannot serve.
     """
     rows = sharding.batch_sharding(mesh)
-    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide)
+    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide, pictures.plan if pictures else NOTHING.plan)
+
+    def arguments(indices, labels):
+        given = [np.asarray(x, np.int32) for x in (indices, labels)]
+        return given + list(pictures.at(given[0]) if pictures else ())
+
     # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
-    shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
+    few = arguments(*2 * [np.zeros(sharding.batch_devices(mesh))])
     params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
     with jax.set_mesh(mesh):
-        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), shape, shape)
+        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), *few)
 
     def run(params, key, indices, labels):
-        indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))
+        on_mesh = jax.tree.map(lambda x: sharding.from_host(rows, x), arguments(indices, labels))
         with jax.set_mesh(mesh):
-            return jitted(params, key, indices, labels)
+            return jitted(params, key, *on_mesh)
 
     return run
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from speedit_jax import sharding
+from speedit_jax import sharding, storage
 from speedit_jax.data.description import Description
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
@@ -80,7 +79,7 @@ def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Me
       UserError: the autoencoder cannot be read, or is not that of the latents.
     """
     where = config.data.vae
-    if source.encoded_by and not where and Path(source.encoded_by["vae"]).is_dir():
+    if source.encoded_by and not where and storage.path(source.encoded_by["vae"]).is_dir():
         where = source.encoded_by["vae"]
     if (where or source.encoded_by) and config.sampling.clip:
         raise UserError("sampling.clip=True is for pixels, but this run trains on latents; set sampling.clip=False")

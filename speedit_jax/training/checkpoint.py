@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 from speedit_jax.training import integrity
@@ -99,7 +100,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int = 0, create: bool = False):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = storage.absolute(workdir) / "checkpoints"
         if not create and not self.directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}; train there first, or give another --workdir")
         self._evaluations: dict[int, dict[str, Any]] = {}
@@ -199,7 +200,8 @@ class Checkpoints:
 
     def _remove(self) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                storage.remove(self.directory / _REMOVED)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step.

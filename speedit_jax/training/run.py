@@ -143,10 +143,10 @@ def _checksum(meta: dict[str, Any]) -> str:
 def _write(workdir: Path, meta: dict[str, Any]) -> None:
     if jax.process_index() == 0:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(workdir)
             storage.write_json(workdir / NAME, meta | {_CHECKSUM: _checksum(meta)})
         except OSError as e:
-            raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
+            raise UserError(f"cannot write to --workdir={workdir}: {storage.reason(e)}") from e
 
 
 def _go_on(workdir, saved, meta, step, older_fingerprints, with_changes) -> tuple[dict[str, Any], list[str]]:
@@ -234,7 +234,7 @@ def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | No
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = storage.path(workdir)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.choose(step)
     meta = checkpoints.meta(step)
