@@ -148,6 +148,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     sampling.guidance_schedule = "constant"  # constant, linear or cosine: weak at high noise, of the same mean
     sampling.guidance_low = 0.0  # guide where the noise level is in low..high: 0 clean, 1 pure noise, linear in the
     sampling.guidance_high = 1.0  # timestep; other steps need only one pass
+    # Of models trained with tokens.method=route, sparse guidance (arXiv 2601.01608): guided away from the same network with fewer
+    # tokens in its middle blocks, instead of from the null label. The shares of tokens that skip them; equal: off.
+    sampling.sparse_strong = 0.0  # of the guided network; the paper takes 0.5 and 0.9
+    sampling.sparse_weak = 0.0  # of the one that it is guided away from
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 

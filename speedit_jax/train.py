@@ -6,7 +6,6 @@ After an interruption, run the same command again: it resumes from the last chec
 """
 
 import contextlib
-import dataclasses
 import time
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
     if not config.evaluation.every:
         return grids, None
     drawn = samples(config.evaluation.seed, config.evaluation.num_images)
-    return grids, Evaluation(config, source, drawn, dataclasses.asdict(settings), mesh)
+    return grids, Evaluation(config, source, drawn, settings.record(), mesh)
 
 
 def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: dict, key: jax.Array) -> TrainState:

@@ -142,7 +142,7 @@ class Backbone(nn.Module):
             block = make_block(parent=None)
 
             def one(x, params, block=block, ids=ids):
-                return block.apply({"params": params}, x, c, ids)
+                return block.apply({"params": params}, x, c, ids=ids)
 
             part = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], stacked)
             tokens, _ = jax.lax.scan(one, tokens, part, unroll=min(self.scan_unroll, end - start))

@@ -90,7 +90,7 @@ class DiTBlock(nn.Module):
     rope: tuple[int, int] | None = None
 
     @nn.compact
-    def __call__(self, x, c, ids=None):
+    def __call__(self, x, c, *, ids=None):
         """ids: [B, T] int, which tokens of the grid these are; None: all, in order."""
         width = x.shape[-1]
         hidden = int(width * self.mlp_ratio)
