@@ -27,6 +27,7 @@ from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
+from speedit_jax.reporting.console import route_line
 from speedit_jax.sampling.sampler import Settings, lower_sampler
 from speedit_jax.training import topologies
 from speedit_jax.training.assembly import Assembly, assemble
@@ -114,6 +115,8 @@ def aot() -> int | None:
         end=" ",
     )
     print(f"batch {config.training.batch_size}, on {mesh.size} {mesh.devices.flat[0].device_kind}: {shown}", flush=True)
+    if model.kept is not None and what == "train":
+        print(route_line(model))
     if parts.autoencoder and (parts.online or what == "sample"):
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)

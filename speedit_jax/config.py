@@ -78,6 +78,12 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
+    c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
+    tokens.method = "none"  # none: all; route: some skip the middle blocks (DiT; TREAD, arXiv 2501.04765)
+    tokens.rate = 0.5  # share of an image's tokens that skip them
+    tokens.start = 2  # first blocks, which see all tokens
+    tokens.tail = 3  # last blocks, which see all tokens again
+
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or
     # speed_cvpr25: docs/speedit.md
@@ -151,6 +157,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     sampling.guidance_schedule = "constant"  # constant, linear or cosine: weak at high noise, of the same mean
     sampling.guidance_low = 0.0  # guide where the noise level is in low..high: 0 clean, 1 pure noise, linear in the
     sampling.guidance_high = 1.0  # timestep; other steps need only one pass
+    # Of models trained with tokens.method=route, sparse guidance (arXiv 2601.01608): guided away from the same network with fewer
+    # tokens in its middle blocks, instead of from the null label. The shares of tokens that skip them; equal: off.
+    sampling.sparse_strong = 0.0  # of the guided network; the paper takes 0.5 and 0.9
+    sampling.sparse_weak = 0.0  # of the one that it is guided away from
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 

@@ -10,7 +10,6 @@ a larger --num_images it adds to the images that are there. With --multihost the
 writes.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -74,6 +73,8 @@ _GUIDANCE_SCALE = flags.DEFINE_float(
 )
 _GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Leading channels that are guided; 0 is all.", lower_bound=0)
 _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
+_SPARSE_STRONG = flags.DEFINE_float("sparse_strong", None, "Share of tokens that skip the middle blocks, with --sparse_weak.")
+_SPARSE_WEAK = flags.DEFINE_float("sparse_weak", None, "The same of the guide: sparse guidance, of models trained with a route.")
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
@@ -179,6 +180,8 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
         "guidance_scale": _GUIDANCE_SCALE.value,
         "guidance_channels": _GUIDANCE_CHANNELS.value,
         "guidance_schedule": _GUIDANCE_SCHEDULE.value,
+        "sparse_strong": _SPARSE_STRONG.value,
+        "sparse_weak": _SPARSE_WEAK.value,
         "guidance_low": _GUIDANCE_LOW.value,
         "guidance_high": _GUIDANCE_HIGH.value,
         "clip": _CLIP.value,
@@ -209,7 +212,7 @@ def describe(
         "num_images": _NUM_IMAGES.value,
         **asked,
         "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
-        **dataclasses.asdict(settings),
+        **settings.record(),
         "dtype": run.model.dtype,
         "latents": decoder,
         "batch_size": _BATCH_SIZE.value,

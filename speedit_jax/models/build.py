@@ -17,7 +17,7 @@ from speedit_jax.models.attention import attention, choose_attention, chunked_at
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
 from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
-from speedit_jax.models.flops import cross_attention_flops, mixer_flops, weights_flops
+from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
@@ -37,7 +37,8 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y) -> [B, H, W, C or 2C]; y is labels int [B], or text as models/condition.py says.
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=()) -> [B, H, W, C or 2C], as Backbone says; y is labels int [B],
+        or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
       num_classes: 0 is unconditional, or conditioned on text.
@@ -47,7 +48,10 @@ class Model:
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       tokens: how many an image is to the network.
-      forward_flops: of one image, matrix products and filters only; a training step's are three times as many.
+      middle: the blocks (first, one after the last) that a route's tokens skip.
+      kept: how many tokens they see in training; None where all blocks see all.
+      forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
+      step_flops: the same of one image in a training step: forward, and twice that backward.
       dtype: name of the activations' dtype.
     """
 
@@ -63,7 +67,10 @@ class Model:
     heads: int
     width: int
     tokens: int
+    middle: tuple[int, int]
+    kept: int | None
     forward_flops: int
+    step_flops: int
     dtype: str
 
     def conditions(self, count: int) -> Any:
@@ -101,6 +108,7 @@ def build(
     learned_variance: bool,
     platform: str,
     text: TextShape | None = None,
+    tokens: ml_collections.ConfigDict | None = None,
     constrain: Callable = lambda x, names: x,
     batch_axes=None,
     head_axis=None,
@@ -113,6 +121,7 @@ def build(
       learned_variance: the network has C more output channels.
       text: the form of the text that conditions it, instead of classes; None is no text.
       platform: "cpu", "gpu" or "tpu": decides what "auto" means.
+      tokens: the config's section of that name; None: all blocks see all tokens.
       constrain: shards activations, given their logical axes; the identity on one device.
       batch_axes, head_axis: the mesh axes of the batch and the heads, for kernels that XLA cannot partition.
 
@@ -134,6 +143,8 @@ def build(
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
     mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
     num_classes = 0 if text else num_classes
+    grid = (h // patch, w // patch)
+    middle, kept = _route(tokens, backbone, depth, grid[0] * grid[1])
     has_null = num_classes > 0 and config.label_dropout > 0
 
     def network(mixer, constrain, batch_axes, head_axis):
@@ -153,6 +164,7 @@ def build(
             scan_unroll=config.scan_unroll,
             dtype=dtype,
             patch_bottleneck=config.patch_bottleneck,
+            middle=middle,
             final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
         )
 
@@ -166,14 +178,17 @@ def build(
 
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
-    shapes, tokens = nn.meta.unbox(boxes), (h // patch) * (w // patch)
+    shapes, count = nn.meta.unbox(boxes), grid[0] * grid[1]
     text_tokens = text.length if text and config.text == "cross" else 1
-    flops = weights_flops(shapes, tokens, text_tokens) + mixer_flops(backbone, tokens, width, depth, heads)
+    forward = weights_flops(shapes, count, text_tokens) + mixer_flops(backbone, count, width, depth, heads)
+    skipped = 0 if kept is None else skipped_flops(shapes, count, kept, middle[1] - middle[0], width)
     if text and config.text == "cross":
-        flops += cross_attention_flops(tokens, text_tokens, width, depth)
+        forward += cross_attention_flops(count, text_tokens, width, depth)
+        if kept is not None:
+            skipped += cross_attention_flops(count - kept, text_tokens, width, middle[1] - middle[0])
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
-        apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
+        apply=lambda params, x, t, y, **options: sharded.apply({"params": params}, x, t, y, **options),
         axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
         image_shape=image_shape,
         num_classes=num_classes,
@@ -183,8 +198,11 @@ def build(
         mixer=mixer,
         heads=heads,
         width=width,
-        tokens=tokens,
-        forward_flops=flops,
+        tokens=count,
+        middle=middle,
+        kept=kept,
+        forward_flops=forward,
+        step_flops=3 * (forward - skipped),
         dtype=dtype_name,
     )
 
@@ -233,6 +251,28 @@ def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | Non
         raise UserError(f"model.position_scale={config.position_scale}: must be positive")
     if text and text.pooled and config.text == "cross":
         raise UserError("model.text=cross needs the tokens of each caption, and data.text has one vector for each: use pooled")
+
+
+def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, count: int) -> tuple[tuple[int, int], int | None]:
+    """The blocks that some of `count` tokens skip, and how many tokens do not; ((0, 0), None) without a route.
+
+    Raises:
+      UserError: there is no such route.
+    """
+    if tokens is None or tokens.method == "none":
+        return (0, 0), None
+    if tokens.method != "route":
+        raise UserError(f"unknown tokens.method {tokens.method!r}; choose none or route")
+    if backbone != "DiT":
+        raise UserError(f"tokens.method=route is for DiT: {backbone}'s scans and filters need all tokens of the grid")
+    start, tail, kept = tokens.start, tokens.tail, count - int(tokens.rate * count)
+    if start < 1 or tail < 1 or start + tail >= depth:
+        raise UserError(
+            f"tokens.start={start}, tokens.tail={tail}: both must be at least 1 and leave blocks between them, of {depth}"
+        )
+    if not 0 < tokens.rate < 1 or kept == count:
+        raise UserError(f"tokens.rate={tokens.rate}: must be between 0 and 1, and at least one of the {count} tokens must skip")
+    return (start, depth - tail), kept
 
 
 def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:

@@ -96,10 +96,14 @@ class DiTBlock(nn.Module):
     rope: tuple[int, int] | None = None
 
     @nn.compact
-    def __call__(self, x, c, *text):
+    def __call__(self, x, c, *text, ids=None):
+        """ids: [B, T] int, which tokens of the grid these are; None: all, in order."""
         width = x.shape[-1]
         hidden = int(width * self.mlp_ratio)
-        angles = None if self.rope is None else jnp.asarray(layers.rope_angles(self.rope, width // self.heads))
+        angles = None
+        if self.rope is not None:
+            angles = jnp.asarray(layers.rope_angles(self.rope, width // self.heads))
+            angles = angles if ids is None else angles[ids]
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.block_adaln(self, c)
 
         y = layers.modulated_norm(self.norm, "norm1", x, shift1, scale1)

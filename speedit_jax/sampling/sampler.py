@@ -1,6 +1,7 @@
 """The sampling function, jitted over a mesh, and the samples that training draws with it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from speedit_jax.sampling.conditions import Conditions
 from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.known import Pictures, check_sampler
+from speedit_jax.sampling.sparse_guidance import check_sparse, sparse_networks
 
 Diffusion = GaussianDiffusion | FlowMatching
 
@@ -41,6 +43,8 @@ class Settings:
       clip: clip the predicted image to [-1, 1]; for pixels, not for latents.
       guidance_schedule, guidance_low, guidance_high: as `samplers.guidance_scales`.
       spacing: of the steps, as `samplers.spaced_steps`.
+      sparse_strong, sparse_weak: shares of the tokens that skip the middle blocks, of the network and of itself as its guide
+        (sparse_guidance.py); equal: the null label guides, and all tokens are in all blocks.
     """
 
     sampler: str
@@ -53,6 +57,18 @@ class Settings:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     spacing: str = "even"
+    sparse_strong: float = 0.0
+    sparse_weak: float = 0.0
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the network with fewer tokens is its guide."""
+        return self.sparse_strong != self.sparse_weak
+
+    def record(self) -> dict[str, Any]:
+        """JSON. What is off and younger than other keys is left out, so that earlier versions' records still compare."""
+        young = () if self.sparse else ("sparse_strong", "sparse_weak")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in young}
 
     @classmethod
     def from_config(
@@ -70,7 +86,7 @@ class Settings:
         if latents and given.get("clip"):
             raise UserError("clip=True: this run draws latents, and only pixels lie in [-1, 1]; leave it out")
         settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-        if not model.guidable and guide is None:
+        if not model.guidable and guide is None and not settings.sparse and not given.get("sparse_weak"):
             settings = dataclasses.replace(settings, guidance_scale=1.0)
         if latents:
             settings = dataclasses.replace(settings, clip=False)
@@ -107,7 +123,8 @@ def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, sha
 def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
-    if settings.guidance_scale != 1 and not model.guidable and guide is None:
+    check_sparse(settings.sparse_strong, settings.sparse_weak, model, guide is not None)
+    if settings.guidance_scale != 1 and not model.guidable and guide is None and not settings.sparse:
         raise UserError(
             f"guidance_scale={settings.guidance_scale} needs a model trained with classes or text and model.label_dropout > 0;"
             " use guidance_scale=1"
@@ -142,13 +159,17 @@ def _jitted_sampler(
 
     def sample(params, key, indices, y, null_text, images=None, mask=None):
         params, guide_params = params if guide else (params, None)
+        network, other = functools.partial(model.apply, params), guide and functools.partial(guide.apply, guide_params)
+        if settings.sparse:
+            rates = settings.sparse_strong, settings.sparse_weak
+            network, other = sparse_networks(model, params, rates, key, indices, diffusion.schedule_index)
         denoise = samplers.guided(
-            lambda x, t, y: model.apply(params, x, t, y),
+            network,
             y,
             null_text if model.text else model.null_label,
             scales,
             settings.guidance_channels or model.image_shape[-1],
-            guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
+            other,
             diffusion.schedule_index,
         )
         inputs = (

@@ -107,6 +107,7 @@ def make_model(
         learned_variance=config.diffusion.variance == "learned_range",
         platform=mesh.devices.flat[0].platform,
         text=text,
+        tokens=config.tokens,
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,

@@ -56,6 +56,7 @@ OTHER = {
     "model.dtype": ("bfloat16", Kind.CHANGES),
     "diffusion.schedule": ("cosine", Kind.CHANGES),
     "diffusion.prediction": ("v", Kind.CHANGES),
+    "tokens.method": ("route", Kind.CHANGES),
     "timesteps.strategy": ("uniform", Kind.CHANGES),
     "timesteps.sampling": ("uniform", Kind.CHANGES),
     "optim.learning_rate": (1.0, Kind.CHANGES),
