@@ -1,7 +1,7 @@
 """Compiles the training step, or the sampler, for TPUs and GPUs that this machine does not have, to see whether it fits.
 
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
 
 The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
 the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints the memory that each device needs, the
@@ -27,12 +27,13 @@ from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
+from speedit_jax.reporting.console import route_line
 from speedit_jax.sampling.sampler import Settings, lower_sampler
 from speedit_jax.training import topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.check import check_numbers
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. imagenet:DiG-S/2.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:2x2 up to v5e:16x16, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1; h100, a100, h100x8.")
 _WHAT = flags.DEFINE_enum(
     "what", "train", ["train", "sample"], "What to compile: the training step, or the sampler for training.batch_size images."
@@ -104,7 +105,7 @@ def aot() -> int | None:
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
     given = described()
-    devices, allowed = topologies.devices(topology)
+    devices, allowed = topologies.devices(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     parts = assemble(config, open_data(config, given, mesh), mesh)
     model = parts.model
@@ -114,6 +115,8 @@ def aot() -> int | None:
         end=" ",
     )
     print(f"batch {config.training.batch_size}, on {mesh.size} {mesh.devices.flat[0].device_kind}: {shown}", flush=True)
+    if model.kept is not None and what == "train":
+        print(route_line(model))
     if parts.autoencoder and (parts.online or what == "sample"):
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)
@@ -122,6 +125,8 @@ def aot() -> int | None:
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows) / 2**20
         print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
+    if what == "train":
+        record["model_flops_per_device"] = 3 * model.forward_flops * config.training.batch_size / mesh.size
     since = time.perf_counter()
     try:
         for name, lowered in programs(parts, what).items():

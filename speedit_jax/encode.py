@@ -1,7 +1,7 @@
 """Encodes images to latents once, so that training does not encode them at every step.
 
   python -m speedit_jax.encode --source=folder:/path/to/images --size=256 --vae=/path/to/sd-vae-ft-ema --out=data/latents
-  python -m speedit_jax.train --config=configs/imagenet.py --config.data.source=latents:data/latents --workdir=runs/mine
+  python -m speedit_jax.train --config=imagenet --config.data.source=latents:data/latents --workdir=runs/mine
 
 Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
 header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
@@ -110,7 +110,7 @@ def encode() -> None:
         print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
         if warning := scale_warning(header):
             print(f"warning: {warning}", file=sys.stderr)
-        print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")
+        print("Next: python -m speedit_jax.train --config=imagenet:DiT-S/2", end=" ")
         print(f"--config.data.source=latents:{out} --workdir=runs/mine")
 
 

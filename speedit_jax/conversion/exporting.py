@@ -65,9 +65,8 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
         files.need_torch()
     run = open_run(workdir, checkpoint_step, one_device())
     config, model = run.config, run.model
-    if config.model.qk_norm:
-        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format can store")
     backbone, _, patch = parse_name(config.model.name)
+    refuse_unpublished(workdir, backbone, config.model)
     refuse_conditioning(config, model)
     names = table(backbone, text=model.text is not None)
     network = network_of(config, model, names.shapes(run.shapes, patch))
@@ -93,6 +92,15 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     else:
         write_file(out, exported)
     print(f"{origin} in {out}")
+
+
+def refuse_unpublished(workdir: Path, backbone: str, model: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for parts of a network that no published format can store."""
+    parts = {"qk_norm": model.qk_norm, "rope": model.rope, "patch_bottleneck": model.patch_bottleneck}
+    parts |= {"mlp=swiglu": model.mlp == "swiglu", "norm=rms": backbone == "DiT" and model.norm == "rms"}
+    used = [f"model.{part}" for part, on in parts.items() if on]
+    if used:
+        raise UserError(f"{workdir} was trained with {' and '.join(used)}, which no published format can store")
 
 
 def refuse_conditioning(config: ml_collections.ConfigDict, model: Model) -> None:

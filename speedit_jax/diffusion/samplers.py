@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.inverse import NOTHING, Known, Plan
 from speedit_jax.diffusion.schedules import Schedule, respace, sampling_steps
 from speedit_jax.errors import UserError
 
@@ -168,6 +169,16 @@ def _step_table(schedule: Schedule, sampler: str, eta: float) -> dict[str, np.nd
     return {"a": a, "b": b, "r": r, "s": s}
 
 
+def _rows(schedule: Schedule, sampler: str, eta: float, plan: Plan) -> dict[str, np.ndarray]:
+    """The steps in the order in which they are run: `_step_table`, the columns of `plan`, and what the network is told."""
+    rows = plan.rows(np.sqrt(schedule.alphas_cumprod), schedule.sigmas)
+    steps = {name: column[rows["level"]] for name, column in _step_table(schedule, sampler, eta).items()}
+    # Neither the first step nor one after a time travel has a previous x0_hat to extrapolate from.
+    first = rows["number"] == rows["number"][0]
+    steps["r"] = np.where(rows["travelled"] | first, 0, steps["r"])
+    return rows | steps | {"model_step": schedule.model_steps[rows["level"]]}
+
+
 def sample(
     denoise: Denoiser,
     x: jax.Array,
@@ -179,6 +190,7 @@ def sample(
     spacing: str = "even",
     eta: float = 0.0,
     clip: bool = False,
+    known: Known = NOTHING,
 ) -> jax.Array:
     """Runs the reverse process from x, pure noise, to images.
 
@@ -186,11 +198,13 @@ def sample(
       denoise: the network, guidance included.
       x: [B, H, W, C] standard normal.
       diffusion: over the schedule of training.
-      noise: step index k in 0..num_steps-1 (a traced scalar, the first step taken being num_steps-1) -> z like x.
+      noise: number k in 0..num_steps-1 (a traced scalar, the first step taken being num_steps-1) -> z like x. With `known`
+        further numbers are drawn.
       sampler: "ddpm", "ddim" or "dpm++". A learned variance serves ddpm only.
       num_steps, spacing: which steps of the schedule, as `spaced_steps`.
       eta: noise of ddim and dpm++: 0 is deterministic, 1 close to DDPM, respectively the SDE variant.
       clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
+      known: an image that is known in part, or to start from, and how it is used.
 
     Returns:
       [B, H, W, C].
@@ -202,20 +216,22 @@ def sample(
         raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = respace(diffusion.schedule, spaced_steps(diffusion.schedule, spacing, num_steps))
     diffusion = dataclasses.replace(diffusion, schedule=schedule)
-    table = {name: column.astype(x.dtype) for name, column in _step_table(schedule, sampler, eta).items()}
-    table |= {"k": np.arange(schedule.num_steps), "model_step": schedule.model_steps}
+    rows = _rows(schedule, sampler, eta, known.plan)
+    table = {name: column.astype(x.dtype) if column.dtype.kind == "f" else column for name, column in rows.items()}
+    x = known.start(x, table)
     batch = x.shape[0]
 
     def step(carry, row):
         x, previous = carry
-        t = jnp.full((batch,), row["k"])
+        x = known.before(x, row, noise)
+        t = jnp.full((batch,), row["level"])
         out = denoise(x, jnp.full((batch,), row["model_step"]))
         _, log_variance, x0 = diffusion.p_mean_log_variance(out, x, t, clip)
         after = row["a"] * x + row["b"] * (x0 + row["r"] * (x0 - previous))
         if sampler == "ddpm" or eta:
             s = jnp.exp(0.5 * log_variance) if sampler == "ddpm" else row["s"]
-            after += jnp.where(row["k"] > 0, s, 0) * noise(row["k"])
-        return (after, x0), None
+            after += jnp.where(row["level"] > 0, s, 0) * noise(row["number"])
+        return (known.after(after, x0, row), x0), None
 
-    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jax.tree.map(jnp.asarray, table), reverse=True)
-    return x
+    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jax.tree.map(jnp.asarray, table))
+    return known.end(x)

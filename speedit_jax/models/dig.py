@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
 from speedit_jax.models.cross_attention import CrossAttention, CrossAttentionFn
-from speedit_jax.models.layers import RMSNorm, dense
+from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
@@ -35,7 +35,6 @@ ORDERS = {
     2: ((False, False), (False, True)),
     4: ((False, False), (False, True), (True, False), (True, True)),
 }
-NORMS = ("layer", "rms")
 CONVOLUTIONS = ("identity", "random", "none")
 
 _GATE_RANK = 16
@@ -56,11 +55,6 @@ def _log_gate(x):
 @layers.recomputed
 def _swish_times(x, y):
     return y * nn.silu(x)
-
-
-@layers.recomputed
-def _swiglu(ab):
-    return nn.silu(ab[..., 0, :]) * ab[..., 1, :]
 
 
 class GatedLinearAttention(nn.Module):
@@ -93,19 +87,6 @@ class GatedLinearAttention(nn.Module):
         out = checkpoint_name(self.gla(q, k, v, _log_gate(gate), reverse=self.reverse), MIXED)
         out = _swish_times(r, RMSNorm(name="out_norm")(out))
         return _projection(width, ("heads", None, "embed"), self.dtype, "out", axis=(-2, -1))(out)
-
-
-class SwiGLU(nn.Module):
-    """(silu(a) * b) W with [a, b] = x W_ab: [B, T, D] -> [B, T, D]; the hidden width is 8D/3, rounded up to a multiple of 256."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        width = x.shape[-1]
-        hidden = -(-int(8 * width / 3) // 256) * 256
-        ab = _projection((2, hidden), ("embed", None, "mlp"), self.dtype, "up", layers.xavier)(x)
-        return _projection(width, ("mlp", "embed"), self.dtype, "down", layers.xavier)(_swiglu(ab))
 
 
 @layers.recomputed
@@ -151,7 +132,7 @@ class DiGBlock(nn.Module):
       heads: H.
       grid: rows and columns of tokens, T = rows * columns.
       order: (columns first?, reversed?) of the block's scan.
-      norm, convolution: one of NORMS and of CONVOLUTIONS.
+      norm, convolution: one of layers.NORMS and of CONVOLUTIONS.
       gla: kernels.gla.gla.
       cross_attention: to the text's tokens.
       remat_part: how the mixer, the cross-attention and the SwiGLU are computed again in the backward pass.
@@ -185,7 +166,7 @@ class DiGBlock(nn.Module):
     def _mix(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         columns, reverse = self.order
-        y = self._modulated_norm("norm1", x, shift, scale)
+        y = layers.modulated_norm(self.norm, "norm1", x, shift, scale)
         y = _transpose_grid(y, self.grid) if columns else y
         y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
         y = _transpose_grid(y, self.grid[::-1]) if columns else y
@@ -197,13 +178,9 @@ class DiGBlock(nn.Module):
 
     def _mlp(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
-        y = self._modulated_norm("norm2", x, shift, scale)
-        return x + gate[:, None] * SwiGLU(self.dtype, name="mlp")(y)
-
-    def _modulated_norm(self, name, x, shift, scale):
-        if self.norm == "rms":
-            return layers.modulate(RMSNorm(name=name)(x), shift, scale)
-        return layers.modulated_layer_norm(x, shift, scale)
+        y = layers.modulated_norm(self.norm, "norm2", x, shift, scale)
+        hidden = -(-int(8 * x.shape[-1] / 3) // 256) * 256  # 8D/3, rounded up to a multiple of 256
+        return x + gate[:, None] * SwiGLU(hidden, False, self.dtype, name="mlp")(y)
 
 
 def _transpose_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

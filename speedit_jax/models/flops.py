@@ -22,6 +22,18 @@ def weights_flops(params: Any, tokens: int, text_tokens: int = 0) -> int:
     return flops
 
 
+def skipped_flops(params: Any, tokens: int, kept: int, blocks: int, width: int) -> int:
+    """Of one image, forward, that a route spares: `blocks` blocks of DiT see `kept` of its tokens.
+
+    Args:
+      params: of the network, or their shapes; those of its blocks are stacked over the depth.
+    """
+    of_blocks = params["blocks"]
+    depth = jax.tree.leaves(of_blocks)[0].shape[0]
+    weights = (weights_flops(of_blocks, tokens) - weights_flops(of_blocks, kept)) // depth
+    return blocks * (weights + mixer_flops("DiT", tokens, width, 1, 1) - mixer_flops("DiT", kept, width, 1, 1))
+
+
 def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) -> int:
     """Of one image through attention's two products (DiT), or through GLA's state, written and read at every token (DiG)."""
     if backbone == "DiT":

@@ -20,6 +20,8 @@ xavier = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
+NORMS = ("layer", "rms")
+
 
 def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):
     """lax.dot_general for [B, T, ...] whose last axes are contracted, with batch and tokens as one axis of rows.
@@ -114,6 +116,63 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def modulated_layer_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """`modulate` of `layer_norm`."""
     return modulate(layer_norm(x), shift, scale)
+
+
+def modulated_norm(norm: str, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`modulate` of `norm`, one of NORMS: layer, without parameters, or rms, with a weight of that name."""
+    if norm == "rms":
+        return modulate(RMSNorm(name=name)(x), shift, scale)
+    return modulated_layer_norm(x, shift, scale)
+
+
+@recomputed
+def _swiglu(ab):
+    return nn.silu(ab[..., 0, :]) * ab[..., 1, :]
+
+
+class SwiGLU(nn.Module):
+    """(silu(a) * b) W with [a, b] = x W_ab: [B, T, D] -> [B, T, D].
+
+    Attributes:
+      hidden: width of a and of b.
+      bias: whether both linear layers have one.
+      dtype: of activations.
+    """
+
+    hidden: int
+    bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        biases = ((None, "mlp"), (None,)) if self.bias else (None, None)
+        ab = dense((2, self.hidden), xavier, ("embed", None, "mlp"), biases[0], self.dtype, "up")(x)
+        return dense(x.shape[-1], xavier, ("mlp", "embed"), biases[1], self.dtype, "down")(_swiglu(ab))
+
+
+def rope_angles(grid: tuple[int, int], head_dim: int) -> np.ndarray:
+    """Angles of 2-D rotary positions (arXiv 2104.09864): [T, head_dim / 2] float64, of tokens in raster order.
+
+    The first half turns with the row, the second with the column, both by p w_j with w_j = 10000^(-2 j / (head_dim / 2)).
+    """
+    half = head_dim // 2
+    frequencies = 10_000.0 ** -(np.arange(0, half, 2) / half)
+    rows, columns = (place.reshape(-1, 1) for place in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    return np.concatenate([rows * frequencies, columns * frequencies], axis=1)
+
+
+@recomputed
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns each pair of neighbouring channels by its angle.
+
+    Args:
+      x: [B, T, H, K].
+      angles: [T, K / 2], or [B, T, K / 2].
+    """
+    statistics = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = (f(angles.astype(statistics))[..., None, :] for f in (jnp.cos, jnp.sin))
+    a, b = x[..., 0::2].astype(statistics), x[..., 1::2].astype(statistics)
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:

@@ -28,8 +28,10 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         *(f"           {line}" for line in classes.describe(source)),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
-        f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP per image and training step",
+        f"           {model.tokens:,} tokens, {model.step_flops / 1e9:,.3g} GFLOP per image and training step",
     ]
+    if model.kept is not None:
+        lines.append(f"tokens     {route_line(model)}")
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
             f"           at {model.tokens} tokens DiT is at least as fast; GLA is faster from about {GLA_PAYS_FROM}"
@@ -56,6 +58,13 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         if not parts.online and (warning := scale_warning(source.header)):
             lines.append(f"           warning: {warning}")
     return lines
+
+
+def route_line(model: Model) -> str:
+    """Which tokens the middle blocks of a model with a route see in training, and what that saves."""
+    start, end = model.middle
+    share = model.step_flops / (3 * model.forward_flops)
+    return f"blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
 
 
 def decay_line(parts: Assembly) -> list[str]:

@@ -38,7 +38,7 @@ from speedit_jax.sampling.images import image_grid, magnification, to_uint8, wri
 GRID = 100  # images of OUT.png at most
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
-_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "text_encoder.encoder")
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "known.image", "known.mask", "text_encoder.encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +315,10 @@ def claim(output: Output, overwrite: bool) -> np.ndarray | None:
 
 
 def checksum(params: Any) -> str:
-    """Of all numbers of a tree of arrays that are whole on every device."""
+    """Of all numbers of a tree of arrays, however they are divided among devices; all processes have to ask."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from speedit_jax.data.description import Description
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
 from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
-from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.gaussian import PREDICTIONS, GaussianDiffusion
 from speedit_jax.diffusion.schedules import Schedule, make_schedule
 from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
@@ -36,14 +36,26 @@ def _schedule(config: ml_collections.ConfigDict) -> Schedule:
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
     schedule, path = _schedule(config), config.diffusion.path
     if path in PATHS:
-        if config.diffusion.loss != "mse":
-            raise UserError(
-                f"diffusion.loss={config.diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse"
-            )
-        return FlowMatching(path, config.diffusion.num_steps, config.diffusion.variance == "learned_range")
+        return _make_flow(config.diffusion)
     if path != "vp":
         raise UserError(f"unknown diffusion.path {path!r}; choose one of vp, {', '.join(PATHS)}")
+    if config.diffusion.noise_scale != 1:
+        raise UserError(f"diffusion.noise_scale={config.diffusion.noise_scale} is for flows: choose diffusion.path=linear or gvp")
     return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction, config.diffusion.loss)
+
+
+def _make_flow(diffusion: ml_collections.ConfigDict) -> FlowMatching:
+    path, predicts_x0 = diffusion.path, diffusion.prediction == "x0"
+    if diffusion.loss != "mse":
+        raise UserError(f"diffusion.loss={diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse")
+    if diffusion.prediction not in PREDICTIONS:
+        raise UserError(f"unknown diffusion.prediction {diffusion.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
+    if predicts_x0 and not 0 < diffusion.x0_clamp < 1:
+        raise UserError(f"diffusion.x0_clamp={diffusion.x0_clamp}: must be between 0 and 1; JiT takes 0.05")
+    if diffusion.noise_scale <= 0:
+        raise UserError(f"diffusion.noise_scale={diffusion.noise_scale}: must be positive")
+    learned_variance = diffusion.variance == "learned_range"
+    return FlowMatching(path, diffusion.num_steps, learned_variance, predicts_x0, diffusion.x0_clamp, diffusion.noise_scale)
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
@@ -95,6 +107,7 @@ def make_model(
         learned_variance=config.diffusion.variance == "learned_range",
         platform=mesh.devices.flat[0].platform,
         text=text,
+        tokens=config.tokens,
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,

@@ -48,6 +48,9 @@ KEYS = {
     "model.adaln": Kind.FORM,
     "model.position_scale": Kind.CHANGES,
     "model.qk_norm": Kind.FORM,
+    "model.rope": Kind.CHANGES,
+    "model.mlp": Kind.FORM,
+    "model.patch_bottleneck": Kind.FORM,
     "model.attention": Kind.ROUNDING,
     "model.gla": Kind.ROUNDING,
     "model.directions": Kind.FORM,
@@ -57,6 +60,7 @@ KEYS = {
     "model.scan_unroll": Kind.ROUNDING,
     "model.dtype": Kind.CHANGES,  # bfloat16 rounds as coarsely as that it shows in the curves
     "diffusion": Kind.CHANGES,
+    "tokens": Kind.CHANGES,
     "timesteps": Kind.CHANGES,
     "optim": Kind.CHANGES,
     "training.num_steps": Kind.FREE,  # but for the cosine, which looks at where the run ends
@@ -71,6 +75,7 @@ KEYS = {
     "training.profile_steps": Kind.FREE,
     "training.wandb_project": Kind.FREE,
     "training.max_skipped_in_a_row": Kind.FREE,
+    "training.hang_after": Kind.FREE,
     "checkpoint": Kind.FREE,
     "sampling": Kind.FREE,
     "evaluation": Kind.FREE,

@@ -20,7 +20,7 @@ KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 _SHOWN = 3  # names of parameters in one message
 
 # What no array shows: the same weights would mean something else.
-_MEANING = ("model.time_freq_shift", "diffusion.path", "diffusion.num_steps")
+_MEANING = ("model.time_freq_shift", "model.rope", "diffusion.path", "diffusion.num_steps", "diffusion.noise_scale")
 _MEANING_OF_VP = ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end")
 
 
@@ -144,6 +144,10 @@ def _differences(run: Run, parts: Assembly) -> dict[str, list[Any]]:
     if old["diffusion.num_steps"] == new["diffusion.num_steps"] and _same_noise(run, parts):
         keys = tuple(key for key in keys if not key.startswith(("diffusion.schedule", "diffusion.beta")))
     found = {key: [old[key], new[key]] for key in keys if old.get(key) != new.get(key)}
+    if "vp" not in (old["diffusion.path"], new["diffusion.path"]):
+        predictions = [of["diffusion.prediction"] for of in (old, new)]
+        if predictions.count("x0") == 1:  # the others are the velocity
+            found["diffusion.prediction"] = predictions
     # Of imported weights it may not be known whose latents they draw.
     if run.encoded_by and not changes.same_latents(run.encoded_by, parts.encoded_by):
         found["latents"] = [run.encoded_by["vae"], (parts.encoded_by or {}).get("vae", "none")]

@@ -15,10 +15,11 @@ from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
 from speedit_jax.models.condition import Condition, replaced
+from speedit_jax.models.routing import Route, draw_route
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5, "tokens": 6}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -47,12 +48,14 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
 def make_loss(model: Model, diffusion: GaussianDiffusion | FlowMatching) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
+    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     """
 
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
-        output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"])
+        options = {"route": Route(batch["order"], batch["inverse"], model.kept)} if "order" in batch else {}
+        output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = diffusion.objective(terms, batch["weight"])
         return (batch["importance"] * terms["loss"]).mean(), terms
@@ -155,6 +158,9 @@ def make_train_step(
             "importance": importance,
             "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
+        if model.kept is not None:
+            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
+            inputs |= {"order": order, "inverse": inverse}
         grads, loss, terms = gradient(state.params, inputs)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)

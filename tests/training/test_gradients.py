@@ -34,6 +34,11 @@ def gradient(shape, x64: bool, accumulation: int = 1, text: bool = False, **chan
     if text:
         length = rng.integers(1, TEXTS.length + 1, BATCH).astype(np.int32)
         batch["y"] = {"tokens": rng.normal(size=(BATCH, TEXTS.length, TEXTS.width)).astype(dtype), "length": length}
+    if changes.get("diffusion__path", "vp") != "vp":
+        batch["t"] = rng.uniform(0.02, 0.98, BATCH).astype(dtype)
+    if "tokens__method" in changes:
+        order = rng.permuted(np.tile(np.arange(16, dtype=np.int32), (BATCH, 1)), axis=1)
+        batch |= {"order": order, "inverse": np.argsort(order, axis=1).astype(np.int32)}
     with jax.enable_x64(x64):
         trainer = tiny.make_trainer(shape, texts=TEXTS if text else None, **changes)
         params = jax.device_put(tiny.random_like(trainer.shapes.params, dtype=dtype), trainer.shardings.params)
@@ -104,6 +109,47 @@ def test_accumulation_with_text_changes_only_the_rounding():
     # Lengths and tokens are dealt out together with the images.
     errors = tiny.relative_errors(gradient((2, 2, 2), True, 4, text=True)[0], gradient(ONE, True, text=True)[0])
     assert max(errors.values()) < 1e-12, errors
+
+
+# As configs/pixels.py.
+PIXELS = {
+    "diffusion__path": "linear",
+    "diffusion__prediction": "x0",
+    "diffusion__noise_scale": 2.0,
+    "diffusion__variance": "fixed_small",
+    "model__qk_norm": True,
+    "model__rope": True,
+    "model__mlp": "swiglu",
+    "model__norm": "rms",
+    "model__patch_bottleneck": 4,
+}
+
+
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
+def test_every_leaf_of_a_flow_on_pixels_on_every_mesh(shape):
+    grads, reference = gradient(shape, True, **PIXELS)[0], gradient(ONE, True, **PIXELS)[0]
+    errors = tiny.relative_errors(grads, reference)
+    assert len(errors) == 21 + 6
+    # Those of the weights of q_norm and k_norm are 1e-5: random weights of 0.1 make logits of nearly zero.
+    assert all(np.linalg.norm(leaf) > 1e-6 for leaf in jax.tree.leaves(reference)), "a gradient that is zero tests nothing"
+    assert max(errors.values()) < 1e-11, {name: error for name, error in errors.items() if error >= 1e-11}
+
+
+ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4}
+
+
+# Of the middle blocks nothing but the tokens that they see; the gathers' transposes are gathers (models/routing.py).
+@pytest.mark.parametrize(
+    ("shape", "accumulation"),
+    [pytest.param(shape, 1, marks=pytest.mark.slow) for shape in MESHES if shape != (2, 2, 2)] + [((2, 2, 2), 4)],
+)
+def test_every_leaf_with_a_route_on_every_mesh(shape, accumulation):
+    grads, loss, terms = gradient(shape, True, accumulation, **ROUTE)
+    reference = gradient(ONE, True, **ROUTE)
+    errors = tiny.relative_errors(grads, reference[0])
+    assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
+    np.testing.assert_allclose(loss, reference[1], rtol=1e-12)
+    np.testing.assert_allclose(terms["loss"], reference[2]["loss"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
