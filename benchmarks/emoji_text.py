@@ -184,7 +184,7 @@ def main() -> None:
             prepare(args.archive, args.out)
             return
         found = measure(args.samples, args.data)
-    except UserError as e:
+    except (UserError, OSError) as e:
         parser.exit(1, f"error: {e}\n")
     print(json.dumps(found, indent=1))
     if args.out:
