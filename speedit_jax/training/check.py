@@ -42,6 +42,7 @@ _LEAST = {
     "evaluation.seed": 0,
     "evaluation.loss_every": 0,
     "evaluation.loss_images": 1,
+    "mesh.slices": 1,
 }
 
 

@@ -65,7 +65,7 @@ def _group_size(line: str) -> int:
         return len(_dims(match[1]))
     if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
         sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
-        return math.prod(int(sizes[name]) for name in match[2].split(","))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'\w+'", match[2]))
     return 1
 
 
