@@ -30,7 +30,7 @@ from speedit_jax.training.assembly import assemble
 from speedit_jax.training.checkpoint import arrays
 from speedit_jax.training.run import open_run
 
-EACH = 20  # steps of a stage
+EACH = 10  # steps of a stage
 # Of each stage: processes, devices of each, mesh.fsdp.
 CHAINS = {
     "4 hosts, then 2": [(4, 1, 4), (2, 1, 2)],
@@ -47,6 +47,7 @@ def start(place: Place, stage: int, processes: int, devices: int, fsdp: int) -> 
         f"--config.mesh.fsdp={fsdp}",
         "--config.training.sample_every=0",
         "--config.checkpoint.keep_last=10",
+        f"--config.checkpoint.every={EACH}",
     )
     env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     codes, lines, _ = Job(place, processes, *flags, env=env).end(range(processes))
@@ -82,7 +83,11 @@ def measure(place: Place, stages: list[tuple[int, int, int]], alone: np.ndarray)
         found = losses(place.workdir)
         relative = np.abs(found - alone[: len(found)]) / alone[: len(found)]
         row = {"processes": processes, "devices": processes * devices, "fsdp": fsdp, "restored": equal}
-        rows.append(row | {"first loss": relative[EACH * (number - 1)], "loss": relative[EACH * (number - 1) :].max()})
+        row |= {"first loss": relative[EACH * (number - 1)], "loss": relative[EACH * (number - 1) :].max()}
+        same = "to the bit" if equal else "DIFFERENT"
+        where = f"{processes} processes, {row['devices']} devices, fsdp {fsdp}"
+        print(f"{where}: restored {same}, first loss {row['first loss']:.1e}, largest {row['loss']:.1e}", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -110,10 +115,6 @@ def main():
             rows = measure(place, stages, alone)
             end = params(restored(reference.workdir, EACH * len(stages), 1), restored(place.workdir, EACH * len(stages), 1))
             found[name] = {"stages": rows, "params": end}
-            for row in rows:
-                same = "to the bit" if row["restored"] else "DIFFERENT"
-                where = f"{row['processes']} processes, {row['devices']} devices, fsdp {row['fsdp']}"
-                print(f"{where}: restored {same}, first loss {row['first loss']:.1e}, largest {row['loss']:.1e}", flush=True)
             print(f"{name}: parameters at the end differ by {end:.1e}", flush=True)
     if args.out:
         versions = {"speedit_jax": __version__, "jax": jax.__version__, "python": sys.version.split()[0]}

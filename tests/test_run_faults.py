@@ -100,14 +100,13 @@ def test_reading_beside_training(run, tmp_path):
     """Each command sees a whole checkpoint, or is told that its own was removed meanwhile; training notices nothing."""
     workdir = tmp_path / "run"
     trainer = Trainer(workdir, "--config.checkpoint.every=40", "--config.checkpoint.keep_last=3")
-    for i in range(4):
-        out = tmp_path / f"out_{i}"
-        result = run("sample", f"--workdir={workdir}", "--num_images=2", f"--out={out}")
+    for i in range(3):
+        result = run("sample", f"--workdir={workdir}", "--num_images=2", f"--out={tmp_path / str(i)}")
         if result.code:
             assert "was removed by the run that goes on there" in result.err, result
-        verified = run("verify", f"--workdir={workdir}")
-        assert "damaged" not in verified.out and "Traceback" not in verified.err, verified
-        assert_works(run("report", f"--workdir={workdir}", f"--out={tmp_path / 'page.html'}"))
+    verified = run("verify", f"--workdir={workdir}")
+    assert "damaged" not in verified.out and "Traceback" not in verified.err, verified
+    assert_works(run("report", f"--workdir={workdir}", f"--out={tmp_path / 'page.html'}"))
     assert trainer.process.poll() is None
     trainer.process.send_signal(signal.SIGTERM)
     code, said = trainer.end()

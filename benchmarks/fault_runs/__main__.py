@@ -111,7 +111,7 @@ def summary(rows: list[dict]) -> list[dict]:
 def table(counts: list[dict]) -> str:
     """The counts in Markdown, for docs/results/faults.md."""
     lines = [
-        "| fault | trials | over before | with its line | in time | identical | wrong | seconds to the end |",
+        "| fault | trials | over before | its line | in time | identical | wrong | seconds to the end |",
         f"|{'---|' * 8}",
     ]
     for row in counts:
