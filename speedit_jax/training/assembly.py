@@ -22,7 +22,7 @@ from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
-from speedit_jax.training.check import check_batch, check_numbers
+from speedit_jax.training.check import check_batch, check_numbers, check_regularizer
 from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -208,5 +208,6 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     online = autoencoder is not None and source.encoded_by is None
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
     model = make_model(config, mesh, image_shape, len(source.class_names))
+    check_regularizer(config, model, diffusion)
     encoded_by = autoencoder.identity if online else source.encoded_by
     return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online)
