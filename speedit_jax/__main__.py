@@ -1,6 +1,7 @@
 """The program `speedit`: runs a command by its name. `speedit train ...` is `python -m speedit_jax.train ...`."""
 
 import ast
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def main() -> int | str | None:
             return f"error: {name!r} stands where a command is expected: speedit COMMAND --FLAG=VALUE; see speedit --help"
         return f"error: unknown command {name!r}; {did_you_mean(name, known)}speedit --help lists the commands"
     sys.argv[1:] = arguments
+    if not sys.flags.safe_path:
+        sys.path[0] = os.getcwd()  # as `python -m` has it, so that a config file can import what lies beside it
     runpy.run_module(f"speedit_jax.{name}", run_name="__main__", alter_sys=True)
     return None
 

@@ -21,18 +21,19 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c.seed = 0  # seed of weights, data order, noise, timesteps and label dropout
 
     c.data = data = ml_collections.ConfigDict()
-    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
-    data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
+    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode), synthetic or blobs
+    data.split = "train"  # of tfds (also train[:90%], train+test) or of digits and blobs (train, held_out)
     data.classes = ""  # only these classes: names or numbers, separated by commas, renumbered in this order; "" takes all
     data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
+    data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
     data.threads = 4  # threads that decode images
-    data.synthetic_size = 4096  # images of the synthetic set
+    data.synthetic_size = 4096  # images of the synthetic set and of the blobs
     data.synthetic_classes = 10  # 0 is unconditional
 
     c.model = model = ml_collections.ConfigDict()
@@ -42,14 +43,19 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     model.heads = 0
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
     model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
-    model.label_dropout = 0.1  # probability of replacing a label by the null label; with 0 the model cannot be guided
+    # Probability of replacing a label by the null label, or a caption by the empty text; with 0 the model cannot be guided.
+    model.label_dropout = 0.1
+    model.text = "cross"  # with data.text: cross (attention to its tokens, as PixArt) or pooled (their mean joins the timestep)
+    model.adaln = "block"  # block: adaLN-Zero, a layer in every block; single: one for all blocks and a table in each, as PixArt
+    model.position_scale = 1.0  # divides the positions of the sine-cosine table; diffusers' interpolation_scale
     model.qk_norm = False  # DiT: RMSNorm of queries and keys (Dehghani et al., arXiv 2302.05442), for large learning rates
     model.rope = False  # DiT: queries and keys turn with their place (2-D rotary positions), besides the position table
     model.mlp = "gelu"  # DiT: gelu or swiglu, of as many weights
     # Width of a linear layer between the numbers of a patch and D; 0: there is none. For patches of pixels 128, as JiT
     # (arXiv 2511.13720).
     model.patch_bottleneck = 0
-    model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
+    # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory, also of DiG's attention to text.
+    model.attention = "auto"
     model.gla = "auto"  # DiG: auto (pallas_tpu, pallas_gpu or xla by platform), or any of them, or reference (token by token)
     model.directions = 4  # DiG: scan orders; 4: rows and columns in both directions; 2: rows in both directions; 1: one direction
     model.convolution = "identity"  # DiG: the 3x3's start: identity, random, or none for no convolution
@@ -139,6 +145,9 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     training.profile_steps = 3  # steps in the trace
     training.wandb_project = ""  # also log to this project of Weights & Biases: pip install -e '.[wandb]'; "" does not
     training.max_skipped_in_a_row = 20  # this many non-finite gradients in a row stop the run
+    # Seconds without a sign of life after which a hung process ends, with the stack of every thread and exit code 75, which
+    # schedulers restart on; longer than compiling, a save or a batch of samples takes. 0 never ends it.
+    training.hang_after = 1_800
 
     c.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.every = 5_000  # steps; a run that ends or is interrupted saves too
@@ -180,12 +189,14 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     evaluation.loss_every = 0  # steps between measurements, of the EMA weights and of the raw ones; 0 measures none
     evaluation.loss_source = ""  # the examples, as data.source; "" is data.source
     evaluation.loss_split = ""  # of the digits or tfds, as data.split; "" is data.split, or train of another loss_source
+    evaluation.loss_text = ""  # their captions where they are not the run's own examples, as data.text
     evaluation.loss_images = 256  # examples, evenly spaced over the source; each is measured at 4 noise levels
 
     c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
     mesh.data = -1  # batch only
     mesh.fsdp = 1  # batch and parameters: for models that do not fit one device
     mesh.tensor = 1  # heads and MLP: must divide the heads
+    mesh.slices = 1  # TPU slices, or nodes of GPUs, among which mesh.data is divided, so that only gradients cross their network
     return c
 
 

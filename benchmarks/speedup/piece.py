@@ -16,6 +16,7 @@ from benchmarks.speedup.plan import EVALUATION_SEED, SCALES, SLOW_EMA, Piece, Sc
 from speedit_jax import __version__, sharding
 from speedit_jax.data.sources import ArraySource
 from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.sampling.conditions import Labels
 from speedit_jax.sampling.sampler import FixedSamples, Settings, image_noise, make_sampler
 from speedit_jax.storage import write_json
 from speedit_jax.training import run
@@ -70,7 +71,8 @@ class Evaluation:
         settings = Settings.from_config(parts.config.sampling, parts.model)
         sampler, key = make_sampler(parts.model, parts.diffusion, settings, parts.mesh), jax.random.key(EVALUATION_SEED)
         self._classes, self._judge = len(images.train.class_names), judge
-        self._samples = FixedSamples(sampler, None, self._classes, key, scale.num_images, sharding.batch_devices(parts.mesh))
+        classes = Labels(np.arange(self._classes))
+        self._samples = FixedSamples(sampler, None, classes, key, scale.num_images, sharding.batch_devices(parts.mesh))
         self._held_out = HeldOut(parts, images.held_out, scale.held_out)
         first = image_noise(key, jnp.arange(scale.num_images), 0, parts.model.image_shape)
         self.record = {

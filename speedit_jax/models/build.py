@@ -13,10 +13,11 @@ import ml_collections
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
 from speedit_jax.models import dig, layers
-from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models.attention import attention, choose_attention, chunked_attention, softmax_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
+from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
-from speedit_jax.models.flops import mixer_flops, skipped_flops, weights_flops
+from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
@@ -25,6 +26,8 @@ SIZES = {
 }
 PATCHES = (1, 2, 4, 8, 16, 32)
 TIME_FREQ_SHIFTS = (0, 1)
+TEXT_WAYS = ("cross", "pooled")
+ADALN = ("block", "single")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -34,11 +37,14 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y [B] int, route=None, taps=()) -> [B, H, W, C or 2C], as Backbone says.
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=()) -> [B, H, W, C or 2C], as Backbone says; y is labels int [B],
+        or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
-      num_classes: 0 is unconditional.
+      num_classes: 0 is unconditional, or conditioned on text.
       null_label: the label that stands for "no class", or None where the model was built without one.
+      text: the form of its text; None of a model without text.
+      guidable: the model was trained without its condition, too, so that guidance can lead away from that.
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       tokens: how many an image is to the network.
@@ -56,6 +62,8 @@ class Model:
     image_shape: tuple[int, int, int]
     num_classes: int
     null_label: int | None
+    text: TextShape | None
+    guidable: bool
     mixer: str
     heads: int
     width: int
@@ -66,6 +74,10 @@ class Model:
     forward_flops: int
     step_flops: int
     dtype: str
+
+    def conditions(self, count: int) -> Any:
+        """The shapes of the conditions of `count` images."""
+        return text_rows(self.text, count) if self.text else jax.ShapeDtypeStruct((count,), jnp.int32)
 
 
 def parse_name(name: str) -> tuple[str, str, int]:
@@ -97,6 +109,7 @@ def build(
     num_classes: int,
     learned_variance: bool,
     platform: str,
+    text: TextShape | None = None,
     tokens: ml_collections.ConfigDict | None = None,
     constrain: Callable = lambda x, names: x,
     batch_axes=None,
@@ -108,6 +121,7 @@ def build(
       image_shape: (H, W, C) of images or latents.
       num_classes: 0 is unconditional.
       learned_variance: the network has C more output channels.
+      text: the form of the text that conditions it, instead of classes; None is no text.
       platform: "cpu", "gpu" or "tpu": decides what "auto" means.
       tokens: the config's section of that name; None: all blocks see all tokens.
       constrain: shards activations, given their logical axes; the identity on one device.
@@ -119,23 +133,9 @@ def build(
     backbone, size, patch = parse_name(config.name)
     width, depth, heads = SIZES[backbone][size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
-    for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
-        if value <= 0:
-            raise UserError(f"model.{key}={value}: must be positive")
     h, w, c = image_shape
-    if h % patch or w % patch:
-        raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
-    multiple = 2 * heads if backbone == "DiG" else heads
-    if width % multiple or width % 4:
-        raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
-    _choose("remat", config.remat, REMAT_POLICIES)
-    _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
-    if not 0 <= config.label_dropout < 1:
-        raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
-    if config.patch_bottleneck < 0:
-        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
-    if not 1 <= config.scan_unroll <= depth:
-        raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
+    _check_form(config, backbone, (width, depth, heads), patch, image_shape)
+    _check_conditioning(config, text)
     dtype_name = config.dtype
     if dtype_name == "auto":
         dtype_name = "float32" if platform == "cpu" else "bfloat16"
@@ -143,18 +143,8 @@ def build(
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
-    _choose("norm", config.norm, layers.NORMS)
-    _choose("mlp", config.mlp, MLPS)
-    if backbone == "DiG":
-        if config.rope or config.mlp != "gelu":
-            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
-        _choose("convolution", config.convolution, dig.CONVOLUTIONS)
-        _choose("directions", config.directions, dig.ORDERS)
-        mixer = choose_gla(config.gla, platform)
-    else:
-        mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
-        if config.rope and width // heads % 4:
-            raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {width // heads}")
+    mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
+    num_classes = 0 if text else num_classes
     grid = (h // patch, w // patch)
     middle, kept = _route(tokens, backbone, depth, grid[0] * grid[1])
     has_null = num_classes > 0 and config.label_dropout > 0
@@ -165,6 +155,9 @@ def build(
             depth=depth,
             patch=patch,
             label_rows=num_classes + has_null,
+            text=config.text if text else "",
+            adaln_single=config.adaln == "single",
+            position_scale=config.position_scale,
             out_channels=c * (2 if learned_variance else 1),
             time_freq_shift=config.time_freq_shift,
             make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
@@ -181,13 +174,20 @@ def build(
         # One image, which no mesh divides, and no kernel: the values do not depend on either.
         plain = network("xla", lambda x, names: x, None, None)
         x = jnp.zeros((1, *image_shape))
-        return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+        y = text_rows(text, 1) if text else jax.ShapeDtypeStruct((1,), jnp.int32)
+        y = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), y)
+        return plain.init(key, x, jnp.zeros((1,), jnp.int32), y)["params"]
 
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     shapes, count = nn.meta.unbox(boxes), grid[0] * grid[1]
-    forward = weights_flops(shapes, count) + mixer_flops(backbone, count, width, depth, heads)
+    text_tokens = text.length if text and config.text == "cross" else 1
+    forward = weights_flops(shapes, count, text_tokens) + mixer_flops(backbone, count, width, depth, heads)
     skipped = 0 if kept is None else skipped_flops(shapes, count, kept, middle[1] - middle[0], width)
+    if text and config.text == "cross":
+        forward += cross_attention_flops(count, text_tokens, width, depth)
+        if kept is not None:
+            skipped += cross_attention_flops(count - kept, text_tokens, width, middle[1] - middle[0])
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         apply=lambda params, x, t, y, **options: sharded.apply({"params": params}, x, t, y, **options),
@@ -195,6 +195,8 @@ def build(
         image_shape=image_shape,
         num_classes=num_classes,
         null_label=num_classes if has_null else None,
+        text=text,
+        guidable=has_null or (text is not None and config.label_dropout > 0),
         mixer=mixer,
         heads=heads,
         width=width,
@@ -206,6 +208,52 @@ def build(
         step_flops=3 * (forward - skipped),
         dtype=dtype_name,
     )
+
+
+def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises a UserError for a network of `form`, width, depth and heads, that cannot be."""
+    width, depth, heads = form
+    for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
+        if value <= 0:
+            raise UserError(f"model.{key}={value}: must be positive")
+    h, w, _ = image_shape
+    if h % patch or w % patch:
+        raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
+    multiple = 2 * heads if backbone == "DiG" else heads
+    if width % multiple or width % 4:
+        raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
+    _choose("remat", config.remat, REMAT_POLICIES)
+    _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
+    if not 0 <= config.label_dropout < 1:
+        raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if config.patch_bottleneck < 0:
+        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
+    if not 1 <= config.scan_unroll <= depth:
+        raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
+
+
+def _choose_parts(config, backbone: str, head_width: int, platform: str, dtype) -> str:
+    """The mixer, when the other parts of a block are what the backbone has."""
+    _choose("norm", config.norm, layers.NORMS)
+    _choose("mlp", config.mlp, MLPS)
+    if backbone == "DiG":
+        if config.rope or config.mlp != "gelu":
+            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
+        _choose("convolution", config.convolution, dig.CONVOLUTIONS)
+        _choose("directions", config.directions, dig.ORDERS)
+        return choose_gla(config.gla, platform)
+    if config.rope and head_width % 4:
+        raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {head_width}")
+    return choose_attention(config.attention, platform, dtype)
+
+
+def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | None) -> None:
+    _choose("text", config.text, TEXT_WAYS)
+    _choose("adaln", config.adaln, ADALN)
+    if not config.position_scale > 0:
+        raise UserError(f"model.position_scale={config.position_scale}: must be positive")
+    if text and text.pooled and config.text == "cross":
+        raise UserError("model.text=cross needs the tokens of each caption, and data.text has one vector for each: use pooled")
 
 
 def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, count: int) -> tuple[tuple[int, int], int | None]:
@@ -232,6 +280,7 @@ def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, 
 
 def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:
     """What layer i of a period is."""
+    cross = chunked_attention if config.attention == "chunked" else softmax_attention
 
     def dit_block(i, grid):
         del i
@@ -240,7 +289,7 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
         block, rope = remat(DiTBlock, config.remat, 1), grid if config.rope else None
-        arguments = (heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype, config.mlp, config.norm, rope)
+        arguments = (heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype, config.mlp, config.norm, rope)
         return functools.partial(block, *arguments)
 
     def dig_block(i, grid):
@@ -248,6 +297,6 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
         order, period = dig.ORDERS[config.directions][i], len(dig.ORDERS[config.directions])
         block = remat(dig.DiGBlock, config.remat, period)
         part = functools.partial(remat_part, policy=config.remat, period=period)
-        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, part, constrain, dtype)
+        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

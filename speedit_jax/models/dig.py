@@ -2,6 +2,7 @@
 
 Block, adaLN-Zero as in DiT, x on the token grid in raster order:
   x <- x + gate_1 * GLA_i(modulate(norm(x), shift_1, scale_1))
+  x <- x + CrossAttention(x, text)                              with text (models/cross_attention.py)
   x <- x + gate_2 * SwiGLU(modulate(norm(x), shift_2, scale_2))
   x <- DWConv3x3(x)                                             on the residual stream itself, the identity at first
 
@@ -20,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
+from speedit_jax.models.cross_attention import CrossAttention, CrossAttentionFn
 from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
@@ -122,7 +124,9 @@ class DepthwiseConv(nn.Module):
 
 
 class DiGBlock(nn.Module):
-    """One block: tokens x [B, T, D] in raster order, conditioning c [B, D] -> (x [B, T, D], None), the pair that nn.scan wants.
+    """One block: tokens x [B, T, D] in raster order and conditioning -> (x [B, T, D], None), the pair that nn.scan wants.
+
+    The conditioning is c, as layers.block_adaln takes it, and with text its tokens [B, L, D] and lengths [B].
 
     Attributes:
       heads: H.
@@ -130,7 +134,8 @@ class DiGBlock(nn.Module):
       order: (columns first?, reversed?) of the block's scan.
       norm, convolution: one of layers.NORMS and of CONVOLUTIONS.
       gla: kernels.gla.gla.
-      remat_part: how the mixer and the SwiGLU are computed again in the backward pass.
+      cross_attention: to the text's tokens.
+      remat_part: how the mixer, the cross-attention and the SwiGLU are computed again in the backward pass.
       constrain: the activations' sharding.
       dtype: of activations.
     """
@@ -141,15 +146,18 @@ class DiGBlock(nn.Module):
     norm: str
     convolution: str
     gla: GlaFn
+    cross_attention: CrossAttentionFn
     remat_part: RematPart
     constrain: layers.Constrain
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
+    def __call__(self, x, c, *text):
+        shift1, scale1, gate1, shift2, scale2, gate2 = layers.block_adaln(self, c)
         # Of two parts that wait together, the mixer is the cheaper one to compute again.
         x = self.remat_part(DiGBlock._mix, save_products=False)(self, x, shift1, scale1, gate1)
+        if text:
+            x = self.remat_part(DiGBlock._cross, save_products=True)(self, x, *text)
         x = self.remat_part(DiGBlock._mlp, save_products=True)(self, x, shift2, scale2, gate2)
         if self.convolution != "none":
             x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
@@ -163,6 +171,10 @@ class DiGBlock(nn.Module):
         y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
         y = _transpose_grid(y, self.grid[::-1]) if columns else y
         return x + gate[:, None] * y
+
+    def _cross(self, x, text, length):
+        """x [B, T, D], text [B, L, D], length [B] -> [B, T, D]."""
+        return x + CrossAttention(self.heads, self.cross_attention, self.dtype, name="cross")(x, text, length)
 
     def _mlp(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""

@@ -90,6 +90,23 @@ def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
     return [out[:, i] for i in range(count)]
 
 
+def table_adaln(module: nn.Module, m: jax.Array, count: int, name: str) -> list[jax.Array]:
+    """`count` shifts, scales and gates, m [B, count or 1, D] plus a table of the module's own: adaLN-single (PixArt-alpha)."""
+    width = m.shape[-1]
+    init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, None))
+    out = m + module.param(name, init, (count, width), jnp.float32).astype(m.dtype)
+    return [out[:, i] for i in range(count)]
+
+
+def block_adaln(block: nn.Module, c: jax.Array) -> list[jax.Array]:
+    """The shifts, scales and gates of a block's two parts, each [B, D].
+
+    Args:
+      c: [B, D], to a linear layer of the block; or [B, 6, D], what all blocks share, to a table of the block.
+    """
+    return table_adaln(block, c, 6, "adaLN_table") if c.ndim == 3 else adaln(c, 6, block.dtype, "adaLN")
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """adaLN: x [B, T, D], shift and scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -198,17 +215,30 @@ class LabelEmbedder(nn.Module):
         return jnp.take(table, y, axis=0).astype(self.dtype)
 
 
-def sincos_position_table(height: int, width: int, dim: int) -> np.ndarray:
+class TextEmbedder(nn.Module):
+    """Text [..., E] -> [..., D]: linear, GELU (tanh), linear."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        x = dense(self.width, normal_002, ("embed", "mlp"), ("mlp",), self.dtype, "hidden")(x.astype(self.dtype))
+        x = nn.gelu(x, approximate=True)
+        return dense(self.width, normal_002, ("mlp", "embed"), (None,), self.dtype, "out")(x)
+
+
+def sincos_position_table(height: int, width: int, dim: int, scale: float = 1.0) -> np.ndarray:
     """Frozen 2-D sine-cosine position embedding of MAE and DiT, for any grid: [height * width, dim] float64.
 
     The first half of the channels encodes the column, the second the row; each is [sin(p w), cos(p w)],
-    w_j = 10000^(-j / (dim/4)).
+    w_j = 10000^(-j / (dim/4)). Positions are divided by `scale` first.
     """
     frequencies = 10_000.0 ** -(np.arange(dim // 4) / (dim / 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
 
     def encode(position):
-        angles = position.reshape(-1, 1) * frequencies
+        angles = position.reshape(-1, 1) / scale * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=1)

@@ -34,6 +34,7 @@ _LEAST = {
     "training.profile_at": 0,
     "training.profile_steps": 1,
     "training.max_skipped_in_a_row": 1,
+    "training.hang_after": 0,
     "checkpoint.every": 1,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 0,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ class Checkpoints:
         """Raises a UserError if there is a problem with the files of a step."""
         where = self.directory / str(step)
         if problem and not where.is_dir():
-            raise UserError(f"checkpoint {where} was removed by the run that goes on there; run the same command again")
+            raise UserError(_removed(where))
         if problem:
             raise UserError(
                 f"checkpoint {where} is damaged ({problem}); choose another step, or run train: it sets this one aside and"
@@ -294,14 +295,20 @@ def _named_failure(directory: Path):
     except (OSError, ValueError, RuntimeError) as e:
         for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             shutil.rmtree(partial, ignore_errors=True)
-        text = first_line(e)
+        # What orbax had begun to write is dropped with its coroutines, of which Python would warn after our line.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        text, way = first_line(e), "mend that"
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
-            text = "no space left on the device"
+            text, way = "no space left on the device", "free some disk space"
         raise UserError(
-            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; free some disk space and"
-            " run the same command again"
+            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; {way} and run the same"
+            " command again"
         ) from e
+
+
+def _removed(where: Path) -> str:
+    return f"checkpoint {where} was removed by the run that goes on there; run the same command again"
 
 
 @contextlib.contextmanager
@@ -313,6 +320,8 @@ def _named_damage(where: Path):
         raise
     except Exception as e:
         # Many layers read a checkpoint, each with exceptions of its own.
+        if not where.is_dir():
+            raise UserError(_removed(where)) from e
         raise UserError(
             f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to resume from the previous checkpoint"
         ) from e

@@ -1,6 +1,7 @@
 """What the launch scripts do with real processes: their exit codes, and those of a slice that the test's `gcloud` plays here."""
 
 import os
+import signal
 import stat
 import subprocess
 import time
@@ -56,7 +57,8 @@ def test_stop_waits_for_what_is_saved(tmp_path):
 
 
 def test_restart_after_75_alone(tmp_path):
-    run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", "echo >>starts; (($(wc -l <starts) < 3)) && exit 75; exit 1")
+    command = "echo >>starts; (($(wc -l <starts) < 3)) && exit 75; exit 1"
+    run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", command)
     wait(lambda: status(tmp_path) == "1")
     assert (tmp_path / "starts").read_text().count("\n") == 3
 
@@ -87,6 +89,28 @@ def test_slurm_job_comes_back_unless_it_is_complete_or_mistaken(tmp_path, code, 
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == expected, done
     assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+def test_slurm_job_saves_and_comes_back_before_its_time_is_over(tmp_path):
+    """SIGUSR1 to the batch script becomes SIGTERM to all processes of the tasks, of which training makes 130."""
+    task = "trap 'sleep 0.5; touch saved; exit 130' TERM; touch started; while :; do sleep 0.1; done"
+    srun = 'until [[ $1 == bash ]]; do shift; done; "$@" & echo $! >task; wait $!'
+    fakes = {
+        "srun": srun,
+        "python": task,
+        "scontrol": "echo scontrol $@",
+        "scancel": 'echo "$@"; kill -TERM $(<task) $(pgrep -P $(<task))',
+    }
+    for name, text in fakes.items():
+        script(tmp_path / "bin" / name, text)
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_JOB_ID": "7"}
+    command = [LAUNCH / "slurm.sbatch", "--in_the_job", "--config=c"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    wait((tmp_path / "started").exists)
+    job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=SECONDS)
+    assert job.returncode == 130 and (tmp_path / "saved").exists()
+    assert "--signal=TERM 7.0" in out and "scontrol requeue 7" in out
 
 
 # A slice of one host, whose home is $CLOUD/host, if it is there. Installing makes a Python that ends with the next code in
