@@ -84,6 +84,15 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     tokens.start = 2  # first blocks, which see all tokens
     tokens.tail = 3  # last blocks, which see all tokens again
 
+    c.regularizer = regularizer = ml_collections.ConfigDict()  # losses added to the objective: docs/acceleration.md
+    # Weight of a loss that drives hidden states of different examples apart (DiT; arXiv 2506.09027): 0.5; 0 is off.
+    regularizer.dispersive = 0.0
+    regularizer.dispersive_temperature = 0.5
+    regularizer.dispersive_depth = 3  # blocks before the hidden state: a quarter of the depth
+    regularizer.dispersive_group = 16  # examples that drive each other apart; divides batch_size / accumulation
+    # Weight of contrastive flow matching (flows that predict the velocity; arXiv 2506.05350): 0.05; 0 is off.
+    regularizer.contrastive = 0.0
+
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or
     # speed_cvpr25: docs/speedit.md

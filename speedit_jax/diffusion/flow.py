@@ -164,6 +164,11 @@ class FlowMatching:
         noise = jnp.where(sigma > 0, (x_s - alpha * x0) / jnp.where(sigma > 0, sigma, 1), noise)
         return d_alpha * x0 + d_sigma * noise, noise
 
+    def target(self, x0: jax.Array, s: jax.Array, noise: jax.Array) -> jax.Array:
+        """v of eq. (2), from standard normal noise."""
+        _, _, d_alpha, d_sigma = self.coefficients(s, x0)
+        return d_alpha * x0 + d_sigma * self.scaled(noise)
+
     def losses(self, output: jax.Array, x0: jax.Array, x_s: jax.Array, s: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
         """Per-example training terms, each [B]: "mse", eq. (3) or (5)."""
         if self.predicts_x0:

@@ -48,6 +48,7 @@ class Model:
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       tokens: how many an image is to the network.
+      blocks: how many, of a model whose tokens can be looked at between them (`taps`); None of others.
       middle: the blocks (first, one after the last) that a route's tokens skip.
       kept: how many tokens they see in training; None where all blocks see all.
       forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
@@ -67,6 +68,7 @@ class Model:
     heads: int
     width: int
     tokens: int
+    blocks: int | None
     middle: tuple[int, int]
     kept: int | None
     forward_flops: int
@@ -199,6 +201,7 @@ def build(
         heads=heads,
         width=width,
         tokens=count,
+        blocks=depth if backbone == "DiT" else None,
         middle=middle,
         kept=kept,
         forward_flops=forward,

@@ -23,7 +23,7 @@ from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
 from speedit_jax.models.condition import Condition, TextShape, padded
-from speedit_jax.training.check import check_batch, check_numbers
+from speedit_jax.training.check import check_batch, check_numbers, check_regularizer
 from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -224,5 +224,6 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
     texts = getattr(source, "texts", None)
     model = make_model(config, mesh, image_shape, len(source.class_names), texts and TextShape.of(texts))
+    check_regularizer(config, model, diffusion)
     encoded_by = autoencoder.identity if online else source.encoded_by
     return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online, texts)

@@ -61,6 +61,7 @@ KEYS = {
     "model.dtype": Kind.CHANGES,  # bfloat16 rounds as coarsely as that it shows in the curves
     "diffusion": Kind.CHANGES,
     "tokens": Kind.CHANGES,
+    "regularizer": Kind.CHANGES,
     "timesteps": Kind.CHANGES,
     "optim": Kind.CHANGES,
     "training.num_steps": Kind.FREE,  # but for the cosine, which looks at where the run ends

@@ -10,8 +10,9 @@ import ml_collections
 import optax
 
 from speedit_jax import sharding
+from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
-from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
 from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
 from speedit_jax.models.condition import Condition, replaced
@@ -19,7 +20,7 @@ from speedit_jax.models.routing import Route, draw_route
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5, "tokens": 6}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5, "tokens": 6, "negatives": 7}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -45,20 +46,36 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def make_loss(model: Model, diffusion: GaussianDiffusion | FlowMatching) -> Callable:
+def make_loss(
+    model: Model, diffusion: GaussianDiffusion | FlowMatching, regularizer: ml_collections.ConfigDict | None = None
+) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
     With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
+    What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
+    "dispersive", and "contrast" with the target of another example, "negative", in the batch.
     """
+    dispersive, contrastive = (regularizer.dispersive, regularizer.contrastive) if regularizer else (0.0, 0.0)
 
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         options = {"route": Route(batch["order"], batch["inverse"], model.kept)} if "order" in batch else {}
+        if dispersive:
+            options["taps"] = (regularizer.dispersive_depth,)
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
+        output, hidden = output if dispersive else (output, None)
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = diffusion.objective(terms, batch["weight"])
-        return (batch["importance"] * terms["loss"]).mean(), terms
+        value = (batch["importance"] * terms["loss"]).mean()
+        if contrastive:
+            terms["contrast"] = mean_flat((diffusion.split_output(output) - batch["negative"]) ** 2)
+            value -= contrastive * (batch["importance"] * batch["weight"] * terms["contrast"]).mean()
+        if dispersive:
+            group, temperature = regularizer.dispersive_group, regularizer.dispersive_temperature
+            terms["dispersive"] = regularizers.dispersive(hidden[0], group, temperature)
+            value += dispersive * terms["dispersive"].mean()
+        return value, terms
 
     return loss
 
@@ -134,8 +151,10 @@ def make_train_step(
     condition is `null_text`. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
-    loss_of = make_loss(model, diffusion)
-    gradient = make_gradient(loss_of, config.training.accumulation)
+    loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
+    regularized = config.regularizer.dispersive or config.regularizer.contrastive
+    trained = make_loss(model, diffusion, config.regularizer) if regularized else loss_of
+    gradient = make_gradient(trained, config.training.accumulation)
     schedule = learning_rate(config)
     kind, null = ("text", null_text) if model.text else ("label", model.null_label)
 
@@ -161,6 +180,9 @@ def make_train_step(
         if model.kept is not None:
             order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
             inputs |= {"order": order, "inverse": inverse}
+        if config.regularizer.contrastive:
+            target = diffusion.target(x0, inputs["t"], inputs["noise"])
+            inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
         grads, loss, terms = gradient(state.params, inputs)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)

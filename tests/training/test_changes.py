@@ -57,6 +57,7 @@ OTHER = {
     "diffusion.schedule": ("cosine", Kind.CHANGES),
     "diffusion.prediction": ("v", Kind.CHANGES),
     "tokens.method": ("route", Kind.CHANGES),
+    "regularizer.dispersive": (0.5, Kind.CHANGES),
     "timesteps.strategy": ("uniform", Kind.CHANGES),
     "timesteps.sampling": ("uniform", Kind.CHANGES),
     "optim.learning_rate": (1.0, Kind.CHANGES),
