@@ -49,9 +49,7 @@ def wrong_links(page: Path, text: str) -> list[str]:
             continue
         file = page.parent / path if path else page
         symbol = re.fullmatch(r"`([\w.]+)`", title)
-        if not file.exists():
-            wrong.append(target)
-        elif anchor and anchor not in anchors(file.read_text()):
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
             wrong.append(target)
         elif file.suffix == ".py" and symbol and symbol[1] != file.name and symbol[1] not in definitions(file.read_text()):
             wrong.append(f"{symbol[1]} in {path}")
