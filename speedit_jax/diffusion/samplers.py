@@ -20,6 +20,7 @@ x' = x0_hat, without noise.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,8 @@ from speedit_jax.errors import UserError
 
 # (x [B, H, W, C], t [B] as the network knows it) -> [B, H, W, C or 2C]
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-# The same, and y [B] int
-Architecture = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The same, and the condition y: labels int [B], or any tree of arrays [B, ...]
+Architecture = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 SPACINGS = ("even", "logsnr")
@@ -74,37 +75,37 @@ def guidance_scales(num_steps: int, scale: float, schedule: str, low: float, hig
 
 def guided(
     model: Architecture,
-    labels: jax.Array,
-    null_label: int | None,
+    y: Any,
+    null: Any,
     scale: float | np.ndarray,
     channels: int,
     guide: Architecture | None = None,
     schedule_index: Callable[[jax.Array], jax.Array] = lambda t: t,
 ) -> Denoiser:
-    """Guidance, eq. (5): away from the null label in one pass over a doubled batch, or away from `guide` in a pass of each.
+    """Guidance, eq. (5): away from the null condition in one pass over a doubled batch, or away from `guide` in a pass of each.
 
     Steps whose scale is 1 run the plain model. Where only some do, both programs are compiled and a lax.cond picks one.
 
     Args:
       model: (x, t, y) -> output whose first C channels are the prediction.
-      labels: [B] int.
-      null_label: not needed with a `guide`.
+      y: the condition of each image.
+      null: the null condition, a tree like `y` without its leading axes; not needed with a `guide`.
       scale: w, or [T] of them by the step of training; 1 is no guidance, 0 the other prediction.
       channels: how many leading channels are guided: C for all of the prediction, 3 for the published DiT's samples. The
         others, the variance among them, stay the model's own.
-      guide: a weaker network of the same prediction, given the same labels.
+      guide: a weaker network of the same prediction, given the same conditions.
       schedule_index: of what the network is told, the step of training that `scale` is looked up at.
     """
 
     def plain(x, t):
-        return model(x, t, labels)
+        return model(x, t, y)
 
     def both(x, t):
         if guide is not None:
-            out, other = model(x, t, labels), guide(x, t, labels)
+            out, other = model(x, t, y), guide(x, t, y)
         else:
-            both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-            out, other = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels), 2)
+            doubled = jax.tree.map(lambda rows, n: jnp.concatenate([rows, jnp.full_like(rows, n)]), y, null)
+            out, other = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled), 2)
         own, other = out[..., :channels], other[..., :channels]
         w = jnp.asarray(scale, out.dtype)
         w = w[schedule_index(t)].reshape(-1, 1, 1, 1) if w.ndim else w
