@@ -265,6 +265,8 @@ def choose_prompts(run: Run, settings: Settings) -> tuple[Prompts, dict[str, Any
         raise UserError(f'{run.workdir} was trained on text: give --prompt="TEXT", or --prompts_file=FILE')
     if _NEGATIVE_PROMPT.value is not None and settings.guidance_scale == 1:
         raise UserError("--negative_prompt has no effect without guidance; give --guidance_scale above 1")
+    if _NEGATIVE_PROMPT.value is not None and _GUIDE_WORKDIR.value:
+        raise UserError("--negative_prompt has no effect with --guide_workdir, whose network gets the prompts themselves")
     texts = _PROMPT.value or read_prompts(storage.path(_PROMPTS_FILE.value))
     encoder = open_encoder(_TEXT_ENCODER.value, run.text_encoder, run.model.text)
     negative = _NEGATIVE_PROMPT.value or ""
@@ -289,7 +291,7 @@ def open_guide(run: Run) -> Run | None:
     except UserError as e:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
-        {"image_shape": of.meta["image_shape"], "class_names": of.class_names, "text": of.text_encoder}
+        {"image_shape": of.meta["image_shape"], "class_names": of.class_names, "text": _encoder(of)}
         | {f"diffusion.{key}": value for key, value in of.config.diffusion.items() if key not in ("variance", "loss")}
         for of in (run, guide)
     )
@@ -297,6 +299,11 @@ def open_guide(run: Run) -> Run | None:
         if own.get(name) != its.get(name):
             raise UserError(f"--guide_workdir={guide.workdir}: its {name} is {its.get(name)}, but --workdir has {own.get(name)}")
     return guide
+
+
+def _encoder(run: Run) -> dict[str, Any] | None:
+    """The identity of a run's text encoder, wherever it lies; None without text."""
+    return run.text_encoder and {key: value for key, value in run.text_encoder.items() if key != "encoder"}
 
 
 def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | None:
