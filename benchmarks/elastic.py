@@ -33,8 +33,8 @@ from speedit_jax.training.run import open_run
 EACH = 10  # steps of a stage
 # Of each stage: processes, devices of each, mesh.fsdp.
 CHAINS = {
-    "4 hosts, then 2": [(4, 1, 4), (2, 1, 2)],
     "4, 2, 8, then 1 device": [(1, 4, 2), (1, 2, 2), (1, 8, 4), (1, 1, 1)],
+    "4 hosts, then 2": [(4, 1, 4), (2, 1, 2)],
 }
 
 
@@ -116,11 +116,10 @@ def main():
             end = params(restored(reference.workdir, EACH * len(stages), 1), restored(place.workdir, EACH * len(stages), 1))
             found[name] = {"stages": rows, "params": end}
             print(f"{name}: parameters at the end differ by {end:.1e}", flush=True)
-    if args.out:
-        versions = {"speedit_jax": __version__, "jax": jax.__version__, "python": sys.version.split()[0]}
-        storage.write_text(
-            Path(args.out), json.dumps({"steps of a stage": EACH, "versions": versions, "chains": found}, indent=1) + "\n"
-        )
+            if args.out:
+                versions = {"speedit_jax": __version__, "jax": jax.__version__, "python": sys.version.split()[0]}
+                record = {"steps of a stage": EACH, "versions": versions, "chains": found}
+                storage.write_text(Path(args.out), json.dumps(record, indent=1) + "\n")
     rows = [row for chain in found.values() for row in chain["stages"]]
     sys.exit(0 if all(row["restored"] and row["loss"] < 1e-4 for row in rows) else 1)
 

@@ -18,6 +18,7 @@ from speedit_jax.peers import LOST
 HANG_AFTER = 20  # seconds, in the trials of a hang
 # Seconds to the end that docs/training.md states; there is no such time for what a run meets only at its next save or epoch.
 LOST_IN = 45
+GRACE = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def asked(place: Place, job: Job, rng: np.random.Generator) -> Iterator[End]:
     """SIGTERM, as schedulers send it: to all."""
     for process in job.processes:
         process.send_signal(signal.SIGTERM)
-    yield End(INTERRUPTED, "", within=30)
+    yield End(INTERRUPTED, "", within=GRACE)
 
 
 @contextlib.contextmanager
