@@ -87,9 +87,7 @@ def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion
     if model.blocks is None or not 1 <= depth <= model.blocks:
         raise UserError(f"regularizer.dispersive_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
     if first < depth <= last:
-        raise UserError(
-            f"regularizer.dispersive_depth={depth}: in blocks {first} to {last - 1} some tokens are missing (tokens.*)"
-        )
+        raise UserError(f"regularizer.dispersive_depth={depth}: blocks {first} to {last - 1} do not see all tokens (tokens.*)")
     if group < 2 or training.batch_size % (group * training.accumulation):
         raise UserError(
             f"regularizer.dispersive_group={group}: must be at least 2, and divide training.batch_size={training.batch_size}"

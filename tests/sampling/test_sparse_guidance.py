@@ -64,7 +64,7 @@ def test_without_shares_both_are_the_network():
     both, arguments = networks((0.0, 0.0))
     dense = jax.jit(trainer.model.apply)(params, *arguments)
     for network in both:
-        np.testing.assert_array_equal(jax.jit(network)(*arguments), dense)
+        np.testing.assert_allclose(jax.jit(network)(*arguments), dense, atol=1e-6)  # its weights are constants here
 
 
 def test_samples():
