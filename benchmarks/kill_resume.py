@@ -177,7 +177,8 @@ def evidence(workdir: Path) -> dict[str, object]:
             found[f"checkpoint {step}: {name}"] = (array.dtype.str, array.shape, array.tobytes())
         found[f"evaluation {step}"] = json.dumps(run.meta.get("evaluation"))
         run.checkpoints.close()
-    found["best"] = checkpoints.choose("best")
+    best = checkpoints.best()
+    found["best"] = best and best[0]
     checkpoints.close()
     for i, line in enumerate((workdir / "metrics.jsonl").read_text().splitlines()):
         record = {name: value for name, value in json.loads(line).items() if not name.startswith("time_")}

@@ -10,21 +10,24 @@ collectives and the FLOPs, and writes them as JSON to --out. Exits with 1 if it 
 that runs after the sampler, is compiled and counted too.
 """
 
+import dataclasses
+import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from speedit_jax import cli, sharding, storage
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
+from speedit_jax.reporting.console import route_line
 from speedit_jax.sampling.sampler import Settings, lower_sampler
 from speedit_jax.training import topologies
 from speedit_jax.training.assembly import Assembly, assemble
@@ -39,22 +42,39 @@ _IMAGE_SHAPE = flags.DEFINE_list(
     "image_shape", None, "H,W,C of the images or latents that the model generates, instead of opening the data."
 )
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 is unconditional.", lower_bound=0)
+_TEXT_SHAPE = flags.DEFINE_list(
+    "text_shape", None, "With --image_shape, in place of --num_classes: L,E of captions, tokens and width; 1,E is pooled."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
 AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder runs before each step, or after the sampler
 
 
 def described() -> Description | None:
-    """What --image_shape and --num_classes say of the data; None without them."""
+    """What --image_shape and --num_classes or --text_shape say of the data; None without them."""
     if _IMAGE_SHAPE.value is None:
         return None
-    try:
-        height, width, channels = (int(n) for n in _IMAGE_SHAPE.value)
-    except ValueError:
-        raise UserError(f"--image_shape={','.join(_IMAGE_SHAPE.value)}: give H,W,C") from None
+    height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
+    if _TEXT_SHAPE.value is not None:
+        length, text_width = numbers(_TEXT_SHAPE, "L,E")
+        null = (np.zeros((1, text_width), np.float16), 1)
+        texts = DescribedTexts({"encoder": "--text_shape"}, text_width, length, length == 1, null)
+        return Description((height, width, channels), (), texts=texts)
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
     return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
+
+
+def numbers(flag: flags.FlagHolder, form: str) -> list[int]:
+    """The positive whole numbers of a flag, of which `form` says how many there are.
+
+    Raises:
+      UserError: it has others.
+    """
+    given = flag.value
+    if len(given) != len(form.split(",")) or not all(n.isdecimal() and int(n) for n in given):
+        raise UserError(f"--{flag.name}={','.join(given)}: give {form}")
+    return [int(n) for n in given]
 
 
 def open_data(config: ml_collections.ConfigDict, given: Description | None, mesh: Mesh) -> Source | Description:
@@ -72,8 +92,8 @@ def open_data(config: ml_collections.ConfigDict, given: Description | None, mesh
     if autoencoder.channels != channels:
         raise UserError(f"--image_shape has {channels} channels, but data.vae={vae} has latents of {autoencoder.channels}")
     if config.data.source.startswith("latents:"):
-        return Description(shape, given.class_names, encoded_by=autoencoder.identity)
-    return Description(autoencoder.image_shape(shape), given.class_names)
+        return dataclasses.replace(given, encoded_by=autoencoder.identity)
+    return dataclasses.replace(given, image_shape=autoencoder.image_shape(shape))
 
 
 def aot() -> int | None:
@@ -85,7 +105,7 @@ def aot() -> int | None:
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
     given = described()
-    devices, allowed = topologies.devices(topology)
+    devices, allowed = topologies.devices(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     parts = assemble(config, open_data(config, given, mesh), mesh)
     model = parts.model
@@ -95,10 +115,18 @@ def aot() -> int | None:
         end=" ",
     )
     print(f"batch {config.training.batch_size}, on {mesh.size} {mesh.devices.flat[0].device_kind}: {shown}", flush=True)
+    if model.kept is not None and what == "train":
+        print(route_line(model))
     if parts.autoencoder and (parts.online or what == "sample"):
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)
+    if model.text:
+        rows = jax.tree.leaves(model.conditions(config.training.batch_size))
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows) / 2**20
+        print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
+    if what == "train":
+        record["model_flops_per_device"] = 3 * model.forward_flops * config.training.batch_size / mesh.size
     since = time.perf_counter()
     try:
         for name, lowered in programs(parts, what).items():
@@ -120,7 +148,7 @@ def aot() -> int | None:
         record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
     if _OUT.value:
-        storage.write_json(Path(_OUT.value).expanduser(), record)
+        storage.write_json(storage.path(_OUT.value), record)
     return None if record["fits"] else 1
 
 

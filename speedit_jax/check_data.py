@@ -15,7 +15,6 @@ import io
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 import ml_collections
 import numpy as np
@@ -66,9 +65,9 @@ def check_data() -> int | None:
         raise UserError("--source is missing; --help has examples")
     if _SOURCE.value.startswith("latents:"):
         raise UserError(f"--source={_SOURCE.value}: python -m speedit_jax.encode --verify --out=DIRECTORY checks latents")
-    size, out = parse_size(), Path(_OUT.value).expanduser() if _OUT.value else None
+    size, out = parse_size(), storage.path(_OUT.value) if _OUT.value else None
     if out:
-        cli.check_writable(out)
+        storage.check_writable(out)
     source = open_images()
     print(f"{_SOURCE.value}: {len(source):,} images")
     print("\n".join(describe(source)), flush=True)

@@ -4,10 +4,9 @@ import errno
 import os
 import signal
 import sys
-import tempfile
+import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -16,6 +15,8 @@ from tqdm import tqdm
 from speedit_jax import peers, recipes
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
+
+_LAST_SECONDS = 5.0  # that a process which has failed takes to end
 
 _MULTIHOST = flags.DEFINE_bool(
     "multihost",
@@ -55,7 +56,15 @@ def fail(message: str) -> None:
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, whatever bar is there
     if jax.distributed.is_initialized():
         _leave_others()
+    _end_soon()
     sys.exit(1)
+
+
+def _end_soon() -> None:
+    """Python waits for threads at its end, and orbax's wait for minutes for a directory that could not be made."""
+    timer = threading.Timer(_LAST_SECONDS, os._exit, [1])
+    timer.daemon = True
+    timer.start()
 
 
 def _leave_others() -> None:
@@ -103,18 +112,10 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
             if jax.distributed.is_initialized():
                 traceback.print_exc()
                 _leave_others()
+            _end_soon()
             raise
 
     app.run(guarded, flags_parser=_parse)
-
-
-def check_writable(path: Path) -> None:
-    """Raises a UserError now rather than when all is computed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e:
-        raise UserError(f"cannot write to {path}: {e.strerror}; choose another file") from e
 
 
 def join() -> None:

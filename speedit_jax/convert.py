@@ -14,7 +14,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from speedit_jax import cli
+from speedit_jax import cli, storage
 from speedit_jax.conversion.exporting import export_weights
 from speedit_jax.conversion.importing import import_weights
 from speedit_jax.errors import UserError
@@ -40,14 +40,14 @@ def convert() -> None:
         raise UserError("--workdir is missing; it is the directory that --from creates or --to exports")
     if bool(_FROM.value) == bool(_TO.value):
         raise UserError("give one of --from=FILE (import) and --to=FILE (export)")
-    workdir = Path(_WORKDIR.value).expanduser()
+    workdir = storage.path(_WORKDIR.value)
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError("--config: cannot be read, or its get_config() does not return a ConfigDict")
     given = config_flags.get_override_values(flags.FLAGS["config"])
     if _FROM.value:
         if _VAE.value:
             raise UserError("--vae is only for --to; for an import, use --config.data.vae=DIR")
-        import_weights(Path(_FROM.value).expanduser(), workdir, _CONFIG.value, given, _REVERSE_TIME.value)
+        import_weights(storage.path(_FROM.value), workdir, _CONFIG.value, given, _REVERSE_TIME.value)
         return
     if _REVERSE_TIME.value is not None:
         raise UserError("--reverse_time is only for --from")

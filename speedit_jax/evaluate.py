@@ -1,4 +1,4 @@
-"""Evaluates images against a reference set: FID, sFID, Inception Score, KID, precision and recall.
+"""Evaluates images against a reference set: FID, sFID, Inception Score, KID, precision and recall, and match of texts.
 
   python -m speedit_jax.evaluate --images=runs/digits/new.npz --reference=digits --features=pixels
   python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=fid.json
@@ -36,6 +36,7 @@ from speedit_jax.evaluation.comparison import (
     measure,
     open_reference,
 )
+from speedit_jax.evaluation.matching import read_texts
 from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
 
 _IMAGES = flags.DEFINE_string(
@@ -43,7 +44,13 @@ _IMAGES = flags.DEFINE_string(
 )
 _REFERENCE = flags.DEFINE_string("reference", None, "What to compare with: images, or an npz with mu and sigma.")
 _METRICS = flags.DEFINE_list(
-    "metrics", None, "Any of fid, sfid, is, kid, pr, separated by commas. Default: all that the features and the reference allow."
+    "metrics",
+    None,
+    "Any of fid, sfid, is, kid, pr and match, separated by commas. Default: all but match that the features and the reference"
+    " allow.",
+)
+_CAPTIONS = flags.DEFINE_string(
+    "captions", "auto", "For match, where the captions of --reference are: auto, metadata, a suffix, or a table or COCO's JSON."
 )
 _FEATURES = flags.DEFINE_enum("features", "inception", FEATURES, "inception, or pixels for tiny images (needs no weights).")
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of FID's Inception-v3: .pth, .safetensors or .npz.")
@@ -77,16 +84,19 @@ def evaluate() -> None:
         raise UserError("--reference is missing; --help has examples, and --metrics=is needs none")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
-    out, save = (Path(flag.value).expanduser() if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
+    out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
     for path in filter(None, (out, save)):
-        cli.check_writable(path)
-    if out and _IMAGES.value and out.absolute() == Path(f"{_IMAGES.value.removesuffix('.npz')}.json").expanduser().absolute():
+        storage.check_writable(path)
+    if out and _IMAGES.value and out.absolute() == storage.path(f"{_IMAGES.value.removesuffix('.npz')}.json").absolute():
         raise UserError(f"--out={_OUT.value} would overwrite the settings of --images; choose another file")
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)
-    names = []
+    names, texts = [], None
+    if images and "match" in (_METRICS.value or ()):
+        texts = read_texts(_IMAGES.value, images, reference.images, _CAPTIONS.value)
     if images:
-        names = choose_metrics(_METRICS.value or (), ("--images", len(images)), reference, _FEATURES.value, options, "--")
+        counted = ("--images", len(images))
+        names = choose_metrics(_METRICS.value or (), counted, reference, _FEATURES.value, options, "--", texts)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     shape = (images or reference.images).shape
     extractor = make_extractor(_FEATURES.value, shape, _INCEPTION.value, reference, mesh, "--")
@@ -113,7 +123,7 @@ def evaluate() -> None:
     if images:
         values = {}
         for name in tqdm(names, unit="metric", leave=False):
-            values |= measure(name, of_images, of_reference, statistics, options)
+            values |= measure(name, of_images, of_reference, statistics, options, texts)
         report(values, images, reference, extractor, options, out, mesh.size)
 
 

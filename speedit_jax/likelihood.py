@@ -8,7 +8,6 @@ says what the number is.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +57,9 @@ def likelihood() -> None:
         raise UserError("--unconditional: this model has no null label (model.label_dropout=0)")
     source = open_images(run)
     count = min(_NUM_IMAGES.value or len(source), len(source))
-    out = Path(_OUT.value).expanduser() if _OUT.value else run.workdir / "likelihood.json"
+    out = storage.path(_OUT.value) if _OUT.value else run.workdir / "likelihood.json"
     if jax.process_index() == 0:
-        cli.check_writable(out)
+        storage.check_writable(out)
     params = run.restore(_WEIGHTS.value)
     check_weights(params)
 
@@ -107,6 +106,8 @@ def choose_diffusion(run: Run) -> GaussianDiffusion:
     diffusion = run.diffusion
     if isinstance(diffusion, FlowMatching):
         raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
+    if run.text_encoder:
+        raise UserError("--workdir: the run is on text; the bound is for runs on classes and unconditional ones")
     if run.encoded_by:
         raise UserError("--workdir: the run is on latents, and the bits of latents say nothing about pixels")
     if not _NUM_STEPS.value:

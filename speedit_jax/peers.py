@@ -14,7 +14,6 @@ import threading
 import time
 
 from jax._src.distributed import global_state  # jax has no public way to the service's keys
-from tqdm import tqdm
 
 SILENCE = 40.0  # seconds after which a process is lost
 LOST = 75  # exit code; EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
@@ -23,6 +22,14 @@ _KEY = "speedit_jax/alive"
 _BEAT = 2.0  # seconds between two signs of life
 _SUSPICION = 10.0  # seconds after which it is when a collective has failed already
 _COLLECTIVE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination|[Bb]arrier|Connection (reset|closed)")
+
+
+def leave(message: str) -> None:
+    """Prints one line and exits with 75, at once: sys.exit would wait for other processes and for threads that hang."""
+    # Below a progress bar; tqdm's own way would draw the bar again after the line, and wait for a lock.
+    print(f"\nerror: {message}", file=sys.__stderr__, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
 
 
 class Watch:
@@ -77,15 +84,8 @@ class Watch:
         return next((process for process, heard in sorted(self._heard.items()) if now - heard > silence), None)
 
     def _end(self, process: int) -> None:
-        """Exits at once: sys.exit would wait for the lost process."""
         host = self._hosts.get(process, "an unknown host")
-        tqdm.write(
-            f"error: process {process} of {self._count} on {host} is lost; start the same command again on all hosts: it goes on",
-            file=sys.stderr,
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(LOST)
+        leave(f"process {process} of {self._count} on {host} is lost; start the same command again on all hosts: it goes on")
 
     def blame(self, error: BaseException) -> None:
         """Ends the process if an error comes of a lost one; returns if it does not seem so, after some seconds at most."""

@@ -5,12 +5,10 @@
 The page is a single file that loads nothing. Training writes it too, when it ends or is interrupted.
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 
-from speedit_jax import cli
+from speedit_jax import cli, storage
 from speedit_jax.errors import UserError
 from speedit_jax.reporting.page import write_report
 
@@ -23,15 +21,15 @@ def report() -> None:
         raise UserError("--workdir is missing; name the directory of a training run")
     # The accelerator is the training's, which may go on meanwhile.
     jax.config.update("jax_platforms", "cpu")
-    workdir = Path(_WORKDIR.value).expanduser()
-    out = Path(_OUT.value).expanduser() if _OUT.value else None
+    workdir = storage.path(_WORKDIR.value)
+    out = storage.path(_OUT.value) if _OUT.value else None
     if out:
-        cli.check_writable(out)
+        storage.check_writable(out)
     try:
         path = write_report(workdir, out)
     except OSError as e:
-        raise UserError(f"cannot write to {out or workdir}: {e.strerror}; choose another --out") from e
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
+        raise UserError(f"cannot write to {out or workdir}: {storage.reason(e)}; choose another --out") from e
+    print(f"{path} ({storage.size(path) / 1e6:.1f} MB); open it in a browser")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ Mesh axes:
   data    batch only; parameters are replicated over it
   fsdp    batch, and one axis of every large parameter (ZeRO-3)
   tensor  attention heads and the MLP's hidden width (Megatron: column-parallel in, row-parallel out)
+
+Several slices of TPUs divide `data` among them, so that only what is summed over it, the gradient, crosses the network between
+slices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,11 +36,30 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes` over all devices; one size may be -1 and takes what is left.
+def parse_mesh(words: Sequence[str]) -> dict[str, int]:
+    """Of a flag, ["fsdp=4", "tensor=2"], sizes for `make_mesh`; `data` takes the rest unless it is given.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or there are none of the platform asked for.
+      UserError: a word is something else.
+    """
+    sizes = dict.fromkeys(AXES, 1) | {"data": -1}
+    for word in words:
+        axis, _, size = word.partition("=")
+        if axis not in AXES or not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh={','.join(words)}: write sizes of {', '.join(AXES)}, as in fsdp=4,tensor=2")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes` over all devices; one size may be -1 and takes what is left.
+
+    Args:
+      sizes: of each axis; and "slices", among how many slices `data` is divided. If left out, as many as there are.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, the slices are not those of the devices, or there are no
+        devices of the platform asked for.
     """
     try:
         devices = jax.devices() if devices is None else devices
@@ -52,7 +75,38 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
     shape = [len(devices) // known if n == -1 else n for n in shape]
     if math.prod(shape) != len(devices):
         raise UserError(f"{shown} does not match {len(devices)} devices; set one size to -1 to use all of them")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    if len({_slice(device) for device in devices}) == 1 and sizes.get("slices", 1) == 1:
+        return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)
+    return Mesh(_over_slices(shape, sizes.get("slices"), devices), AXES, axis_types=types)
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _over_slices(shape: list[int], slices: int | None, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of several slices as an array of `shape`, whose first axis is divided among the slices.
+
+    Args:
+      slices: how many there should be; None takes what is there.
+
+    Raises:
+      UserError: they are not as many, or do not divide the first axis.
+    """
+    there, tpu = len({_slice(device) for device in devices}), devices[0].platform == "tpu"
+    slices = slices or (there if tpu else 1)
+    if slices == 1 and not tpu:
+        # JAX counts nodes of GPUs as slices too. The devices come node by node, so the last axes stay on a node if they fit.
+        return mesh_utils.create_device_mesh(shape, devices)
+    if slices != there:
+        raise UserError(f"mesh.slices={slices}, but the {len(devices)} devices are of {there}; set mesh.slices={there}")
+    if shape[0] % slices:
+        raise UserError(f"mesh.data={shape[0]} is not a multiple of mesh.slices={slices}, but slices divide the batch")
+    # As in jax.make_mesh, which refuses several slices: the axes of a v5e can be split.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    of_one = [shape[0] // slices, *shape[1:]]
+    return mesh_utils.create_hybrid_device_mesh(of_one, [slices, 1, 1], devices, allow_split_physical_axes=split)
 
 
 def spec(names: Sequence[str | None]) -> P:
@@ -135,6 +189,13 @@ def global_array(sharding: NamedSharding, batch: int, rows: np.ndarray, values: 
 def from_host(sharding: NamedSharding, values: np.ndarray) -> jax.Array:
     """The global array of `values`, which every process holds whole."""
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def weight_bytes(params: Any) -> tuple[int, int]:
+    """(bytes on one device, bytes of the whole) of a tree of arrays that are divided evenly."""
+    leaves = jax.tree.leaves(params)
+    shards = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    return sum(shards), sum(x.nbytes for x in leaves)
 
 
 def table(axes: Any, shapes: Any) -> str:

@@ -1,39 +1,101 @@
-"""Files: atomic, lasting writes, JSON, checksums, and the one line that an error has to say."""
+"""Files, on disks and in object stores: atomic, lasting writes, JSON, checksums, and the one line that an error has to say.
 
+A path on a disk is pathlib's. One that starts with gs:// or s3:// is etils.epath's, over fsspec: it has the same names and the
+methods that both kinds of storage can offer; the functions here do the rest. In an object store a file appears whole or not at
+all, when its upload ends, and a directory is only a common beginning of names: it needs no making, and cannot be renamed.
+"""
+
+import atexit
 import contextlib
+import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import xxhash
 
 from speedit_jax.errors import UserError
+
+# TensorFlow, where it is installed, would read gs:// by itself and knows no s3://: one way is enough.
+os.environ.setdefault("EPATH_USE_TF", "false")
+from etils import epath
+
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec needs for it
+_EXTRAS = {"gs": "gcs", "s3": "s3"}
+
+
+def path(where: str | os.PathLike[str]) -> Path:
+    """What a user named: a path on a disk, "~" expanded, or one in an object store, gs:// or s3://.
+
+    Every path of a flag or of a config goes through here: pathlib would make gs:/bucket of gs://bucket.
+
+    Raises:
+      UserError: it starts with another scheme, names no bucket, or its package is not installed.
+    """
+    text = os.fspath(where)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if scheme not in _PACKAGES:
+        raise UserError(f"{text}: unknown storage {scheme}://; give a path on a disk, gs://BUCKET/PATH or s3://BUCKET/PATH")
+    if not rest.strip("/"):
+        raise UserError(f"{text}: the bucket is missing; give {scheme}://BUCKET/PATH")
+    if importlib.util.find_spec(_PACKAGES[scheme]) is None:
+        raise UserError(f"{text} needs the package {_PACKAGES[scheme]}: pip install -e '.[{_EXTRAS[scheme]}]'")
+    _file_system(scheme)
+    return epath.Path(text)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is in an object store."""
+    return os.fspath(path).partition("://")[0] in _PACKAGES
+
+
+@functools.cache
+def _file_system(scheme: str) -> fsspec.AbstractFileSystem:
+    # A listing that is kept for later would not show what tensorstore and other processes write.
+    for name in {scheme, "gcs"} if scheme == "gs" else {scheme}:
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    return fsspec.filesystem(scheme)
+
+
+def _store(path: Path) -> fsspec.AbstractFileSystem:
+    return _file_system(os.fspath(path).partition("://")[0])
 
 
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields another name to write a file or directory to, and renames that to `path`: what has the name is whole.
 
-    A kill or a power cut leaves PATH.partial behind, which the next writer replaces.
+    A kill or a power cut leaves PATH.partial behind, which the next writer replaces. For an object store the other name is on
+    this machine, and the file is uploaded in the end; of a directory all files are, one after the other.
 
     Args:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
         another's; what a kill leaves behind stays.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield (local := Path(scratch, path.name))
+            upload(local, path)
+        return
     partial = unique_name(path) if shared else path.with_name(f"{path.name}.partial")
-    _remove(partial)
+    remove(partial)
     try:
         yield partial
         sync(partial)
         os.replace(partial, path)
         sync_names(path.parent)
     except Exception:
-        _remove(partial)
+        remove(partial)
         raise
 
 
@@ -43,7 +105,9 @@ def unique_name(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Has a file or a whole directory written to the disk itself."""
+    """Has a file or a whole directory written to the disk itself; an object store has done so."""
+    if is_remote(path):
+        return
     if path.is_dir():
         for inner in path.iterdir():
             sync(inner)
@@ -55,6 +119,8 @@ def sync(path: Path) -> None:
 
 def sync_names(directory: Path) -> None:
     """Has a directory's names written to the disk itself, where the file system can: after a rename."""
+    if is_remote(directory):
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -63,11 +129,76 @@ def sync_names(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def absolute(path: Path) -> Path:
+    """A path that the current directory does not change."""
+    return path if is_remote(path) else path.absolute()
+
+
+def make_directory(path: Path) -> None:
+    """With its parents, unless it exists; nothing in an object store."""
+    if not is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """A file or a whole directory, if there is one."""
+    if is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            _store(path).rm(os.fspath(path), recursive=True)
+    elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def replace(path: Path, target: Path) -> None:
+    """Renames a file, over another if need be; an object is copied, which is atomic, and then removed."""
+    if is_remote(path):
+        _store(path).copy(os.fspath(path), os.fspath(target))
+        _store(path).rm_file(os.fspath(path))
+    else:
+        os.replace(path, target)
+
+
+def files(directory: Path) -> list[Path]:
+    """All files below a directory, sorted."""
+    if is_remote(directory):
+        return sorted(epath.Path(f"{directory.parts[1]}://{name}") for name in _store(directory).find(os.fspath(directory)))
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def size(path: Path) -> int:
+    """Of a file, in bytes."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
+def modified(path: Path) -> float:
+    """When a file was written, in seconds."""
+    return path.stat().mtime if is_remote(path) else path.stat().st_mtime
+
+
+def upload(local: Path, path: Path) -> None:
+    """A file of this machine, or every file of a directory, to an object store; each appears when it is whole."""
+    for file in files(local) if local.is_dir() else [local]:
+        _store(path).put_file(os.fspath(file), os.fspath(path / file.relative_to(local)))
+
+
+@functools.cache
+def fetched(path: Path) -> Path:
+    """A file or a directory on a disk: itself, or a copy of what is in an object store, as long as this process lives.
+
+    For files that libraries open by name. What does not exist has a name that does not exist.
+    """
+    if not is_remote(path):
+        return path
+    scratch = tempfile.TemporaryDirectory()
+    atexit.register(scratch.cleanup)
+    local = Path(scratch.name, path.name)
+    for file in [path] if path.is_file() else files(path):
+        to = local / file.relative_to(path)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        _store(path).get_file(os.fspath(file), os.fspath(to))
+    return local
 
 
 def write_text(path: Path, text: str, shared: bool = False) -> None:
@@ -88,11 +219,29 @@ def write_new(path: Path, write: Callable[[Path], None]) -> None:
       UserError: it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with replacing(path) as partial:
             write(partial)
     except (OSError, RuntimeError) as e:
         raise UserError(f"cannot write {path}: {first_line(e)}") from e
+
+
+def check_writable(path: Path) -> None:
+    """Writes nothing of use and removes it again.
+
+    Raises:
+      UserError: now rather than when all is computed.
+    """
+    try:
+        make_directory(path.parent)
+        if is_remote(path):
+            probe = unique_name(path)
+            _store(path).pipe_file(os.fspath(probe), b"")
+            _store(path).rm_file(os.fspath(probe))
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise UserError(f"cannot write to {path}: {reason(e)}; choose another file") from e
 
 
 def sha256(path: Path) -> str:
@@ -110,3 +259,8 @@ def checksum(path: Path) -> str:
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first line of an error's text, or its class where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:limit]
+
+
+def reason(error: OSError) -> str:
+    """What the system says of a failure, or an object store's client."""
+    return error.strerror or first_line(error)

@@ -92,22 +92,23 @@ def draw(path: Path, record: dict[str, Any]) -> None:
     for axis in axes[1]:
         axis.set_xlabel("t")
     figure.suptitle(record["description"], fontsize=9, wrap=True)
-    figure.savefig(path, dpi=90)
+    with storage.replacing(path) as partial:
+        figure.savefig(partial, dpi=90, format="png")
     plt.close(figure)
 
 
 def timesteps() -> None:
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError("--config is missing or not a config file; for example --config=digits")
-    out = Path(_OUT.value).expanduser()
+    out = storage.path(_OUT.value)
     out = out.with_suffix("") if out.suffix in (".png", ".json") else out
     record = numbers(_CONFIG.value)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(out.parent)
         draw(out.with_name(out.name + ".png"), record)
         storage.write_text(out.with_name(out.name + ".json"), json.dumps(record) + "\n")
     except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}; choose another --out") from e
+        raise UserError(f"cannot write to {out}: {storage.reason(e)}; choose another --out") from e
     print(record["description"])
     print(f"Density, weight, product and log-SNR in {out}.png, numbers in {out}.json")
 

@@ -6,17 +6,18 @@ After an interruption, run the same command again: it resumes from the last chec
 """
 
 import contextlib
-import dataclasses
+import functools
 import time
 from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
-from speedit_jax import cli, sharding
+from speedit_jax import cli, sharding, storage
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.during_training import Evaluation
@@ -24,8 +25,9 @@ from speedit_jax.evaluation.held_out import HeldOutLoss
 from speedit_jax.reporting import console, wandb_board
 from speedit_jax.reporting.curves import write_curves
 from speedit_jax.reporting.environment import Environment
-from speedit_jax.reporting.page import write_report
+from speedit_jax.reporting.page import PROMPTS, write_report
 from speedit_jax.reporting.telemetry import PEAK_FLOPS, Profiler, Telemetry
+from speedit_jax.sampling.conditions import Labels, Prompts, stored_prompts
 from speedit_jax.sampling.draw import NotFiniteError
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
@@ -39,6 +41,7 @@ from speedit_jax.training.nonfinite import Skips
 from speedit_jax.training.set_aside import set_aside_damaged
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
+from speedit_jax.watchdog import Watchdog
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits or mine.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
@@ -54,7 +57,7 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None, Evaluation | None]:
+def make_drawings(parts: Assembly, source: Source, watchdog: Watchdog) -> tuple[FixedSamples | None, Evaluation | None]:
     """(the grids', the evaluation's): what training draws of the EMA weights, as far as the config wants it."""
     config, mesh = parts.config, parts.mesh
     if not config.training.sample_every and not config.evaluation.every:
@@ -62,15 +65,22 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
     settings = resolve(Settings.from_config(config.sampling, parts.model), parts.diffusion)
     sampler = make_sampler(parts.model, parts.diffusion, settings, mesh)
 
-    def samples(seed, count):
+    def samples(seed, count, conditions):
         devices = sharding.batch_devices(mesh)
-        return FixedSamples(sampler, parts.autoencoder, parts.model.num_classes, jax.random.key(seed), count, devices)
+        progress = functools.partial(watchdog.alive, "drawing samples")
+        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices, progress)
 
-    grids = samples(config.seed, config.sampling.grid_images) if config.training.sample_every else None
+    def conditions(count):
+        return stored_prompts(parts.texts, count) if parts.texts else Labels(np.arange(max(1, parts.model.num_classes)))
+
+    images = config.sampling.grid_images
+    # A column for each prompt, as for each class.
+    grids = samples(config.seed, images, conditions(round(images**0.5))) if config.training.sample_every else None
     if not config.evaluation.every:
         return grids, None
-    drawn = samples(config.evaluation.seed, config.evaluation.num_images)
-    return grids, Evaluation(config, source, drawn, dataclasses.asdict(settings), mesh)
+    images = config.evaluation.num_images
+    drawn = samples(config.evaluation.seed, images, conditions(images))
+    return grids, Evaluation(config, source, drawn, settings.record(), mesh)
 
 
 def first_state(parts: Assembly, checkpoints: Checkpoints, step: int, weights: dict, key: jax.Array) -> TrainState:
@@ -97,7 +107,7 @@ def open_telemetry(parts: Assembly, workdir: Path, step: int, started: float) ->
         num_steps=config.training.num_steps,
         batch_size=config.training.batch_size,
         # The share of the peak that one image a second takes.
-        mfu_per_image=peak and 3 * parts.model.forward_flops / (mesh.size * peak),
+        mfu_per_image=peak and parts.model.step_flops / (mesh.size * peak),
         started=started,
         wandb=wandb_board.open_board(workdir, config.training.wandb_project, config.to_dict()),
     )
@@ -115,9 +125,11 @@ def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, 
         telemetry.say(f"warning: no grid of samples at step {step}: {e}")
         return
     if jax.process_index() == 0:
-        columns = grids.num_classes if 1 < grids.num_classes <= 16 else None
+        columns = grids.conditions.count if 1 < grids.conditions.count <= 16 else None
         path, grid = workdir / "samples" / f"step_{step:07d}.png", image_grid(images, columns)
         write_png(path, grid, magnification(images.shape[1]))
+        if isinstance(grids.conditions, Prompts):
+            storage.write_json(path.with_name(PROMPTS), grids.conditions.texts)
         telemetry.grid(step, grid, path)
 
 
@@ -180,7 +192,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     source = open_source(config.data)
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
-    grids, evaluation = make_drawings(parts, source)
+    watchdog = Watchdog(config.training.hang_after)
+    grids, evaluation = make_drawings(parts, source, watchdog)
     held_out = HeldOutLoss(parts, source) if config.evaluation.loss_every else None
     weights, lines = {}, console.opening(parts, source)
     if config.init_from and not peek(workdir):
@@ -200,7 +213,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         meta = run.describe(config, source, parts.model.image_shape, parts.encoded_by)
         meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
         say(*lines, *(f"settings   {line}" for line in changed))
-        return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), started)
+        return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), watchdog, started)
 
 
 def go_on(
@@ -210,6 +223,7 @@ def go_on(
     meta: dict,
     weights: dict,
     watching: tuple[FixedSamples | None, Evaluation | None, HeldOutLoss | None],
+    watchdog: Watchdog,
     started: float,
 ) -> int | None:
     """Takes the steps that a run still lacks."""
@@ -224,6 +238,7 @@ def go_on(
         evaluation.prepare(workdir)
     if held_out:
         held_out.prepare()
+    watchdog.start()
     key = jax.random.key(config.seed)
     state, train_step = first_state(parts, checkpoints, step, weights, key), parts.jit_step()
     run.record(workdir, meta)
@@ -231,13 +246,13 @@ def go_on(
     stop = Stop()
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
-    step_flops = int(3 * parts.model.forward_flops * config.training.batch_size)
+    step_flops = parts.model.step_flops * config.training.batch_size
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
     skips = Skips(parts, int(state.skipped))
 
     try:
-        for batch in telemetry.waiting_for(batches(parts, source, step, num_steps)):
+        for batch in watchdog.waiting_for(telemetry.waiting_for(batches(parts, source, step, num_steps))):
             profiler.before(step)
             with jax.set_mesh(mesh):
                 state, metrics = train_step(state, batch, key)
@@ -264,11 +279,13 @@ def go_on(
                 if drawing:
                     show_grid(grids, state, workdir, step, telemetry)
                 if saving:
+                    watchdog.alive("saving a checkpoint")
                     checkpoints.save(step, state, meta | evaluated)
                     environment.write(step)
                 telemetry.paused(since)
             if stopping and not last:
                 break
+        watchdog.alive("saving a checkpoint")
         checkpoints.wait()
     except Exception as e:
         rescue(checkpoints, telemetry, state, meta)
@@ -276,6 +293,7 @@ def go_on(
             raise UserError(f"{e.filename}: {e.strerror}; mend it and run the same command again") from e
         raise
 
+    watchdog.stop()
     profiler.close()
     best = checkpoints.best()
     checkpoints.close()
@@ -301,7 +319,7 @@ def main() -> int | None:
             raise UserError(f"--{name} is missing; for example --config=digits --workdir=runs/digits")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
-    return train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    return train(_CONFIG.value, storage.path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

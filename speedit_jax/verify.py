@@ -41,7 +41,7 @@ def check_checkpoint(workdir: Path, name: str) -> Finding:
     checksums = integrity.read(directory)
     if not checksums:
         return Finding(part, UNKNOWN, "was saved without checksums, by an earlier version")
-    megabytes = sum((directory / file).stat().st_size for file in checksums) / 1e6
+    megabytes = sum(storage.size(directory / file) for file in checksums) / 1e6
     return Finding(part, WHOLE, f"{len(checksums)} files, {megabytes:.1f} MB")
 
 
@@ -77,10 +77,10 @@ def verify() -> int:
         raise UserError("--workdir is missing; name the directory of a training run")
     # The accelerator is the training's, which may go on meanwhile.
     jax.config.update("jax_platforms", "cpu")
-    workdir = Path(_WORKDIR.value).expanduser()
-    out = Path(_OUT.value).expanduser() if _OUT.value else None
+    workdir = storage.path(_WORKDIR.value)
+    out = storage.path(_OUT.value) if _OUT.value else None
     if out:
-        cli.check_writable(out)
+        storage.check_writable(out)
     names = [str(step) for step in sorted(set_aside.steps(workdir))]
     names += sorted(path.name for path in (workdir / "checkpoints").glob(f"{set_aside.PREFIX}*"))
     if not names and not (workdir / run.NAME).exists():

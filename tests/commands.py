@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -106,15 +105,6 @@ def run_alone(command: str, *args: object, **env: object) -> Result:
     env = ONE_DEVICE | {name: str(value) for name, value in env.items()}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     return Result(done.returncode, done.stdout, done.stderr)
-
-
-def hosts(count: int) -> list[dict[str, str]]:
-    """What --multihost looks for in the environment of each of `count` processes on this machine."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    return [dict(zip(names, (address, str(count), str(host)), strict=True)) for host in range(count)]
 
 
 def checksums(directory: Path) -> dict[str, str]:

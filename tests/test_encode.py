@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, hosts
+from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, TINY, assert_fails, assert_works
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from speedit_jax.testing.hosts import hosts
 from speedit_jax.testing.vae_weights import write_vae
 
 IMAGES = 23  # two classes; shards of 5, of which the last has 3

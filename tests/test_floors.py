@@ -13,17 +13,20 @@ ROOT = Path(speedit_jax.__file__).parent
 FLOORS = (
     {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "conversion": 6, "models": 2}
     | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
-    | {"sharding": 0.3, "peers": 0.3, "storage": 0.2, "recipes": 0.2, "config": 0.1, "errors": 0}
+    | {"sharding": 0.3, "watchdog": 0.4, "peers": 0.3, "storage": 0.2, "recipes": 0.2, "config": 0.1, "errors": 0}
 )
 COMMANDS = 7
 # Library -> the only places that may import it.
 OWNERS = {
     "flax": ("speedit_jax.models",),
     "orbax": ("speedit_jax.training.checkpoint",),
+    "etils": ("speedit_jax.storage",),
+    "fsspec": ("speedit_jax.storage",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
     "huggingface_hub": ("speedit_jax.interop",),
+    "transformers": ("speedit_jax.encoders.hub_text",),
     "torch": ("speedit_jax.interop", "speedit_jax.testing"),
     "tensorflow": (),
     "wandb": ("speedit_jax.reporting.wandb_board",),
@@ -115,6 +118,7 @@ def test_every_package_has_a_floor():
         ("speedit_jax.training.step", "import flax.linen as nn"),
         ("speedit_jax.training.state", "import orbax.checkpoint as ocp"),
         ("speedit_jax.train", "from grain import python"),
+        ("speedit_jax.encode", "from etils import epath"),
         ("speedit_jax.models.build", "import tensorflow_datasets as tfds"),
         ("speedit_jax.data.sources", "import torch.utils.data"),
         ("speedit_jax.interop.dit", "from speedit_jax.models import layers"),

@@ -1,6 +1,7 @@
 """sample as a user meets it: from a run's directory to images, and one readable line for every mistake."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,9 @@ BAD_SAMPLE_FLAGS = {
     "guide": (["--guide_workdir=/no/such"], ["--guide_workdir", "/no/such"]),
     "guide without a run": (["--guide_step=3"], ["--guide_step=3", "--guide_workdir"]),
     "weights": (["--weights=best"], ["weights", "best", "raw"]),
+    "mesh": (["--mesh=8"], ["--mesh=8", "fsdp=4,tensor=2"]),
+    "mesh axis": (["--mesh=fsdp=x"], ["--mesh=fsdp=x"]),
+    "too many devices": (["--mesh=fsdp=64"], ["mesh.fsdp=64", "does not match"]),
     "number": (["--num_images=0"], ["num_images"]),
     "unknown flag": (["--nosuch=1"], ["nosuch"]),
     "config key": (["--config.model.width=16"], ["config.model.width"]),
@@ -198,6 +202,19 @@ def test_eight_devices_draw_the_same_images(sample, ten):
     assert np.abs(images.astype(int) - ten[0]).max() <= 1
     np.testing.assert_array_equal(labels, ten[1])
     assert settings["devices"] == 8
+
+
+def test_weights_shared_among_devices_draw_the_same_images(run, trained, ten, tmp_path):
+    """Each of eight devices holds an eighth of the matrices, and biases whole."""
+    flags = [f"--workdir={trained}", "--class_labels=0,1,2,3", "--num_images=10", f"--out={tmp_path / 'x'}"]
+    result = run("sample", *flags, "--mesh=fsdp=4,tensor=2", xla_flags=EIGHT_DEVICES)
+    assert_works(result)
+    held, whole = map(float, re.search(r"Weights: (\S+) MiB of (\S+) MiB on each of 8 devices", result.out).groups())
+    assert held < 0.4 * whole
+    with np.load(tmp_path / "x.npz") as data:
+        assert np.abs(data["arr_0"].astype(int) - ten[0]).max() <= 1
+    settings = json.loads((tmp_path / "x.json").read_text())
+    assert settings["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and settings["weights_sha256"] == ten[2]["weights_sha256"]
 
 
 def test_images_do_not_depend_on_their_batch(sample, ten):

@@ -1,6 +1,7 @@
 """Images drawn with interruptions are those drawn without, to the byte: benchmarks/sample_resume.py in small."""
 
 import importlib.util
+import json
 import socket
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_two_processes_go_on_where_one_was_killed(script, drawing, whole):
     assert f"Resuming: {8 * hit} of 92 images are finished." in out.with_suffix(".log").read_text()
     assert script.differences(whole, out) == []
     assert [path.name for path in other.parent.iterdir()] == ["x.log"]
+
+
+def test_two_processes_share_the_weights(drawing, whole):
+    """So neither holds them whole, and their checksum is of all."""
+    outs = [drawing.workdir.with_name(f"shared{i}") for i in range(2)]
+    codes = two_processes(drawing, outs, "--mesh=fsdp=8", "--num_images=8")
+    assert codes == [0, 0], [out.with_suffix(".log").read_text()[-2000:] for out in outs]
+    shared, first = (np.load(out.with_suffix(".npz"))["arr_0"][:8].astype(int) for out in (outs[0], whole))
+    assert np.abs(shared - first).max() <= 1
+    settings = [json.loads(out.with_suffix(".json").read_text()) for out in (outs[0], whole)]
+    assert settings[0]["weights_sha256"] == settings[1]["weights_sha256"]
 
 
 def test_two_processes_fail_as_one(drawing, whole):

@@ -3,6 +3,7 @@
 PYTHONPATH=tests python -m test_sharding writes the golden table anew.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -118,6 +119,50 @@ def test_make_mesh_errors(sizes, message):
 
 def test_make_mesh_of_some_devices():
     assert sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:2]).devices.shape == (2, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As JAX describes one of several slices, or of several nodes of GPUs, which it calls slices too."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "some kind"
+
+
+def test_slices_divide_the_data_axis():
+    devices = [Device(i, i % 2) for i in range(8)]
+    found = sharding._over_slices([4, 2, 1], 2, devices)
+    assert found.shape == (4, 2, 1)
+    assert [[device.slice_index for device in row.flat] for row in found] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert sorted(device.id for device in found.flat) == list(range(8))
+
+
+def test_nodes_of_gpus_are_one_mesh_unless_the_config_says_more():
+    devices = [Device(i, i // 4) for i in range(8)]
+    for slices in (None, 1):
+        found = sharding._over_slices([1, 2, 4], slices, devices)
+        assert [device.id for device in found.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "slices", "message"),
+    [
+        ("tpu", [8, 1, 1], 1, "mesh.slices=1, but the 8 devices are of 2; set mesh.slices=2"),
+        ("tpu", [8, 1, 1], 4, "mesh.slices=4, but the 8 devices are of 2; set mesh.slices=2"),
+        ("gpu", [8, 1, 1], 3, "mesh.slices=3, but the 8 devices are of 2; set mesh.slices=2"),
+        ("tpu", [1, 8, 1], None, "mesh.data=1 is not a multiple of mesh.slices=2"),
+    ],
+)
+def test_slices_that_are_not_there(platform, shape, slices, message):
+    with pytest.raises(UserError, match=message):
+        sharding._over_slices(shape, slices, [Device(i, i // 4, platform) for i in range(8)])
+
+
+def test_one_slice_is_not_several():
+    with pytest.raises(UserError, match=r"mesh.slices=2, but the 8 devices are of 1; set mesh.slices=1"):
+        sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1, "slices": 2})
 
 
 def test_param_shardings_follow_the_rules():

@@ -33,7 +33,7 @@ from speedit_jax import sharding
 from speedit_jax.config import get_config
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
-from speedit_jax.training import topologies
+from speedit_jax.training import topologies, traffic
 from speedit_jax.training.assembly import Assembly, assemble
 
 CLASSES = 1000
@@ -215,7 +215,7 @@ def main() -> None:
             module, entry = parse(text)
             memory = compiled.memory_analysis()
             found = {"variant": variant, "jax": jax.__version__, "temporaries_bytes": memory.temp_size_in_bytes}
-            found |= {"collectives": len(list(topologies.collectives(text)))}
+            found |= {"collectives": len(list(traffic.collectives(text)))}
             found |= describe(list(Reader(module, work).kernels(entry)), args.top)
             record["variants"][name] = found
             print(table(name, found), end="\n\n", flush=True)

@@ -14,6 +14,7 @@ from typing import Protocol
 import ml_collections
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.data import loader
 from speedit_jax.data.images import open_image
 from speedit_jax.data.names import printable
@@ -130,7 +131,7 @@ def open_images(
     Raises:
       UserError: there are none, they cannot be read, or they have several sizes.
     """
-    path = Path(where).expanduser()
+    path = storage.path(where)
     if path.suffix == ".npz":
         return _open_npz(path)
     if where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds"):
@@ -178,7 +179,7 @@ def _open_npz(path: Path) -> NpzImages | None:
     if not path.is_file():
         raise UserError(f"no file {path}")
     with _reading(path):
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as content, zipfile.ZipFile(content) as archive:
             if f"{ARRAY}.npy" not in archive.namelist():
                 return None
         with _array(path) as (_, shape, dtype):
@@ -191,7 +192,7 @@ def _open_npz(path: Path) -> NpzImages | None:
 @contextlib.contextmanager
 def _array(path: Path):
     """(file that stands at the first number, shape, dtype)."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{ARRAY}.npy") as file:
+    with path.open("rb") as content, zipfile.ZipFile(content) as archive, archive.open(f"{ARRAY}.npy") as file:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(file)

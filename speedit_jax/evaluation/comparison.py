@@ -5,21 +5,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from speedit_jax import sharding
+from speedit_jax import sharding, storage
 from speedit_jax.data.image_sets import Images, open_images
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.features import Collected, Inception, Pixels, collect
+from speedit_jax.evaluation.matching import Texts
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance
 from speedit_jax.metrics.inception_score import inception_score
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.metrics.precision_recall import precision_recall
+from speedit_jax.metrics.retrieval import caption_match
 from speedit_jax.metrics.statistics_file import Origin, read_statistics
 
 Extractor = Pixels | Inception
@@ -57,7 +58,9 @@ METRICS = {
     "is": Metric(("is", "is_std"), images="logits"),
     "kid": Metric(("kid", "kid_std"), images="pool", reference="pool"),
     "pr": Metric(("precision", "recall"), images="pool", reference="pool"),
+    "match": Metric(("match", "match_error", "match_chance"), images="pool", reference="pool"),
 }
+ON_TEXT = ("match",)  # only where it is asked for, and with texts
 HIGH_IS_BETTER = ("is", "precision", "recall")
 
 
@@ -145,7 +148,7 @@ def open_reference(
       UserError: it cannot be read, or holds neither.
     """
     images = open_images(where, shape, split, background)
-    path, statistics = Path(where).expanduser(), {}
+    path, statistics = storage.path(where), {}
     origin = Origin(len(images), images.shape, crop_of(where)) if images else Origin()
     if path.suffix == ".npz":
         statistics, told = read_statistics(path, features)
@@ -189,20 +192,28 @@ def make_extractor(
 
 
 def choose_metrics(
-    asked: Sequence[str], images: tuple[str, int], reference: Reference, features: str, options: Options, prefix: str
+    asked: Sequence[str],
+    images: tuple[str, int],
+    reference: Reference,
+    features: str,
+    options: Options,
+    prefix: str,
+    texts: Texts | None = None,
 ) -> list[str]:
     """The metrics asked for, or, where none are, all that can be computed.
 
     Args:
       images: where their number is set, and the number.
+      texts: of images and reference, where they are known.
 
     Raises:
       UserError: one is unknown or cannot be computed, or there are too few images for it.
     """
-    names = dict.fromkeys(asked or METRICS)
+    names = dict.fromkeys(asked or [name for name in METRICS if name not in ON_TEXT])
     if unknown := [name for name in names if name not in METRICS]:
         raise UserError(f"{prefix}metrics: unknown {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     obstacles = {name: _obstacle(METRICS[name], reference, features, prefix) for name in names}
+    obstacles |= {name: "the evaluate command" for name in names if name in ON_TEXT and texts is None}
     if asked and (found := [f"{name} needs {why}" for name, why in obstacles.items() if why]):
         raise UserError(f"{prefix}metrics: {found[0]}")
     chosen = [name for name, why in obstacles.items() if not why]
@@ -260,21 +271,31 @@ def extract_features(
 
 
 def measure(
-    name: str, images: Collected, reference: Collected, statistics: dict[str, Gaussian], options: Options
+    name: str,
+    images: Collected,
+    reference: Collected,
+    statistics: dict[str, Gaussian],
+    options: Options,
+    texts: Texts | None = None,
 ) -> dict[str, float]:
     """The numbers of one metric.
 
     Raises:
       UserError: one is not finite.
     """
-    values = _numbers(name, images, reference, statistics, options)
+    values = _numbers(name, images, reference, statistics, options, texts)
     if bad := [value for value in values if not np.isfinite(values[value])]:
         raise UserError(f"{bad[0]} is not finite: the features are too large, or their statistics are damaged")
     return values
 
 
 def _numbers(
-    name: str, images: Collected, reference: Collected, statistics: dict[str, Gaussian], options: Options
+    name: str,
+    images: Collected,
+    reference: Collected,
+    statistics: dict[str, Gaussian],
+    options: Options,
+    texts: Texts | None,
 ) -> dict[str, float]:
     metric = METRICS[name]
     if metric.moments:
@@ -287,6 +308,11 @@ def _numbers(
         theirs = reference.arrays[metric.reference]
         subset_size = options.subset_size(len(ours), len(theirs))
         values = kernel_distance(ours, theirs, subsets=options.kid_subsets, subset_size=subset_size, seed=options.seed)
+    elif name == "match":
+        try:
+            values = caption_match(ours, texts.prompts, reference.arrays[metric.reference], texts.captions)
+        except ValueError as e:
+            raise UserError(f"match: no image of the reference has the caption {e.args[0]!r}") from e
     else:
         values = precision_recall(reference.arrays[metric.reference], ours, options.pr_neighbours)
     return dict(zip(metric.values, values, strict=True))

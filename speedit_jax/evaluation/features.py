@@ -2,19 +2,17 @@
 
 import dataclasses
 from collections.abc import Collection
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from speedit_jax import sharding
+from speedit_jax import sharding, storage
 from speedit_jax.data.image_sets import Images
 from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Moments
 from speedit_jax.models.inception import OUTPUTS, load_inception
-from speedit_jax.storage import sha256
 
 MOST_PIXELS = 4096  # numbers of an image: their covariance is 128 MB
 
@@ -59,7 +57,7 @@ class Inception:
 
     def __init__(self, where: str | None, mesh: Mesh):
         apply, params = load_inception(where)
-        self.identity = {"weights": Path(where).name, "sha256": sha256(Path(where).expanduser())}
+        self.identity = {"weights": storage.path(where).name, "sha256": storage.sha256(storage.path(where))}
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._rows = sharding.batch_sharding(mesh)
         self._apply = jax.jit(apply, in_shardings=(None, self._rows), out_shardings=sharding.replicated(mesh))

@@ -4,12 +4,12 @@ Our modules bear the port's names: "Mixed_5b", "branch1x1", "bn", "mean" is Mixe
 Layouts: convolutions OIHW -> HWIO, linear [out, in] -> [in, out].
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.interop import layout, tensors
 
@@ -39,7 +39,7 @@ def read_inception(where: str | None) -> dict[str, np.ndarray]:
     """
     if not where:
         raise UserError(f"Inception weights are missing: download {URL} and give {NAME}; pixel features need no weights")
-    path = Path(where).expanduser()
+    path = storage.fetched(storage.path(where))
     if not path.is_file():
         raise UserError(f"{where}: no such file; download {URL}")
     try:

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.interop import files, tensors
-from speedit_jax.storage import sha256
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # What diffusers may call the weights, the most exact and safest first; an index names the files of a large model.
@@ -57,7 +57,7 @@ def find_vae(where: str) -> Path:
     Raises:
       UserError: no such directory, a file is missing, or it cannot be downloaded.
     """
-    path = Path(where).expanduser()
+    path = storage.fetched(storage.path(where))
     if path.is_dir():
         if not (path / CONFIG).is_file() and (path / "vae").is_dir():
             return find_vae(str(path / "vae"))
@@ -147,7 +147,7 @@ def weights_files(place: Path) -> list[Path]:
 
 def checksum(place: Path) -> str:
     """SHA-256 of the file of weights; of several, of their checksums."""
-    sums = [sha256(path) for path in weights_files(place)]
+    sums = [storage.sha256(path) for path in weights_files(place)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

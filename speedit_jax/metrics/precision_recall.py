@@ -21,7 +21,7 @@ def precision_recall(reference: np.ndarray, generated: np.ndarray, k: int = 3) -
     """
     of_reference, of_generated = squared_radii(reference, k), squared_radii(generated, k)
     generated_inside, reference_inside = np.zeros(len(generated), bool), np.zeros(len(reference), bool)
-    for rows, columns, distances in _blocks(generated, reference):
+    for rows, columns, distances in distance_blocks(generated, reference):
         generated_inside[rows] |= (distances <= of_reference[columns]).any(axis=1)
         reference_inside[columns] |= (distances <= of_generated[rows, None]).any(axis=0)
     return float(generated_inside.mean()), float(reference_inside.mean())
@@ -30,13 +30,13 @@ def precision_recall(reference: np.ndarray, generated: np.ndarray, k: int = 3) -
 def squared_radii(features: np.ndarray, k: int) -> np.ndarray:
     """Squared distance of each feature [n, D] to its k-th nearest neighbour, itself not counted: float64 [n]."""
     nearest = np.full((len(features), k + 1), np.inf)  # k neighbours and the point itself
-    for rows, _, distances in _blocks(features, features):
+    for rows, _, distances in distance_blocks(features, features):
         candidates = np.concatenate([nearest[rows], distances], axis=1)
         nearest[rows] = np.partition(candidates, k, axis=1)[:, : k + 1]
     return nearest.max(axis=1)
 
 
-def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def distance_blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """(rows of x, rows of y, squared distances between them, float64)."""
     for first in range(0, len(x), _BLOCK):
         rows = slice(first, min(first + _BLOCK, len(x)))

@@ -64,7 +64,7 @@ def read_statistics(path: Path, features: str) -> tuple[dict[str, Gaussian], Ori
     """
     keys = [key + suffix for suffix in STATISTICS.values() for key in ("mu", "sigma")]
     try:
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             arrays = {key: np.asarray(file[key], np.float64) for key in keys if key in file.files}
             made_with = str(file["features"]) if "features" in file.files else "inception"
             origin = Origin(

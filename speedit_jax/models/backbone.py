@@ -1,13 +1,20 @@
-"""The shell that every backbone shares: embed patches, time and label; N blocks in a scan; project back to pixels."""
+"""The shell that every backbone shares: embed patches, time and label; N blocks in a scan; project back to pixels.
 
-from collections.abc import Callable
+Of a backbone whose blocks are all alike (DiT), some tokens may skip the middle blocks, and the tokens between two blocks may be
+looked at. The parameters are the same then: they are stacked over the depth, and each part of the depth scans its own slice.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from speedit_jax.models import layers
+from speedit_jax.models.condition import Condition, mean_token
 from speedit_jax.models.layers import dense
+from speedit_jax.models.routing import Route, taken, taken_back
 
 ACTIVATIONS = ("batch", None, None)  # [B, T, D]
 
@@ -30,14 +37,14 @@ MakeBlock = Callable[[int, tuple[int, int]], Callable[..., nn.Module]]
 
 
 class Period(nn.Module):
-    """Different blocks in a row, repeated down the depth: x [B, T, D] and c [B, D] -> (x [B, T, D], None)."""
+    """Different blocks in a row, repeated down the depth: x [B, T, D] and their conditioning -> (x [B, T, D], None)."""
 
     make_blocks: tuple[Callable[..., nn.Module], ...]
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x, *conditioning):
         for i, make_block in enumerate(self.make_blocks):
-            x, _ = make_block(name=f"block_{i}")(x, c)
+            x, _ = make_block(name=f"block_{i}")(x, *conditioning)
         return x, None
 
 
@@ -46,7 +53,10 @@ class Backbone(nn.Module):
 
     Attributes:
       width, depth, patch: D, N and P.
-      label_rows: rows of the label table, the null label's included; 0 is unconditional.
+      label_rows: rows of the label table, the null label's included; 0 is without labels.
+      text: how text enters: "cross", "pooled" or "" for no text.
+      adaln_single: all blocks share one linear layer of the timestep, and each adds a table of its own (PixArt-alpha).
+      position_scale: divides positions.
       out_channels: C, or 2C with a learned variance.
       time_freq_shift: of the timestep's frequencies.
       make_block: what the blocks are; wrapped here for remat and scan.
@@ -54,12 +64,18 @@ class Backbone(nn.Module):
       constrain: the activations' sharding.
       scan_unroll: periods per iteration of the scan over depth.
       dtype: of activations and matmul inputs; parameters are float32.
+      patch_bottleneck: width of a linear layer without bias between a patch's numbers and the tokens; 0: there is none.
+      final_norm: one of layers.NORMS.
+      middle: the blocks (first, one after the last) that a route's tokens skip.
     """
 
     width: int
     depth: int
     patch: int
     label_rows: int
+    text: str
+    adaln_single: bool
+    position_scale: float
     out_channels: int
     time_freq_shift: int
     make_block: MakeBlock
@@ -67,34 +83,94 @@ class Backbone(nn.Module):
     constrain: layers.Constrain
     scan_unroll: int
     dtype: jnp.dtype
+    patch_bottleneck: int = 0
+    final_norm: str = "layer"
+    middle: tuple[int, int] = (0, 0)
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        """x [B, H, W, C], t [B], y [B] int (ignored when unconditional) -> [B, H, W, out_channels] float32."""
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: Condition, route: Route | None = None, taps: Sequence[int] = ()
+    ) -> jax.Array | tuple[jax.Array, list[jax.Array]]:
+        """The network's output.
+
+        Args:
+          x: [B, H, W, C].
+          t: [B].
+          y: ignored when unconditional.
+          route: the tokens that the middle blocks see; None: all.
+          taps: numbers of blocks, rising, after which the tokens are returned, too.
+
+        Returns:
+          [B, H, W, out_channels] float32; with taps a pair, the second the list of the tokens [B, T or fewer, D] at each.
+        """
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
         c = layers.TimestepEmbedder(self.width, self.time_freq_shift, self.dtype, name="timestep")(t)
         if self.label_rows:
             c = c + layers.LabelEmbedder(self.label_rows, self.width, self.dtype, name="label")(y)
+        conditioning = ()
+        if self.text:
+            embedder = layers.TextEmbedder(self.width, self.dtype, name="text")
+            if self.text == "pooled":
+                c = c + embedder(mean_token(y))
+            else:
+                conditioning = (self.constrain(embedder(y["tokens"]), ACTIVATIONS), y["length"])
+        modulation = c
+        if self.adaln_single:
+            shared = dense((6, self.width), layers.normal_002, ("embed", None, None), (None, None), self.dtype, "adaLN_single")
+            modulation = shared(nn.silu(c))
 
         # [B, T, D]
         tokens = layers.patchify(x, self.patch).astype(self.dtype)
+        if self.patch_bottleneck:
+            tokens = dense(self.patch_bottleneck, layers.xavier, (None, None), None, self.dtype, "patch_bottleneck")(tokens)
         tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
-        positions = layers.sincos_position_table(*grid, self.width)
+        positions = layers.sincos_position_table(*grid, self.width, self.position_scale)
         tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
 
         make_blocks = tuple(self.make_block(i, grid) for i in range(self.period))
         repeats, rest = divmod(self.depth, self.period)
-        if repeats:
-            tokens, _ = self._scan(make_blocks, repeats)(tokens, c)
-        for i in range(rest):
-            tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, c)
+        tapped = []
+        if route is not None or taps:
+            tokens, tapped = self._in_parts(make_blocks, tokens, (modulation, *conditioning), route, taps)
+        else:
+            if repeats:
+                tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
+            for i in range(rest):
+                tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, modulation, *conditioning)
 
-        shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
-        tokens = layers.modulated_layer_norm(tokens, shift, scale)
+        if self.adaln_single:
+            shift, scale = layers.table_adaln(self, c[:, None], 2, "final_table")
+        else:
+            shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
+        tokens = layers.modulated_norm(self.final_norm, "final_norm", tokens, shift, scale)
         features = self.patch**2 * self.out_channels
         tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
         out = layers.unpatchify(tokens, grid, self.patch)
-        return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        return (out, tapped) if taps else out
+
+    def _in_parts(self, make_blocks, tokens, conditioning, route, taps) -> tuple[jax.Array, list[jax.Array]]:
+        """The blocks, cut where the route begins and ends and at the taps: (tokens, those at each tap)."""
+        (make_block,) = make_blocks
+        stacked = self.get_variable("params", "blocks")
+        first, last = self.middle if route is not None else (0, 0)
+        cuts = sorted({0, first, last, *taps, self.depth})
+        tapped, skipping, ids = [], None, None
+        for start, end in itertools.pairwise(cuts):
+            if start == first < last:
+                tokens, skipping = taken(tokens, route)
+                ids = route.order[:, : route.kept]
+            block = make_block(parent=None)
+
+            def one(x, params, block=block, ids=ids):
+                return block.apply({"params": params}, x, *conditioning, ids=ids)
+
+            part = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], stacked)
+            tokens, _ = jax.lax.scan(one, tokens, part, unroll=min(self.scan_unroll, end - start))
+            tapped += [tokens] * (end in taps)
+            if end == last > first:
+                tokens, skipping, ids = taken_back(tokens, skipping, route), None, None
+        return self.constrain(tokens, ACTIVATIONS), tapped
 
     def _scan(self, make_blocks, repeats: int) -> nn.Module:
         """`repeats` periods with their parameters stacked on a leading axis: compile time does not grow with depth."""

@@ -12,19 +12,22 @@ import ml_collections
 
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
-from speedit_jax.models import dig
-from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models import dig, layers
+from speedit_jax.models.attention import attention, choose_attention, chunked_attention, softmax_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
-from speedit_jax.models.dit import DiTBlock
-from speedit_jax.models.flops import mixer_flops, weights_flops
+from speedit_jax.models.condition import TextShape, text_rows
+from speedit_jax.models.dit import MLPS, DiTBlock
+from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
     "DiT": {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)},
     "DiG": {"tiny": (128, 4, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)},
 }
-PATCHES = (1, 2, 4, 8)
+PATCHES = (1, 2, 4, 8, 16, 32)
 TIME_FREQ_SHIFTS = (0, 1)
+TEXT_WAYS = ("cross", "pooled")
+ADALN = ("block", "single")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -34,15 +37,22 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y [B] int) -> [B, H, W, C or 2C].
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=()) -> [B, H, W, C or 2C], as Backbone says; y is labels int [B],
+        or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
-      num_classes: 0 is unconditional.
+      num_classes: 0 is unconditional, or conditioned on text.
       null_label: the label that stands for "no class", or None where the model was built without one.
+      text: the form of its text; None of a model without text.
+      guidable: the model was trained without its condition, too, so that guidance can lead away from that.
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       tokens: how many an image is to the network.
-      forward_flops: of one image, matrix products and filters only; a training step's are three times as many.
+      blocks: how many, of a model whose tokens can be looked at between them (`taps`); None of others.
+      middle: the blocks (first, one after the last) that a route's tokens skip.
+      kept: how many tokens they see in training; None where all blocks see all.
+      forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
+      step_flops: the same of one image in a training step: forward, and twice that backward.
       dtype: name of the activations' dtype.
     """
 
@@ -52,12 +62,22 @@ class Model:
     image_shape: tuple[int, int, int]
     num_classes: int
     null_label: int | None
+    text: TextShape | None
+    guidable: bool
     mixer: str
     heads: int
     width: int
     tokens: int
+    blocks: int | None
+    middle: tuple[int, int]
+    kept: int | None
     forward_flops: int
+    step_flops: int
     dtype: str
+
+    def conditions(self, count: int) -> Any:
+        """The shapes of the conditions of `count` images."""
+        return text_rows(self.text, count) if self.text else jax.ShapeDtypeStruct((count,), jnp.int32)
 
 
 def parse_name(name: str) -> tuple[str, str, int]:
@@ -89,6 +109,8 @@ def build(
     num_classes: int,
     learned_variance: bool,
     platform: str,
+    text: TextShape | None = None,
+    tokens: ml_collections.ConfigDict | None = None,
     constrain: Callable = lambda x, names: x,
     batch_axes=None,
     head_axis=None,
@@ -99,7 +121,9 @@ def build(
       image_shape: (H, W, C) of images or latents.
       num_classes: 0 is unconditional.
       learned_variance: the network has C more output channels.
+      text: the form of the text that conditions it, instead of classes; None is no text.
       platform: "cpu", "gpu" or "tpu": decides what "auto" means.
+      tokens: the config's section of that name; None: all blocks see all tokens.
       constrain: shards activations, given their logical axes; the identity on one device.
       batch_axes, head_axis: the mesh axes of the batch and the heads, for kernels that XLA cannot partition.
 
@@ -109,10 +133,90 @@ def build(
     backbone, size, patch = parse_name(config.name)
     width, depth, heads = SIZES[backbone][size]
     width, depth, heads = config.width or width, config.depth or depth, config.heads or heads
+    h, w, c = image_shape
+    _check_form(config, backbone, (width, depth, heads), patch, image_shape)
+    _check_conditioning(config, text)
+    dtype_name = config.dtype
+    if dtype_name == "auto":
+        dtype_name = "float32" if platform == "cpu" else "bfloat16"
+    if dtype_name not in DTYPES:
+        raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
+    # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
+    dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
+    num_classes = 0 if text else num_classes
+    grid = (h // patch, w // patch)
+    middle, kept = _route(tokens, backbone, depth, grid[0] * grid[1])
+    has_null = num_classes > 0 and config.label_dropout > 0
+
+    def network(mixer, constrain, batch_axes, head_axis):
+        return Backbone(
+            width=width,
+            depth=depth,
+            patch=patch,
+            label_rows=num_classes + has_null,
+            text=config.text if text else "",
+            adaln_single=config.adaln == "single",
+            position_scale=config.position_scale,
+            out_channels=c * (2 if learned_variance else 1),
+            time_freq_shift=config.time_freq_shift,
+            make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
+            period=len(dig.ORDERS[config.directions]) if backbone == "DiG" else 1,
+            constrain=constrain,
+            scan_unroll=config.scan_unroll,
+            dtype=dtype,
+            patch_bottleneck=config.patch_bottleneck,
+            middle=middle,
+            final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
+        )
+
+    def boxed_init(key):
+        # One image, which no mesh divides, and no kernel: the values do not depend on either.
+        plain = network("xla", lambda x, names: x, None, None)
+        x = jnp.zeros((1, *image_shape))
+        y = text_rows(text, 1) if text else jax.ShapeDtypeStruct((1,), jnp.int32)
+        y = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), y)
+        return plain.init(key, x, jnp.zeros((1,), jnp.int32), y)["params"]
+
+    sharded = network(mixer, constrain, batch_axes, head_axis)
+    boxes = jax.eval_shape(boxed_init, jax.random.key(0))
+    shapes, count = nn.meta.unbox(boxes), grid[0] * grid[1]
+    text_tokens = text.length if text and config.text == "cross" else 1
+    forward = weights_flops(shapes, count, text_tokens) + mixer_flops(backbone, count, width, depth, heads)
+    skipped = 0 if kept is None else skipped_flops(shapes, count, kept, middle[1] - middle[0], width)
+    if text and config.text == "cross":
+        forward += cross_attention_flops(count, text_tokens, width, depth)
+        if kept is not None:
+            skipped += cross_attention_flops(count - kept, text_tokens, width, middle[1] - middle[0])
+    return Model(
+        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        apply=lambda params, x, t, y, **options: sharded.apply({"params": params}, x, t, y, **options),
+        axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
+        image_shape=image_shape,
+        num_classes=num_classes,
+        null_label=num_classes if has_null else None,
+        text=text,
+        guidable=has_null or (text is not None and config.label_dropout > 0),
+        mixer=mixer,
+        heads=heads,
+        width=width,
+        tokens=count,
+        blocks=depth if backbone == "DiT" else None,
+        middle=middle,
+        kept=kept,
+        forward_flops=forward,
+        step_flops=3 * (forward - skipped),
+        dtype=dtype_name,
+    )
+
+
+def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises a UserError for a network of `form`, width, depth and heads, that cannot be."""
+    width, depth, heads = form
     for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
         if value <= 0:
             raise UserError(f"model.{key}={value}: must be positive")
-    h, w, c = image_shape
+    h, w, _ = image_shape
     if h % patch or w % patch:
         raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")
     multiple = 2 * heads if backbone == "DiG" else heads
@@ -122,82 +226,77 @@ def build(
     _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
     if not 0 <= config.label_dropout < 1:
         raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if config.patch_bottleneck < 0:
+        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
     if not 1 <= config.scan_unroll <= depth:
         raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
-    dtype_name = config.dtype
-    if dtype_name == "auto":
-        dtype_name = "float32" if platform == "cpu" else "bfloat16"
-    if dtype_name not in DTYPES:
-        raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
-    # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
-    dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+
+
+def _choose_parts(config, backbone: str, head_width: int, platform: str, dtype) -> str:
+    """The mixer, when the other parts of a block are what the backbone has."""
+    _choose("norm", config.norm, layers.NORMS)
+    _choose("mlp", config.mlp, MLPS)
     if backbone == "DiG":
-        _choose("norm", config.norm, dig.NORMS)
+        if config.rope or config.mlp != "gelu":
+            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
         _choose("convolution", config.convolution, dig.CONVOLUTIONS)
         _choose("directions", config.directions, dig.ORDERS)
-        mixer = choose_gla(config.gla, platform)
-    else:
-        mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
-    has_null = num_classes > 0 and config.label_dropout > 0
+        return choose_gla(config.gla, platform)
+    if config.rope and head_width % 4:
+        raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {head_width}")
+    return choose_attention(config.attention, platform, dtype)
 
-    def network(mixer, constrain, batch_axes, head_axis):
-        return Backbone(
-            width=width,
-            depth=depth,
-            patch=patch,
-            label_rows=num_classes + has_null,
-            out_channels=c * (2 if learned_variance else 1),
-            time_freq_shift=config.time_freq_shift,
-            make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
-            period=len(dig.ORDERS[config.directions]) if backbone == "DiG" else 1,
-            constrain=constrain,
-            scan_unroll=config.scan_unroll,
-            dtype=dtype,
+
+def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | None) -> None:
+    _choose("text", config.text, TEXT_WAYS)
+    _choose("adaln", config.adaln, ADALN)
+    if not config.position_scale > 0:
+        raise UserError(f"model.position_scale={config.position_scale}: must be positive")
+    if text and text.pooled and config.text == "cross":
+        raise UserError("model.text=cross needs the tokens of each caption, and data.text has one vector for each: use pooled")
+
+
+def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, count: int) -> tuple[tuple[int, int], int | None]:
+    """The blocks that some of `count` tokens skip, and how many tokens do not; ((0, 0), None) without a route.
+
+    Raises:
+      UserError: there is no such route.
+    """
+    if tokens is None or tokens.method == "none":
+        return (0, 0), None
+    if tokens.method != "route":
+        raise UserError(f"unknown tokens.method {tokens.method!r}; choose none or route")
+    if backbone != "DiT":
+        raise UserError(f"tokens.method=route is for DiT: {backbone}'s scans and filters need all tokens of the grid")
+    start, tail, kept = tokens.start, tokens.tail, count - int(tokens.rate * count)
+    if start < 1 or tail < 1 or start + tail >= depth:
+        raise UserError(
+            f"tokens.start={start}, tokens.tail={tail}: both must be at least 1 and leave blocks between them, of {depth}"
         )
-
-    def boxed_init(key):
-        # One image, which no mesh divides, and no kernel: the values do not depend on either.
-        plain = network("xla", lambda x, names: x, None, None)
-        x = jnp.zeros((1, *image_shape))
-        return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
-
-    sharded = network(mixer, constrain, batch_axes, head_axis)
-    boxes = jax.eval_shape(boxed_init, jax.random.key(0))
-    shapes, tokens = nn.meta.unbox(boxes), (h // patch) * (w // patch)
-    return Model(
-        init=lambda key: nn.meta.unbox(boxed_init(key)),
-        apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
-        axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
-        image_shape=image_shape,
-        num_classes=num_classes,
-        null_label=num_classes if has_null else None,
-        mixer=mixer,
-        heads=heads,
-        width=width,
-        tokens=tokens,
-        forward_flops=weights_flops(shapes, tokens) + mixer_flops(backbone, tokens, width, depth, heads),
-        dtype=dtype_name,
-    )
+    if not 0 < tokens.rate < 1 or kept == count:
+        raise UserError(f"tokens.rate={tokens.rate}: must be between 0 and 1, and at least one of the {count} tokens must skip")
+    return (start, depth - tail), kept
 
 
 def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:
     """What layer i of a period is."""
+    cross = chunked_attention if config.attention == "chunked" else softmax_attention
 
     def dit_block(i, grid):
-        del i, grid
+        del i
 
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
-        return functools.partial(
-            remat(DiTBlock, config.remat, 1), heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype
-        )
+        block, rope = remat(DiTBlock, config.remat, 1), grid if config.rope else None
+        arguments = (heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype, config.mlp, config.norm, rope)
+        return functools.partial(block, *arguments)
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
         order, period = dig.ORDERS[config.directions][i], len(dig.ORDERS[config.directions])
         block = remat(dig.DiGBlock, config.remat, period)
         part = functools.partial(remat_part, policy=config.remat, period=period)
-        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, part, constrain, dtype)
+        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

@@ -5,18 +5,33 @@ from typing import Any
 import jax
 
 
-def weights_flops(params: Any, tokens: int) -> int:
+def weights_flops(params: Any, tokens: int, text_tokens: int = 0) -> int:
     """Of one image through every weight matrix and filter, forward: 2 a weight and token.
 
     Args:
       params: arrays or their shapes; what conditions the tokens (timestep, adaLN) sees an image once.
+      tokens: of the image.
+      text_tokens: of its text, padding included; 1 where only their mean is embedded.
     """
     flops = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("kernel"):
-            flops += 2 * leaf.size * (1 if "timestep" in name or "adaLN" in name else tokens)
+            seen = 1 if "timestep" in name or "adaLN" in name else tokens
+            flops += 2 * leaf.size * (text_tokens if name.startswith("text/") or "cross/kv" in name else seen)
     return flops
+
+
+def skipped_flops(params: Any, tokens: int, kept: int, blocks: int, width: int) -> int:
+    """Of one image, forward, that a route spares: `blocks` blocks of DiT see `kept` of its tokens.
+
+    Args:
+      params: of the network, or their shapes; those of its blocks are stacked over the depth.
+    """
+    of_blocks = params["blocks"]
+    depth = jax.tree.leaves(of_blocks)[0].shape[0]
+    weights = (weights_flops(of_blocks, tokens) - weights_flops(of_blocks, kept)) // depth
+    return blocks * (weights + mixer_flops("DiT", tokens, width, 1, 1) - mixer_flops("DiT", kept, width, 1, 1))
 
 
 def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) -> int:
@@ -25,3 +40,8 @@ def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) 
         return depth * 4 * tokens**2 * width
     dv = width // heads
     return depth * 4 * tokens * heads * (dv // 2) * dv
+
+
+def cross_attention_flops(tokens: int, text_tokens: int, width: int, depth: int) -> int:
+    """Of one image through the two products of its attention to the text."""
+    return depth * 4 * tokens * text_tokens * width

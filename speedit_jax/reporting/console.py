@@ -28,8 +28,10 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         *(f"           {line}" for line in classes.describe(source)),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
-        f"           {model.tokens:,} tokens, {3 * model.forward_flops / 1e9:,.3g} GFLOP per image and training step",
+        f"           {model.tokens:,} tokens, {model.step_flops / 1e9:,.3g} GFLOP per image and training step",
     ]
+    if model.kept is not None:
+        lines.append(f"tokens     {route_line(model)}")
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
             f"           at {model.tokens} tokens DiT is at least as fast; GLA is faster from about {GLA_PAYS_FROM}"
@@ -43,6 +45,12 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     lines.append(f"devices    {mesh.size} {device.device_kind}, {processes} processes: {axes}")
     if device.platform == "cpu" and huge_pages_left_out():
         lines.append(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
+    if parts.texts:
+        way = "cross-attention to its tokens" if config.model.text == "cross" else "pooled, added to the timestep"
+        encoder, form = parts.texts.identity["encoder"], model.text
+        lines.append(f"text       {encoder}, at most {form.length} tokens of {form.width}: {way}")
+        if source.class_names:
+            lines.append("           the classes of the data are not given to the network")
     if parts.encoded_by:
         pictures = "" if parts.autoencoder else "; data.vae is not set, so image grids show the first three latent channels"
         how = "encoded at every step" if parts.online else "stored"
@@ -50,6 +58,13 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         if not parts.online and (warning := scale_warning(source.header)):
             lines.append(f"           warning: {warning}")
     return lines
+
+
+def route_line(model: Model) -> str:
+    """Which tokens the middle blocks of a model with a route see in training, and what that saves."""
+    start, end = model.middle
+    share = model.step_flops / (3 * model.forward_flops)
+    return f"blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
 
 
 def decay_line(parts: Assembly) -> list[str]:
@@ -99,11 +114,11 @@ def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | No
     if best:
         step, values = best
         lines.append(f"Best             step {step}, {spelled(values)}; sample it with --checkpoint_step=best")
-    labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
+    what = ' --prompt="TEXT"' if model.text else " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     return [
         *lines,
         f"Report           {workdir}/report.html; update it with python -m speedit_jax.report --workdir={workdir}",
-        f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png",
+        f"Next             python -m speedit_jax.sample --workdir={workdir}{what} --num_images=64 --out={workdir}/new.png",
     ]
 
 

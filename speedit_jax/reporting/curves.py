@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from speedit_jax.storage import replacing
+
 SHOWN = ("loss", "mse", "heldout_mse", "vb", "grad_norm", "learning_rate", "time_images_per_second")
 
 
@@ -12,7 +14,7 @@ def read_metrics(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{metric: (steps [n], values [n])} of WORKDIR/metrics.jsonl, without lines that a kill cut short."""
     path = workdir / "metrics.jsonl"
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
@@ -48,6 +50,7 @@ def write_curves(workdir: Path) -> Path | None:
         if name in ("loss", "mse", "heldout_mse", "grad_norm"):
             axis.set_yscale("log")
     path = workdir / "curves.png"
-    figure.savefig(path, dpi=90)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=90, format="png")
     plt.close(figure)
     return path

@@ -24,6 +24,7 @@ from speedit_jax.reporting.markup import Html, byte_size, duration, image, join,
 from speedit_jax.training import assembly, changes, run
 from speedit_jax.training.checkpoint import peek
 
+PROMPTS = "prompts.json"  # beside the grids of a run on text
 _GRIDS = 12  # shown at most, evenly chosen
 _RESULTS = 12  # files of each kind of result shown at most, the newest
 _SIDE = 1024  # pixels to which larger pictures are reduced
@@ -51,7 +52,7 @@ def page(workdir: Path) -> str:
     sessions = read_environment(workdir)
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     values = {
-        "title": f"{workdir.resolve().name}: {config.model.name}",
+        "title": f"{_whole(workdir).name}: {config.model.name}",
         "status": status(config, step, metrics, sessions),
         "key_numbers": key_numbers(metrics, sessions),
         "curves": curves(metrics),
@@ -63,6 +64,10 @@ def page(workdir: Path) -> str:
         "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
     return string.Template(template).substitute({name: join([value]) for name, value in values.items()})
+
+
+def _whole(workdir: Path) -> Path:
+    return workdir if storage.is_remote(workdir) else workdir.resolve()
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -160,7 +165,15 @@ def grids(directory: Path) -> Html:
     )
     left_out = f" {len(figures)} of {len(paths)} grids are shown." if len(paths) > len(figures) else ""
     note = tag("p", "Of the EMA weights, always from the same noise." + left_out, class_="note")
-    return join([note, tag("div", slider if len(figures) > 1 else "", *figures, class_="grids")])
+    return join([note, prompts(directory), tag("div", slider if len(figures) > 1 else "", *figures, class_="grids")])
+
+
+def prompts(directory: Path) -> Html:
+    """Of a run on text, what the columns of its grids are drawn of."""
+    with contextlib.suppress(OSError, ValueError):
+        texts = json.loads((directory / PROMPTS).read_text())
+        return join([tag("p", "Prompts, by column:", class_="note"), tag("ol", *(tag("li", text) for text in texts))])
+    return join([])
 
 
 def embedded(path: Path, alt: str) -> Html | None:
@@ -187,7 +200,7 @@ def results(workdir: Path) -> Html:
     apart = {workdir / name for name in ("checkpoints", "tensorboard", "samples")} | {workdir / "run.json", workdir / ENVIRONMENT}
     paths = [path for path in (*workdir.glob("*.json"), *workdir.glob("*/*.json")) if not {path, path.parent} & apart]
     sampled, evaluated, measured = [], [], []
-    for path in sorted(filter(Path.is_file, paths), key=lambda path: (-path.stat().st_mtime, path)):
+    for path in sorted((path for path in paths if path.is_file()), key=lambda path: (-storage.modified(path), path)):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             record = json.loads(path.read_text())
             if isinstance(record.get("metrics"), dict):
@@ -318,16 +331,17 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
     except UserError as e:
         strategy = str(e)
     names = meta.get("class_names") or []
-    shape, latents = meta.get("image_shape"), meta.get("latents")
+    shape, latents, text = meta.get("image_shape"), meta.get("latents"), meta.get("text")
     shown = [
-        ("directory", str(workdir.resolve())),
+        ("directory", str(_whole(workdir))),
         ("model", config.model.name),
         ("timesteps", strategy),
         ("data", config.data.source),
         ("data fingerprint", meta.get("data_fingerprint")),
         ("draws", " x ".join(map(str, shape)) if isinstance(shape, list) else None),
         ("latents of", latents.get("vae") if isinstance(latents, dict) else None),
-        ("classes", f"{len(names)}" if names else "none, unconditional"),
+        ("text encoder", text["encoder"].get("encoder") if isinstance(text, dict) else None),
+        ("classes", None if text else f"{len(names)}" if names else "none, unconditional"),
         *((f"changed at step {step:,}", changes.spelled(changed, len(changed))) for step, changed in changes.recorded(meta)),
         *(meta["versions"].items() if isinstance(meta.get("versions"), dict) else ()),
     ]

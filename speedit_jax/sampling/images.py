@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from speedit_jax.storage import replacing
+from speedit_jax.storage import make_directory, replacing
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -33,7 +33,7 @@ def write_png(path: Path, picture: np.ndarray, magnify: int = 1) -> None:
     """
     picture = picture.repeat(magnify, 0).repeat(magnify, 1)
     picture = picture[..., 0] if picture.shape[-1] < 3 else picture[..., :3]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with replacing(path) as partial:
         Image.fromarray(picture).save(partial, format="PNG")
 

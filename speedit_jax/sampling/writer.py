@@ -7,7 +7,8 @@ While they are drawn, beside the outputs:
 When all are there:
   OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
   OUT.png                     a grid of the first images
-  OUT/CLASS/000000.png        each image, if they are wanted
+  OUT/CLASS/000000.png        each image, if they are wanted; of a run on text OUT/000000.png
+  OUT/metadata.jsonl          of a run on text, with those: the prompt of each
   OUT.json                    the settings, written last: without it the outputs count as missing
 Latents without an autoencoder are no pictures, and are not written as if they were:
   OUT.npz                     latents float32 [N, h, w, C], as the diffusion model sees them, and labels
@@ -21,7 +22,6 @@ import json
 import math
 import os
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from speedit_jax.sampling.images import image_grid, magnification, to_uint8, wri
 GRID = 100  # images of OUT.png at most
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
-_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae")
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "known.image", "known.mask", "text_encoder.encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Output:
     Attributes:
       out: OUT.
       settings: all that the images depend on, JSON; images of other settings are not mixed with them.
-      labels: int32 [N].
+      labels: int32 [N], of classes or prompts.
       batch: images a batch; the last may be smaller.
       folders: the directories of the PNG files below OUT, by label; None writes none.
       latents: these are latents, float32, not pictures, uint8.
+      prompts: the texts, by label, of a run on text.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class Output:
     batch: int
     folders: tuple[str, ...] | None = None
     latents: bool = False
+    prompts: tuple[str, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -121,13 +123,13 @@ class Output:
                 self._shard(unfinished // self.batch).unlink(missing_ok=True)  # its last batch may be cut short
             elif not goes_on:
                 self._discard()
-                self.partial.mkdir(parents=True, exist_ok=True)
+                storage.make_directory(self.partial)
             if not goes_on:
                 storage.write_json(self.partial / "settings.json", self.settings)
             if finished:
                 self._take_over(finished)
         except OSError as e:
-            raise UserError(f"cannot write to --out={self.out}: {e.strerror}; name another file") from e
+            raise UserError(f"cannot write to --out={self.out}: {storage.reason(e)}; name another file") from e
         return np.array([self._shard(i).exists() for i in range(self.batches)])
 
     def _fewer(self, found: dict | None) -> int:
@@ -143,7 +145,7 @@ class Output:
         if all(self._shard(i).exists() for i in range(count // self.batch)):
             return
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            with path.open("rb") as content, zipfile.ZipFile(content) as archive, archive.open(f"{name}.npy") as file:
                 np.lib.format.read_magic(file)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                 if shape[0] != count:
@@ -183,8 +185,8 @@ class Output:
         """Removes OUT.partial; settings.json last, because batches without it could be taken for others'."""
         if self.partial.exists():
             for path in sorted(self.partial.iterdir(), key=lambda path: path.name == "settings.json"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.partial.rmdir()
+                storage.remove(path)
+            storage.remove(self.partial)
 
     def write(self, i: int, images: np.ndarray) -> int:
         """Writes batch i, uint8 pictures or float32 latents [>= n, H, W, C], of which n are asked for; returns n."""
@@ -204,37 +206,49 @@ class Output:
         with storage.replacing(self._shard(i)) as partial, partial.open("wb") as file:
             np.save(file, images)
 
+    def _load(self, i: int) -> np.ndarray:
+        with self._shard(i).open("rb") as file:
+            return np.load(file)
+
     def finish(self, columns: int | None) -> None:
         """Makes the outputs of the batches, all of which are written, one batch in memory at a time.
 
         Args:
           columns: of the grid; None is about square.
         """
-        first = [np.load(self._shard(i)) for i in range(min(self.batches, -(-GRID // self.batch)))]
+        first = [self._load(i) for i in range(min(self.batches, -(-GRID // self.batch)))]
         images = np.concatenate(first)[:GRID]
         grid = image_grid(to_uint8(images) if self.latents else images, columns)
         write_png(self.partial / "grid.png", grid, magnification(images.shape[1]))
-        self._write_npz(self.partial / "images.npz", images[0])
-        storage.sync(self.partial / "images.npz")
+        with storage.replacing(self.partial / "images.npz") as partial:
+            self._write_npz(partial, images[0])
         storage.write_json(self.partial / "outputs.json", self.settings)
         self._file(".json").unlink(missing_ok=True)  # from here on the old outputs, if any, are not there
-        os.replace(self.partial / "images.npz", self._file(".npz"))
-        os.replace(self.partial / "grid.png", self.grid)
+        storage.replace(self.partial / "images.npz", self._file(".npz"))
+        storage.replace(self.partial / "grid.png", self.grid)
         self._file(".png" if self.latents else ".latents.png").unlink(missing_ok=True)
         self._publish(self.partial / "png")
+        if self.prompts and self.folders is not None:
+            storage.write_text(self.out / "metadata.jsonl", self._captions())
         storage.sync_names(self.out.parent)
-        os.replace(self.partial / "outputs.json", self._file(".json"))
+        storage.replace(self.partial / "outputs.json", self._file(".json"))
         storage.sync_names(self.out.parent)
         self._discard()
 
     def _publish(self, directory: Path) -> None:
         """Moves the PNG files of `directory` to OUT: all at once, or, where OUT holds the first of these images, to them."""
-        if directory.exists() and not self.out.exists():
+        if directory.exists() and not self.out.exists() and not storage.is_remote(self.out):
             os.rename(directory, self.out)
-        for path in sorted(directory.rglob("*.png")):
+        for path in storage.files(directory):
             target = self.out / path.relative_to(directory)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
+            storage.make_directory(target.parent)
+            storage.replace(path, target)
+
+    def _captions(self) -> str:
+        """The PNG files and their prompts, which makes OUT a folder with captions again."""
+        texts = (self.prompts[label] for label in self.labels.tolist())
+        records = ({"file_name": f"{i:06d}.png", "text": text} for i, text in enumerate(texts))
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def _write_npz(self, path: Path, like: np.ndarray) -> None:
         """The bytes of np.savez, which wants all images in memory; each is like `like`."""
@@ -245,7 +259,7 @@ class Output:
                 header = {"descr": descr, "fortran_order": False, "shape": (len(self.labels), *like.shape)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for i in range(self.batches):
-                    file.write(np.load(self._shard(i)).tobytes())
+                    file.write(self._load(i).tobytes())
             with archive.open(f"{labels}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, self.labels)
 
@@ -301,8 +315,10 @@ def claim(output: Output, overwrite: bool) -> np.ndarray | None:
 
 
 def checksum(params: Any) -> str:
-    """Of all numbers of a tree of arrays that are whole on every device."""
+    """Of all numbers of a tree of arrays, however they are divided among devices; all processes have to ask."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()

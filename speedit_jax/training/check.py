@@ -7,7 +7,10 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED, flatten
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
+from speedit_jax.models.build import Model
 
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
@@ -31,6 +34,7 @@ _LEAST = {
     "training.profile_at": 0,
     "training.profile_steps": 1,
     "training.max_skipped_in_a_row": 1,
+    "training.hang_after": 0,
     "checkpoint.every": 1,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 0,
@@ -41,6 +45,7 @@ _LEAST = {
     "evaluation.seed": 0,
     "evaluation.loss_every": 0,
     "evaluation.loss_images": 1,
+    "mesh.slices": 1,
 }
 
 
@@ -63,6 +68,35 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for decay in config.training.extra_ema_decays:
         if not isinstance(decay, float) or not 0 <= decay < 1:
             raise UserError(f"training.extra_ema_decays={config.training.extra_ema_decays}: must lie in [0, 1)")
+
+
+def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion: GaussianDiffusion | FlowMatching) -> None:
+    """Raises a UserError for an added loss that this run cannot have; what is off is not looked at."""
+    of, training = config.regularizer, config.training
+    for name in ("dispersive", "contrastive"):
+        if not 0 <= of[name] < (1 if name == "contrastive" else math.inf):
+            raise UserError(f"regularizer.{name}={of[name]}: must be 0, for off, or a positive weight (contrastive: below 1)")
+    if of.contrastive and (not isinstance(diffusion, FlowMatching) or diffusion.predicts_x0):
+        raise UserError(
+            "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
+            " samplers would fail; set diffusion.path=linear or gvp"
+        )
+    if not of.dispersive:
+        return
+    depth, group, (first, last) = of.dispersive_depth, of.dispersive_group, model.middle
+    if model.blocks is None or not 1 <= depth <= model.blocks:
+        raise UserError(f"regularizer.dispersive_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
+    if first < depth <= last:
+        raise UserError(
+            f"regularizer.dispersive_depth={depth}: in blocks {first} to {last - 1} some tokens are missing (tokens.*)"
+        )
+    if group < 2 or training.batch_size % (group * training.accumulation):
+        raise UserError(
+            f"regularizer.dispersive_group={group}: must be at least 2, and divide training.batch_size={training.batch_size}"
+            f" over training.accumulation={training.accumulation}"
+        )
+    if of.dispersive_temperature <= 0:
+        raise UserError(f"regularizer.dispersive_temperature={of.dispersive_temperature}: must be positive")
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

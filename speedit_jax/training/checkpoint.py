@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 from speedit_jax.training import integrity
@@ -99,7 +101,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int = 0, create: bool = False):
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = storage.absolute(workdir) / "checkpoints"
         if not create and not self.directory.is_dir():
             raise UserError(f"no checkpoints in {workdir}; train there first, or give another --workdir")
         self._evaluations: dict[int, dict[str, Any]] = {}
@@ -199,7 +201,8 @@ class Checkpoints:
 
     def _remove(self) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory / _REMOVED, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                storage.remove(self.directory / _REMOVED)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved with a step.
@@ -215,7 +218,7 @@ class Checkpoints:
         """Raises a UserError if there is a problem with the files of a step."""
         where = self.directory / str(step)
         if problem and not where.is_dir():
-            raise UserError(f"checkpoint {where} was removed by the run that goes on there; run the same command again")
+            raise UserError(_removed(where))
         if problem:
             raise UserError(
                 f"checkpoint {where} is damaged ({problem}); choose another step, or run train: it sets this one aside and"
@@ -292,14 +295,20 @@ def _named_failure(directory: Path):
     except (OSError, ValueError, RuntimeError) as e:
         for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             shutil.rmtree(partial, ignore_errors=True)
-        text = first_line(e)
+        # What orbax had begun to write is dropped with its coroutines, of which Python would warn after our line.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        text, way = first_line(e), "mend that"
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
-            text = "no space left on the device"
+            text, way = "no space left on the device", "free some disk space"
         raise UserError(
-            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; free some disk space and"
-            " run the same command again"
+            f"could not write a checkpoint to {directory}: {text}; the earlier checkpoints are intact; {way} and run the same"
+            " command again"
         ) from e
+
+
+def _removed(where: Path) -> str:
+    return f"checkpoint {where} was removed by the run that goes on there; run the same command again"
 
 
 @contextlib.contextmanager
@@ -311,6 +320,8 @@ def _named_damage(where: Path):
         raise
     except Exception as e:
         # Many layers read a checkpoint, each with exceptions of its own.
+        if not where.is_dir():
+            raise UserError(_removed(where)) from e
         raise UserError(
             f"checkpoint {where} cannot be read ({first_line(e)}); remove that directory to resume from the previous checkpoint"
         ) from e

@@ -24,7 +24,7 @@ _NONE = np.iinfo(np.int32).max
 
 def seal(checkpoint: Path, items: Iterable[str]) -> None:
     """Writes down the checksums of all files of a checkpoint's items, before it gets its name."""
-    paths = sorted(path for item in items for path in (checkpoint / item).rglob("*") if path.is_file())
+    paths = sorted(path for item in items for path in storage.files(checkpoint / item))
     names = [path.relative_to(checkpoint).as_posix() for path in paths]
     with ThreadPoolExecutor(_THREADS) as pool:
         storage.write_json(checkpoint / NAME, dict(zip(names, pool.map(storage.checksum, paths), strict=True)))

@@ -48,8 +48,9 @@ def held(workdir: Path) -> Iterator[None]:
         yield
     finally:
         done.set()
-        if _read(path) == owner:  # and nobody has taken it over
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written any more, the next start takes it over
+            if _read(path) == owner:  # and nobody has taken it over
+                path.unlink(missing_ok=True)
         if made:
             with contextlib.suppress(OSError):  # it holds a run
                 workdir.rmdir()

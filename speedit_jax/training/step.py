@@ -10,25 +10,28 @@ import ml_collections
 import optax
 
 from speedit_jax import sharding
+from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
-from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
 from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
+from speedit_jax.models.condition import Condition, replaced
+from speedit_jax.models.routing import Route, draw_route
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5}
+_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5, "tokens": 6, "negatives": 7}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, _STREAMS[name])
 
 
-def drop_labels(key: jax.Array, y: jax.Array, rate: float, null_label: int | None) -> jax.Array:
-    """Replaces each label by the null label with probability `rate`, so that one network learns both (guidance)."""
-    if null_label is None:
+def drop_conditions(key: jax.Array, y: Condition, rate: float, null: Condition | None) -> Condition:
+    """Replaces each label or text by the null condition with probability `rate`, so that one network learns both (guidance)."""
+    if null is None:
         return y
-    return jnp.where(jax.random.bernoulli(key, rate, y.shape), null_label, y)
+    return replaced(y, null, jax.random.bernoulli(key, rate, jax.tree.leaves(y)[0].shape[:1]))
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
@@ -43,18 +46,36 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
 
-def make_loss(model: Model, diffusion: GaussianDiffusion | FlowMatching) -> Callable:
+def make_loss(
+    model: Model, diffusion: GaussianDiffusion | FlowMatching, regularizer: ml_collections.ConfigDict | None = None
+) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
+    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
+    What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
+    "dispersive", and "contrast" with the target of another example, "negative", in the batch.
     """
+    dispersive, contrastive = (regularizer.dispersive, regularizer.contrastive) if regularizer else (0.0, 0.0)
 
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
-        output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"])
+        options = {"route": Route(batch["order"], batch["inverse"], model.kept)} if "order" in batch else {}
+        if dispersive:
+            options["taps"] = (regularizer.dispersive_depth,)
+        output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
+        output, hidden = output if dispersive else (output, None)
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = diffusion.objective(terms, batch["weight"])
-        return (batch["importance"] * terms["loss"]).mean(), terms
+        value = (batch["importance"] * terms["loss"]).mean()
+        if contrastive:
+            terms["contrast"] = mean_flat((diffusion.split_output(output) - batch["negative"]) ** 2)
+            value -= contrastive * (batch["importance"] * batch["weight"] * terms["contrast"]).mean()
+        if dispersive:
+            group, temperature = regularizer.dispersive_group, regularizer.dispersive_temperature
+            terms["dispersive"] = regularizers.dispersive(hidden[0], group, temperature)
+            value += dispersive * terms["dispersive"].mean()
+        return value, terms
 
     return loss
 
@@ -121,19 +142,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
     encoded_by: dict[str, Any] | None = None,
+    null_text: Condition | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step of `config`, the whole config.
 
     The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
-    {"moments": [B, h, w, 2C], "label"}. The key is the run's and never changes: each step
+    {"moments": [B, h, w, 2C], "label"}; of a model with text also {"text": {"tokens" [B, L, E], "length" [B]}}, whose null
+    condition is `null_text`. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
-    loss_of = make_loss(model, diffusion)
-    gradient = make_gradient(loss_of, config.training.accumulation)
+    loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
+    regularized = config.regularizer.dispersive or config.regularizer.contrastive
+    trained = make_loss(model, diffusion, config.regularizer) if regularized else loss_of
+    gradient = make_gradient(trained, config.training.accumulation)
     schedule = learning_rate(config)
+    kind, null = ("text", null_text) if model.text else ("label", model.null_label)
 
     def probe(timesteps, params, inputs, key):
-        t, weight = strategy.probe(stream(key, "probe"), inputs["y"].shape[0])
+        t, weight = strategy.probe(stream(key, "probe"), inputs["t"].shape[0])
         t, importance = diffusion.draw_time(stream(key, "time"), t), jnp.ones_like(weight)
         probed = inputs | {"t": t, "weight": weight, "importance": importance}
         return strategy.learn(timesteps, gradient_variance(loss_of, params, probed, strategy.bins))
@@ -149,8 +175,14 @@ def make_train_step(
             "t": diffusion.draw_time(stream(key, "time"), t),
             "weight": weight,
             "importance": importance,
-            "y": drop_labels(stream(key, "label_dropout"), batch["label"], config.model.label_dropout, model.null_label),
+            "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
+        if model.kept is not None:
+            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
+            inputs |= {"order": order, "inverse": inverse}
+        if config.regularizer.contrastive:
+            target = diffusion.target(x0, inputs["t"], inputs["noise"])
+            inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
         grads, loss, terms = gradient(state.params, inputs)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -1,11 +1,7 @@
 """Compiling the step or the sampler for accelerators that this machine does not have, and reading memory and FLOPs from it."""
 
-import collections
 import importlib.util
-import math
 import os
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,9 +9,7 @@ from jax.experimental import topologies
 
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = re.compile(r"\d+")
+from speedit_jax.training.traffic import traffic
 
 # What XLA wants to know of a GPU (NVIDIA's data sheets and CUDA's table of compute capabilities); the rest of the text is common.
 GPUS = {
@@ -81,24 +75,25 @@ TPU_MEMORY = {
 }
 
 
-def devices(topology: str) -> tuple[list[Any], int | None]:
+def devices(topology: str, slices: int = 1) -> tuple[list[Any], int | None]:
     """The devices of a machine that is not there, and the bytes each may hold where the compiler does not see to it itself.
 
     Args:
       topology: "h100", "a100", "h100x8"; or a TPU slice, "v5e:2x2". To be asked before JAX has computed anything.
+      slices: how many such TPU slices.
 
     Raises:
       UserError: no compiler for it, or no such machine.
     """
     gpu, x, count = topology.partition("x")
     if gpu not in GPUS:
-        return _tpus(topology), None
+        return _tpus(topology, slices), None
     if x and not (count.isdecimal() and int(count)):
         raise UserError(f"--topology={topology}: write {gpu}, or {gpu}x8 for eight of them")
     return _gpus(gpu, int(count or 1)), int(GPU_MEMORY_FRACTION * GPUS[gpu]["memory"])
 
 
-def _tpus(topology: str) -> list[Any]:
+def _tpus(topology: str, slices: int) -> list[Any]:
     if ":" not in topology:
         raise UserError(f"--topology={topology}: choose {', '.join(GPUS)} (with x8 for eight of them), or a TPU such as v5e:2x2")
     if importlib.util.find_spec("libtpu") is None:
@@ -110,7 +105,7 @@ def _tpus(topology: str) -> list[Any]:
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         ALLOW_MULTIPLE_LIBTPU_LOAD="true",
     )
-    return _describe(topology, platform="tpu", topology_name=topology)
+    return _describe(topology, platform="tpu", topology_name=topology, num_slices=slices)
 
 
 def _gpus(gpu: str, count: int) -> list[Any]:
@@ -152,34 +147,10 @@ def _let_cudnn_attention_lower() -> None:
     fused_attention_stablehlo.check_cudnn_version = lambda: 91000
 
 
-def collectives(text: str) -> Iterator[tuple[str, list[tuple[str, tuple[int, ...]]]]]:
-    """(kind, [(dtype, dimensions) of each of one device's results]) of every collective in a compiled module's text."""
-    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
-    for line in text.splitlines():
-        if match := pattern.search(line):
-            arrays = [
-                (dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            ]
-            if match[3] and match[2] != "all-reduce":
-                # An asynchronous start shows its operands first, and what the machine needs last.
-                arrays = [array for array in arrays if array[1] or array[0] != "u32"]
-                arrays = arrays[len(arrays) // 2 :]
-            yield match[2], arrays
-
-
-def _bytes(dtype: str, dims: tuple[int, ...]) -> int:
-    bits = _BITS.search(dtype)
-    return math.prod(dims) * (int(bits[0]) // 8 if bits else 1)
-
-
 def measure(compiled: jax.stages.Compiled) -> dict[str, Any]:
-    """What one device holds and sends: bytes by kind, collectives by kind (a loop's body counts once), FLOPs (likewise)."""
+    """What one device holds and exchanges: bytes by kind, `traffic` by kind; FLOPs, of which a loop's body counts once."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    sent = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
-    for kind, arrays in collectives(compiled.as_text()):
-        sent[kind]["count"] += 1
-        sent[kind]["bytes"] += sum(_bytes(*array) for array in arrays)
     return {
         "bytes_per_device": {
             "arguments": memory.argument_size_in_bytes,
@@ -189,7 +160,7 @@ def measure(compiled: jax.stages.Compiled) -> dict[str, Any]:
             "program": memory.generated_code_size_in_bytes,
             "total": held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         },
-        "collectives": dict(sent),
+        "collectives": traffic(compiled.as_text()),
         "flops_per_device": (compiled.cost_analysis() or {}).get("flops"),
     }
 
@@ -198,7 +169,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """What `measure` found, for a person."""
     shown = [f"  {kind:<20} {size / 2**20:10.1f} MiB a device" for kind, size in facts["bytes_per_device"].items()]
     for kind, entry in facts["collectives"].items():
-        shown.append(f"  {kind:<20} {entry['bytes'] / 2**20:10.1f} MiB, {entry['count']} in the program")
+        shown.append(f"  {kind:<20} {entry['bytes'] / 2**20:10.1f} MiB, {entry['count']} in a call")
     if facts["flops_per_device"]:
         shown.append(f"  {'GFLOP':<20} {facts['flops_per_device'] / 1e9:10.1f} a device, loops over layers counted once")
     return shown

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import COMPILATION, hosts
+from commands import COMPILATION
 from PIL import Image
 from tiny import TINY
 
 from benchmarks import faults
 from speedit_jax import peers
+from speedit_jax.testing.hosts import hosts
 from speedit_jax.training import integrity
 from speedit_jax.training.checkpoint import Checkpoints
 

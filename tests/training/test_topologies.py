@@ -9,16 +9,16 @@ from speedit_jax.config import get_config
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.sampler import Settings, lower_sampler
-from speedit_jax.training import topologies
+from speedit_jax.training import topologies, traffic
 from speedit_jax.training.assembly import assemble
 
 SMALL = {"width": 64, "depth": 2, "heads": 2}
 
 
-def lowered(what, devices=None, name="DiT-tiny/2", image=(8, 8, 4), model=SMALL, **mesh):
+def lowered(what, devices=None, name="DiT-tiny/2", image=(8, 8, 4), model=SMALL, batch=16, **mesh):
     config = get_config(name)
     config.model.update(model)
-    config.training.batch_size = 256 if devices is not None and len(devices) > 16 else 16
+    config.training.batch_size = 256 if devices is not None and len(devices) > 16 else batch
     config.mesh.update(mesh)
     parts = assemble(config, Description(image, tuple(map(str, range(10)))), sharding.make_mesh(config.mesh, devices))
     if what == "train":
@@ -36,7 +36,7 @@ def test_measures_what_is_compiled(what):
         # The state is given away and comes back in place.
         assert size["reused"] > 0.9 * size["arguments"]
         assert facts["collectives"]["all-reduce"]["bytes"] > 0
-    assert set(facts["collectives"]) <= set(topologies.COLLECTIVES)
+    assert set(facts["collectives"]) <= set(traffic.COLLECTIVES)
 
 
 @pytest.mark.slow
@@ -45,27 +45,6 @@ def test_sharded_parameters_take_less_of_each_device():
         topologies.measure(lowered("train", data=-1, fsdp=fsdp).compile())["bytes_per_device"]["arguments"] for fsdp in (1, 8)
     ]
     assert arguments[1] < 0.5 * arguments[0]
-
-
-def test_collectives_are_read_off_the_program():
-    text = """
-      %a = bf16[8,128]{1,0} all-gather(%p), dimensions={0}
-      %b = (f32[4]{0}, f32[2,2]{1,0}) all-reduce-start(%x, %y), to_apply=%add
-      %c = f32[4]{0} all-reduce-done(%b)
-      %d = f32[] all-reduce(%z), to_apply=%add
-      %e = f32[16]{0} add(%all-reduce.1, %q)
-      %f = (f32[2]{0}, f32[8]{0}) all-gather-start(%r), dimensions={0}
-      %g = ((bf16[1,3]{1,0}, f32[2]{0}), (bf16[4,3]{1,0}, f32[8]{0})) all-gather-start(%r, %s), dimensions={0}
-      %h = (pred[5]{0}, pred[5]{0}, u32[], u32[]) collective-permute-start(%t)
-    """
-    assert list(topologies.collectives(text)) == [
-        ("all-gather", [("bf16", (8, 128))]),
-        ("all-reduce", [("f32", (4,)), ("f32", (2, 2))]),
-        ("all-reduce", [("f32", ())]),
-        ("all-gather", [("f32", (8,))]),
-        ("all-gather", [("bf16", (4, 3)), ("f32", (8,))]),
-        ("collective-permute", [("pred", (5,))]),
-    ]
 
 
 @pytest.mark.parametrize("topology, module", [("v5e:2x2", "libtpu"), ("h100", "jax_cuda12_plugin")])
@@ -106,10 +85,32 @@ def test_no_token_travels(topology, name):
     devices, _ = topologies.devices(topology)
     model = {"width": 192, "depth": 4, "heads": 4}
     text = lowered("train", devices, name, WIDE, model, data=-1, fsdp=2, tensor=2).compile().as_text()
-    gathered = [dims for kind, arrays in topologies.collectives(text) if kind == "all-gather" for _, dims in arrays]
+    gathered = [dims for kind, arrays in traffic.collectives(text) if kind == "all-gather" for _, dims in arrays]
     assert gathered, "fsdp gathers parameters"
     # Tokens have an axis of their own or, in the linear layers, one with the batch.
     assert not any(dim % tokens == 0 for dims in gathered for dim in dims for tokens in TOKENS), gathered
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_only_the_gradient_crosses_slices(topology):
+    """Of floats, as many bytes for any batch, and in sums: of the gradient's shards and of the metrics.
+
+    With tensor > 1 XLA also moves the conditioning of each image between slices, a few kB.
+    """
+    pytest.importorskip("libtpu")
+    devices, _ = topologies.devices(topology, 2)
+    sent = []
+    for batch in (16, 32):
+        step = lowered("train", devices, batch=batch, data=-1, fsdp=4, slices=2)
+        text = step.compile().as_text()
+        crossing = [arrays for kind, arrays in traffic.collectives(text) if kind == traffic.BETWEEN_SLICES]
+        sent.append(sorted(array for arrays in crossing for array in arrays if array[0] in ("bf16", "f32")))
+        sums = [line for line in text.splitlines() if " send(" in line and re.search(r"= \((bf16|f32)", line)]
+        assert sums and all('_xla_megascale_reduce_operation="SUM"' in line for line in sums)
+        # All other collectives join devices of one slice: the program's groups number these.
+        assert not re.search(r"replica_groups=\{[^}]*\b[4-7]\b", text)
+    assert sent[0] == sent[1]
 
 
 @pytest.mark.slow
