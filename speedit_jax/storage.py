@@ -11,9 +11,11 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,21 +84,36 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
         another's; what a kill leaves behind stays.
     """
+    with another_name(path, shared) as partial:
+        yield partial
+        publish(partial, path)
+
+
+@contextlib.contextmanager
+def another_name(path: Path, shared: bool = False) -> Iterator[Path]:
+    """As `replacing`, but only `publish` gives what is written its name; without it, it is removed."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:
-            yield (local := Path(scratch, path.name))
-            upload(local, path)
+            yield Path(scratch, path.name)
         return
     partial = unique_name(path) if shared else path.with_name(f"{path.name}.partial")
     remove(partial)
     try:
         yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync_names(path.parent)
     except Exception:
         remove(partial)
         raise
+    remove(partial)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives what was written under `another_name` its name, and has that last."""
+    if is_remote(path):
+        upload(partial, path)
+        return
+    sync(partial)
+    os.replace(partial, path)
+    sync_names(path.parent)
 
 
 def unique_name(path: Path) -> Path:
@@ -127,6 +144,36 @@ def sync_names(directory: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def resolved(path: Path) -> Path:
+    """A path without links, "." and ".."."""
+    return path if is_remote(path) else path.resolve()
+
+
+def is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
+
+
+class _Entry:
+    """As os.DirEntry, of an object store."""
+
+    def __init__(self, info: dict[str, Any]):
+        self.name = info["name"].rstrip("/").rpartition("/")[2]
+        self._kind = info["type"]
+
+    def is_dir(self) -> bool:
+        return self._kind == "directory"
+
+    def is_file(self) -> bool:
+        return self._kind == "file"
+
+
+def scan(directory: Path) -> contextlib.AbstractContextManager[Iterator[os.DirEntry]]:
+    """As os.scandir."""
+    if not is_remote(directory):
+        return os.scandir(directory)
+    return contextlib.nullcontext(map(_Entry, _store(directory).ls(os.fspath(directory), detail=True)))
 
 
 def absolute(path: Path) -> Path:
@@ -160,6 +207,19 @@ def replace(path: Path, target: Path) -> None:
         os.replace(path, target)
 
 
+def move_directory(path: Path, target: Path, first: str) -> None:
+    """Renames a directory. In an object store all files are copied, `first` last, and then removed, `first` first."""
+    if not is_remote(path):
+        os.rename(path, target)
+        sync_names(path.parent)
+        return
+    found = files(path)
+    for file in sorted(found, key=lambda file: file == path / first):
+        _store(path).copy(os.fspath(file), os.fspath(target / file.relative_to(path)))
+    for file in sorted(found, key=lambda file: file != path / first):
+        _store(path).rm_file(os.fspath(file))
+
+
 def files(directory: Path) -> list[Path]:
     """All files below a directory, sorted."""
     if is_remote(directory):
@@ -174,7 +234,28 @@ def size(path: Path) -> int:
 
 def modified(path: Path) -> float:
     """When a file was written, in seconds."""
-    return path.stat().mtime if is_remote(path) else path.stat().st_mtime
+    return _store(path).modified(os.fspath(path)).timestamp() if is_remote(path) else path.stat().st_mtime
+
+
+def mark(path: Path) -> None:
+    """Makes now the time at which a small file was written."""
+    if is_remote(path):
+        _store(path).pipe_file(os.fspath(path), path.read_bytes())
+    else:
+        os.utime(path)
+
+
+def create(path: Path, text: str) -> None:
+    """Writes a small file; of several processes that do so at once, one succeeds.
+
+    Raises:
+      FileExistsError: to the others.
+    """
+    if is_remote(path):
+        _store(path).pipe_file(os.fspath(path), text.encode(), mode="create")
+    else:
+        with path.open("x") as file:
+            file.write(text)
 
 
 def upload(local: Path, path: Path) -> None:
@@ -199,6 +280,56 @@ def fetched(path: Path) -> Path:
         to.parent.mkdir(parents=True, exist_ok=True)
         _store(path).get_file(os.fspath(file), os.fspath(to))
     return local
+
+
+def cached(path: Path, digest: str) -> Path:
+    """A file on a disk: itself, or a copy of what is in an object store that later processes find, too.
+
+    The copies are in $SPEEDIT_CACHE, by default ~/.cache/speedit_jax.
+
+    Args:
+      digest: the file's SHA-256, in hexadecimal.
+
+    Raises:
+      UserError: the file has another one.
+    """
+    if not is_remote(path):
+        return path
+    copy = Path(os.environ.get("SPEEDIT_CACHE", "~/.cache/speedit_jax")).expanduser() / f"{digest}{path.suffix}"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy, shared=True) as partial:
+            _store(path).get_file(os.fspath(path), os.fspath(partial))
+            if sha256(partial) != digest:
+                raise UserError(f"{path} does not hold what was written; its SHA-256 is not {digest[:16]}...")
+    return copy
+
+
+class Mirror:
+    """A directory on a disk for files that grow, which objects cannot: the place itself, or what `update` uploads to it.
+
+    Attributes:
+      directory: to write to.
+    """
+
+    def __init__(self, place: Path):
+        self.directory, self._place = place, place
+        self._uploaded: dict[Path, int] = {}
+        self._time = -math.inf
+        if is_remote(place):
+            scratch = tempfile.TemporaryDirectory()
+            atexit.register(scratch.cleanup)
+            self.directory = Path(scratch.name)
+
+    def update(self, every: float = 0.0) -> None:
+        """Uploads the files that have grown, unless that was done in the last `every` seconds."""
+        if self.directory == self._place or time.monotonic() < self._time + every:
+            return
+        self._time = time.monotonic()
+        for file in files(self.directory):
+            if self._uploaded.get(file) != (length := size(file)):
+                upload(file, self._place / file.relative_to(self.directory))
+                self._uploaded[file] = length
 
 
 def write_text(path: Path, text: str, shared: bool = False) -> None:

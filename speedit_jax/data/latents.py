@@ -9,8 +9,8 @@ header.json                   describes the whole set; written when every shard 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _LABEL = np.dtype("<i4")
 _MOMENTS = np.dtype("<f2")  # 2^-11 of a latent: far less than the noise that is added to it
 _ONE_BY_ONE = "group_size:1,uncompressed"  # random access reads what it asked for; floats do not compress
 HEADER = "header.json"
+_DOWNLOADS = 8  # shards at the same time: records are read in any order, far too often for an object store
 
 
 def shard_name(index: int, total: int) -> str:
@@ -51,16 +52,12 @@ def write_shard(
     Raises:
       UserError: moments that are not finite, or not in float16; the shard is not written then.
     """
-    partial = storage.unique_name(path)
-    try:
+    with storage.another_name(path, shared=True) as partial:
         count, first, second = _write_records(partial, examples, name)
         if finished := finished_shard(path):  # by another process, meanwhile
             return finished
         facts = {"records": count, "sha256": storage.sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
-        storage.sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        storage.publish(partial, path)
     storage.write_json(path.with_suffix(".json"), facts, shared=True)
     return facts
 
@@ -216,6 +213,9 @@ def open_latents(directory: Path) -> LatentSource:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing; run speedit_jax.encode again to write the missing shards")
+    if storage.is_remote(directory):
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            paths = list(pool.map(storage.cached, paths, (shard["sha256"] for shard in header["shards"])))
     try:
         records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         found = len(records)
@@ -256,7 +256,7 @@ def verify(directory: Path) -> dict[str, Any]:
         path = directory / shard["name"]
         if not path.exists() or storage.sha256(path) != shard["sha256"]:
             bad.append(path.name)
-        elif (index := _first_infinite(path)) is not None:
+        elif (index := _first_infinite(storage.cached(path, shard["sha256"]))) is not None:
             infinite.append(f"{path.name} (record {index})")
     if bad:
         raise UserError(f"{directory}: {_listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
