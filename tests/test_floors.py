@@ -19,7 +19,7 @@ COMMANDS = 7
 # Library -> the only places that may import it.
 OWNERS = {
     "flax": ("speedit_jax.models",),
-    "orbax": ("speedit_jax.training.checkpoint",),
+    "orbax": ("speedit_jax.training.checkpoint", "speedit_jax.training.s3"),
     "etils": ("speedit_jax.storage",),
     "fsspec": ("speedit_jax.storage",),
     "grain": ("speedit_jax.data",),

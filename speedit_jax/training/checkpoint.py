@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
-from speedit_jax.training import integrity
+from speedit_jax.training import integrity, s3
 from speedit_jax.training.state import TrainState
 
 _RAW = "params"
@@ -109,6 +109,9 @@ class Checkpoints:
         policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
         self._policy = keep.AnyPreservationPolicy(policies)
         self._remote = storage.is_remote(self.directory)
+        if self._remote:
+            s3.teach_orbax()
+        commits = ocp.options.AtomicityMode.COMMIT_FILE if self._remote else ocp.options.AtomicityMode.AUTO
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -117,7 +120,8 @@ class Checkpoints:
                 create=create,
                 # What a killed run left half-written would otherwise stay and eat space.
                 cleanup_tmp_directories=create,
-                todelete_subdir=_REMOVED,
+                todelete_subdir=None if self._remote else _REMOVED,
+                atomicity_options=ocp.options.AtomicityOptions(mode=commits),
                 # Called by one process, when all have written and before the directory gets its name.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
@@ -214,6 +218,7 @@ class Checkpoints:
             for step in (step for step, keeps in zip(steps, kept, strict=True) if not keeps):
                 if jax.process_index() == 0:
                     storage.remove(self.directory / str(step) / integrity.COMMIT)
+                    storage.remove(self.directory / str(step))
                 self._manager.delete(step)
         elif jax.process_index() == 0:
             with contextlib.suppress(OSError):
