@@ -1,7 +1,7 @@
 """Compiles the training step, or the sampler, for TPUs and GPUs that this machine does not have, to see whether it fits.
 
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
-  python -m speedit_jax.aot --config=configs/imagenet.py:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-XL/2 --topology=v5e:4x4 --image_shape=32,32,4 --num_classes=1000
+  python -m speedit_jax.aot --config=imagenet:DiG-S/2,512 --topology=h100x8 --image_shape=64,64,4 --num_classes=1000
 
 The step is the one that train.py runs and the compiler the real one, out of the libtpu wheel (pip install -e '.[tpu]') or
 the CUDA plugin's (pip install -e '.[aot-gpu]'); no accelerator is needed. Prints the memory that each device needs, the
@@ -10,17 +10,20 @@ collectives and the FLOPs, and writes them as JSON to --out. Exits with 1 if it 
 that runs after the sampler, is compiled and counted too.
 """
 
+import dataclasses
+import math
 import time
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from speedit_jax import cli, sharding, storage
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
@@ -29,7 +32,7 @@ from speedit_jax.training import topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.check import check_numbers
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/imagenet.py:DiG-S/2.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. imagenet:DiG-S/2.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:2x2 up to v5e:16x16, v5p:2x2x1, v6e:4x4, tpu7x:2x2x1; h100, a100, h100x8.")
 _WHAT = flags.DEFINE_enum(
     "what", "train", ["train", "sample"], "What to compile: the training step, or the sampler for training.batch_size images."
@@ -38,22 +41,39 @@ _IMAGE_SHAPE = flags.DEFINE_list(
     "image_shape", None, "H,W,C of the images or latents that the model generates, instead of opening the data."
 )
 _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 is unconditional.", lower_bound=0)
+_TEXT_SHAPE = flags.DEFINE_list(
+    "text_shape", None, "With --image_shape, in place of --num_classes: L,E of captions, tokens and width; 1,E is pooled."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
 AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder runs before each step, or after the sampler
 
 
 def described() -> Description | None:
-    """What --image_shape and --num_classes say of the data; None without them."""
+    """What --image_shape and --num_classes or --text_shape say of the data; None without them."""
     if _IMAGE_SHAPE.value is None:
         return None
-    try:
-        height, width, channels = (int(n) for n in _IMAGE_SHAPE.value)
-    except ValueError:
-        raise UserError(f"--image_shape={','.join(_IMAGE_SHAPE.value)}: give H,W,C") from None
+    height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
+    if _TEXT_SHAPE.value is not None:
+        length, text_width = numbers(_TEXT_SHAPE, "L,E")
+        null = (np.zeros((1, text_width), np.float16), 1)
+        texts = DescribedTexts({"encoder": "--text_shape"}, text_width, length, length == 1, null)
+        return Description((height, width, channels), (), texts=texts)
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
     return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
+
+
+def numbers(flag: flags.FlagHolder, form: str) -> list[int]:
+    """The positive whole numbers of a flag, of which `form` says how many there are.
+
+    Raises:
+      UserError: it has others.
+    """
+    given = flag.value
+    if len(given) != len(form.split(",")) or not all(n.isdecimal() and int(n) for n in given):
+        raise UserError(f"--{flag.name}={','.join(given)}: give {form}")
+    return [int(n) for n in given]
 
 
 def open_data(config: ml_collections.ConfigDict, given: Description | None, mesh: Mesh) -> Source | Description:
@@ -71,8 +91,8 @@ def open_data(config: ml_collections.ConfigDict, given: Description | None, mesh
     if autoencoder.channels != channels:
         raise UserError(f"--image_shape has {channels} channels, but data.vae={vae} has latents of {autoencoder.channels}")
     if config.data.source.startswith("latents:"):
-        return Description(shape, given.class_names, encoded_by=autoencoder.identity)
-    return Description(autoencoder.image_shape(shape), given.class_names)
+        return dataclasses.replace(given, encoded_by=autoencoder.identity)
+    return dataclasses.replace(given, image_shape=autoencoder.image_shape(shape))
 
 
 def aot() -> int | None:
@@ -97,6 +117,10 @@ def aot() -> int | None:
     if parts.autoencoder and (parts.online or what == "sample"):
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)
+    if model.text:
+        rows = jax.tree.leaves(model.conditions(config.training.batch_size))
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in rows) / 2**20
+        print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
     since = time.perf_counter()
     try:

@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from speedit_jax import peers
+from speedit_jax import peers, recipes
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
@@ -25,7 +25,9 @@ _MULTIHOST = flags.DEFINE_bool(
 
 def _parse(argv):
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(recipes.expand(argv))
+    except UserError as e:
+        fail(str(e))
     except Exception as e:
         # absl's own errors, and whatever the config file or an override raised.
         fail(f"{_one_line(e)} (while reading the flags; see --help, and speedit_jax/config.py for every config key)")

@@ -1,7 +1,7 @@
 """Every knob, once, with its default, unit and reason. Other configs start from here and change what they must.
 
 Override any of them on the command line: --config.optim.learning_rate=2e-4 --config.training.batch_size=64
-Every config takes the model's name after a colon: --config=configs/base.py:DiG-S/2
+Every config takes the model's name after a colon: --config=base:DiG-S/2
 """
 
 from typing import Any
@@ -21,45 +21,60 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     c.seed = 0  # seed of weights, data order, noise, timesteps and label dropout
 
     c.data = data = ml_collections.ConfigDict()
-    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode) or synthetic
-    data.split = "train"  # of tfds (also train[:90%], train+test) or of the digits (train, held_out)
+    data.source = "synthetic"  # digits, folder:PATH, tfds:NAME, latents:PATH (of speedit_jax.encode), synthetic or blobs
+    data.split = "train"  # of tfds (also train[:90%], train+test) or of digits and blobs (train, held_out)
     data.classes = ""  # only these classes: names or numbers, separated by commas, renumbered in this order; "" takes all
     data.height = 32  # pixels; images of folders and of tfds are scaled and cropped to height x width; latents have their own
     data.width = 32
     data.channels = 3
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
+    data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
     data.threads = 4  # threads that decode images
-    data.synthetic_size = 4096  # images of the synthetic set
+    data.synthetic_size = 4096  # images of the synthetic set and of the blobs
     data.synthetic_classes = 10  # 0 is unconditional
 
     c.model = model = ml_collections.ConfigDict()
-    model.name = model_name  # BACKBONE-SIZE/PATCH: DiT, DiG - tiny, S, B, L, XL / 1, 2, 4, 8
+    model.name = model_name  # BACKBONE-SIZE/PATCH: DiT, DiG - tiny, S, B, L, XL / 1, 2, 4, 8, 16, 32
     model.width = 0  # D; 0 takes the size's own, as for the next two
     model.depth = 0
     model.heads = 0
     model.mlp_ratio = 4.0  # DiT: hidden width of the MLP in D; DiG's SwiGLU has the paper's own
     model.time_freq_shift = 0  # 1: the lowest timestep frequency is 1e-4, as in diffusers' DiT; 0: 1.07e-4, as published
-    model.label_dropout = 0.1  # probability of replacing a label by the null label; with 0 the model cannot be guided
+    # Probability of replacing a label by the null label, or a caption by the empty text; with 0 the model cannot be guided.
+    model.label_dropout = 0.1
+    model.text = "cross"  # with data.text: cross (attention to its tokens, as PixArt) or pooled (their mean joins the timestep)
+    model.adaln = "block"  # block: adaLN-Zero, a layer in every block; single: one for all blocks and a table in each, as PixArt
+    model.position_scale = 1.0  # divides the positions of the sine-cosine table; diffusers' interpolation_scale
     model.qk_norm = False  # DiT: RMSNorm of queries and keys (Dehghani et al., arXiv 2302.05442), for large learning rates
-    model.attention = "auto"  # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory
+    model.rope = False  # DiT: queries and keys turn with their place (2-D rotary positions), besides the position table
+    model.mlp = "gelu"  # DiT: gelu or swiglu, of as many weights
+    # Width of a linear layer between the numbers of a patch and D; 0: there is none. For patches of pixels 128, as JiT
+    # (arXiv 2511.13720).
+    model.patch_bottleneck = 0
+    # DiT; auto: cudnn on GPU in bfloat16, pallas on TPU, else xla; chunked: linear memory, also of DiG's attention to text.
+    model.attention = "auto"
     model.gla = "auto"  # DiG: auto (pallas_tpu, pallas_gpu or xla by platform), or any of them, or reference (token by token)
     model.directions = 4  # DiG: scan orders; 4: rows and columns in both directions; 2: rows in both directions; 1: one direction
     model.convolution = "identity"  # DiG: the 3x3's start: identity, random, or none for no convolution
-    model.norm = "layer"  # DiG: layer (as trained) or rms (as drawn in the paper)
+    model.norm = "layer"  # layer (as published) or rms, with learned weights (JiT; drawn so in DiG's paper)
     model.remat = "none"  # none, lean or full: how much of a layer is recomputed instead of saved
     model.scan_unroll = 1  # layers per iteration of the scan over depth: more compiles longer and runs a little faster
     model.dtype = "auto"  # of activations: float32 on CPU, bfloat16 elsewhere; parameters are always float32
 
     c.diffusion = diffusion = ml_collections.ConfigDict()
-    diffusion.path = "vp"  # vp: diffusion, as the next keys say; linear or gvp: flow matching, which predicts the velocity
+    diffusion.path = "vp"  # vp: diffusion, as the next keys say; linear or gvp: flow matching
     diffusion.schedule = "linear"  # linear, squaredcos_cap_v2 (or cosine, the same), quad (scaled_linear in diffusers) or const
     diffusion.beta_start = 0.0  # of linear and quad: their first and last beta; 0 takes 1000 / num_steps times 1e-4 and
     diffusion.beta_end = 0.0  # 0.02, as published; others are for weights of pipelines that were trained with them
     diffusion.num_steps = 1000  # noise levels of training; sampling.num_steps is separate
-    diffusion.prediction = "epsilon"  # what the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction)
+    # What the network learns: epsilon (the noise), x0 (the image) or v (both: v-prediction). Of flows: x0, or for the others the
+    # velocity.
+    diffusion.prediction = "epsilon"
+    diffusion.x0_clamp = 0.05  # flows that predict x0: least noise level that the error of the image is divided by; JiT's
+    diffusion.noise_scale = 1.0  # flows: standard deviation of the noise; 2 for 512 pixels, where a patch shows more of the image
     diffusion.variance = "learned_range"  # learned_range, fixed_small or fixed_large
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
@@ -152,6 +167,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     evaluation.loss_every = 0  # steps between measurements, of the EMA weights and of the raw ones; 0 measures none
     evaluation.loss_source = ""  # the examples, as data.source; "" is data.source
     evaluation.loss_split = ""  # of the digits or tfds, as data.split; "" is data.split, or train of another loss_source
+    evaluation.loss_text = ""  # their captions where they are not the run's own examples, as data.text
     evaluation.loss_images = 256  # examples, evenly spaced over the source; each is measured at 4 noise levels
 
     c.mesh = mesh = ml_collections.ConfigDict()  # devices along each axis; one may be -1 and takes the rest
@@ -171,7 +187,12 @@ def complete(saved: dict[str, Any]) -> ml_collections.ConfigDict:
 
     older = get_config()
     older.update_from_flattened_dict(LEGACY)
-    return ml_collections.ConfigDict(over(older.to_dict(), saved))
+    config = ml_collections.ConfigDict(over(older.to_dict(), saved))
+    if "x0_clamp" not in saved.get("diffusion", {}):
+        # These keys did nothing then: all flows predicted the velocity, and DiT had no other norm.
+        config.diffusion.prediction = config.diffusion.prediction if config.diffusion.path == "vp" else "epsilon"
+        config.model.norm = "layer" if config.model.name.startswith("DiT") else config.model.norm
+    return config
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

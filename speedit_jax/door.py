@@ -1,6 +1,8 @@
 """A run from Python: `speedit_jax.load`."""
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ import numpy as np
 from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
+from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.sampling.draw import draw_batches, in_batches
+from speedit_jax.sampling.conditions import Conditions, Labels
+from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.labels import parse_labels
+from speedit_jax.sampling.prompts import encode_prompts, open_encoder
 from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
 from speedit_jax.training.run import Run, open_run
 
@@ -34,6 +39,7 @@ class LoadedRun:
     run: Run
     params: Any
     autoencoder: Autoencoder | None
+    _text_encoder: str | None = None
     _samplers: dict[Settings, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -43,7 +49,7 @@ class LoadedRun:
 
     @property
     def model(self) -> Model:
-        """The network: model.apply(params, x [B, H, W, C], t [B], y [B]) -> [B, H, W, C] or, with a variance, 2C channels."""
+        """The network: model.apply(params, x [B, H, W, C], t [B], y) -> [B, H, W, C] or, with a variance, 2C channels."""
         return self.run.model
 
     @property
@@ -60,6 +66,8 @@ class LoadedRun:
         self,
         labels: Sequence[int | str] | None = None,
         *,
+        prompts: Sequence[str] | None = None,
+        negative_prompt: str = "",
         num_images: int | None = None,
         seed: int = 0,
         batch_size: int = 64,
@@ -69,7 +77,9 @@ class LoadedRun:
 
         Args:
           labels: classes by name or number, taken in turn; None is all classes.
-          num_images: None is one of each label.
+          prompts: of a run on text, instead: what to draw, taken in turn. Those that are too long are cut, with a warning.
+          negative_prompt: what guidance leads away from.
+          num_images: None is one of each label or prompt.
           seed: of the noise, 0 to 2^32 - 1.
           batch_size: images at a time, over all devices.
           settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale,
@@ -79,22 +89,41 @@ class LoadedRun:
           uint8 [num_images, H, W, C]; latents without an autoencoder are no pictures: float32 [num_images, h, w, C].
 
         Raises:
-          UserError: there is no such class, the model cannot serve the settings, or what it draws is not finite.
+          UserError: there is no such class, there are labels for a run on text or the other way round, the model cannot serve the
+            settings, or what it draws is not finite.
         """
         if not 0 <= seed <= LARGEST_SEED:
             raise UserError(f"seed={seed}: must lie in 0..{LARGEST_SEED}")
         latents = self.autoencoder is not None or self.run.encoded_by is not None
-        classes = parse_labels(None if labels is None else list(map(str, labels)), self.class_names)
-        count = len(classes) if num_images is None else num_images
+        conditions = self._conditions(labels, prompts, negative_prompt)
+        count = conditions.count if num_images is None else num_images
         chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
         if chosen not in self._samplers:
             self._samplers[chosen] = make_sampler(self.model, self.diffusion, chosen, self.run.mesh)
         batch = min(batch_size, count)
         batch += -batch % sharding.batch_devices(self.run.mesh)
-        labels = classes[np.arange(in_batches(count, batch)) % len(classes)].astype(np.int32)
-        drawn = draw_batches(self._samplers[chosen], self.params, jax.random.key(seed), labels, count, batch, self.autoencoder)
+        key = jax.random.key(seed)
+        drawn = draw_batches(self._samplers[chosen], self.params, key, conditions, count, batch, self.autoencoder)
         images = np.concatenate([images for _, images in drawn])[:count]
         return images if self.run.draws_latents and not self.autoencoder else to_uint8(images)
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder | None:
+        """Encodes prompts, opened when it is first asked for; None for a run without text."""
+        identity = self.run.text_encoder
+        return identity and open_encoder(self._text_encoder, identity, self.model.text)
+
+    def _conditions(self, labels: Sequence[int | str] | None, prompts: Sequence[str] | None, negative: str) -> Conditions:
+        if not self.run.text_encoder:
+            if prompts is not None or negative:
+                raise UserError("prompts: this run was not trained on text; give labels")
+            return Labels(parse_labels(None if labels is None else list(map(str, labels)), self.class_names))
+        if labels is not None or not prompts or isinstance(prompts, str):
+            raise UserError('this run was trained on text: give prompts=["TEXT", ...], and no labels')
+        conditions, cut = encode_prompts(self.text_encoder, prompts, negative, self.model.text)
+        for warning in cut:
+            warnings.warn(warning, stacklevel=3)
+        return conditions
 
 
 def load(
@@ -103,6 +132,7 @@ def load(
     step: int | str = "newest",
     weights: str = "ema",
     vae: str | None = None,
+    text_encoder: str | None = None,
     dtype: str | None = None,
     tile: bool = False,
 ) -> LoadedRun:
@@ -113,6 +143,7 @@ def load(
       step: of the checkpoint: a number, "newest", or "best" of the run's evaluations.
       weights: "ema", "raw", or "ema_DECAY" for one of training.extra_ema_decays.
       vae: of a run on latents: where its autoencoder is now; None is where it was in training, "none" draws the latents alone.
+      text_encoder: of a run on text: where its text encoder is now; None is where it was in training.
       dtype: of activations: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16"; None is the run's model.dtype.
       tile: decode latents in overlapping tiles, for pictures that do not fit in memory.
 
@@ -121,4 +152,4 @@ def load(
     """
     run = open_run(workdir, step, dtype=dtype)
     autoencoder = open_autoencoder(vae, run.encoded_by, run.model.image_shape[2], run.mesh, dtype or "auto", tile)
-    return LoadedRun(run, run.restore(weights), autoencoder)
+    return LoadedRun(run, run.restore(weights), autoencoder, text_encoder)

@@ -1,7 +1,7 @@
 """Encodes images to latents once, so that training does not encode them at every step.
 
   python -m speedit_jax.encode --source=folder:/path/to/images --size=256 --vae=/path/to/sd-vae-ft-ema --out=data/latents
-  python -m speedit_jax.train --config=configs/imagenet.py --config.data.source=latents:data/latents --workdir=runs/mine
+  python -m speedit_jax.train --config=imagenet --config.data.source=latents:data/latents --workdir=runs/mine
 
 Writes ArrayRecord shards of the autoencoder's posterior (mean and log variance) of every image and of its mirror image, and
 header.json (speedit_jax/data/latents.py has the format). Stop it at any time and run the same command again: finished shards
@@ -11,18 +11,15 @@ be a directory that all see. --verify reads what is there, compares checksums an
 
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
-from speedit_jax.data import latents, loader
+from speedit_jax.data import latents, loader, shards
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
 from speedit_jax.errors import UserError
@@ -89,11 +86,12 @@ def encode() -> None:
             "dtype": autoencoder.dtype,
         },
     }
-    claim(out, what, getattr(source, "older_fingerprints", ()))
+    older = getattr(source, "older_fingerprints", ())
+    shards.claim(out, what, lambda saved: latents.check_same(out, saved, what, older))
 
     total = -(-len(source) // _SHARD_SIZE.value)
-    paths = [out / latents.shard_name(i, total) for i in range(total)]
-    mine = share(paths)
+    paths = [out / shards.shard_name(i, total) for i in range(total)]
+    mine = shards.share(paths)
     size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
     encoded, since = sum(size.values()), time.perf_counter()
     with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0 or not mine) as bar:
@@ -102,17 +100,17 @@ def encode() -> None:
             moments = examples(source, autoencoder, first, first + size[i], bar)
             latents.write_shard(paths[i], moments, lambda j, first=first: image_name(source, first + j))
     seconds = time.perf_counter() - since
-    shards = finished(paths)
+    facts = shards.finished(paths)
     if jax.process_index() == 0:
-        latents.remove_partial(out)
-        header = latents.write_header(out, what, shards)
+        shards.remove_partial(out)
+        header = latents.write_header(out, what, facts)
         rate = f", {encoded / seconds:.3g} images/s on this host" if encoded else ""
         print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
         mean, std = (np.round(values, 3).tolist() for values in scaled_statistics(header))
         print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
         if warning := scale_warning(header):
             print(f"warning: {warning}", file=sys.stderr)
-        print("Next: python -m speedit_jax.train --config=configs/imagenet.py:DiT-S/2", end=" ")
+        print("Next: python -m speedit_jax.train --config=imagenet:DiT-S/2", end=" ")
         print(f"--config.data.source=latents:{out} --workdir=runs/mine")
 
 
@@ -120,61 +118,6 @@ def image_name(source: Source, index: int) -> str:
     files = getattr(source, "files", None)
     # A name that is no text cannot be printed as it is.
     return f"image {index}" + (f" ({str(files[index]).encode(errors='backslashreplace').decode()})" if files else "")
-
-
-def claim(out: Path, what: dict[str, Any], older_fingerprints: tuple[str, ...] = ()) -> None:
-    """Makes `out` this encoding's; shards of other images or of another autoencoder must not be mixed in.
-
-    Args:
-      older_fingerprints: what earlier versions called the same images.
-
-    Raises:
-      UserError: it holds another encoding, or cannot be written.
-    """
-    path = out / "encoding.json"
-    if jax.process_index() == 0 and not path.exists():
-        write_claim(path, what)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("--out is claimed")
-    if not path.exists():
-        raise UserError(
-            f"--out={out} on process {jax.process_index()} is not the directory of process 0: all hosts must share one directory"
-        )
-    saved = latents.read_json(path)
-    latents.check_same(out, saved, what, older_fingerprints)
-    if jax.process_index() == 0 and saved != what:
-        write_claim(path, what)  # with today's places, scale and fingerprint
-
-
-def write_claim(path: Path, what: dict[str, Any]) -> None:
-    try:
-        storage.make_directory(path.parent)
-        storage.write_json(path, what, shared=True)
-    except OSError as e:
-        raise UserError(f"cannot write to --out={path.parent}: {storage.reason(e)}") from e
-
-
-def share(paths: list[Path]) -> list[int]:
-    """Which shards this process is to write: its part of those that are missing, as process 0 sees them."""
-    missing = np.array([latents.finished_shard(path) is None for path in paths])
-    if jax.process_count() > 1:
-        missing = multihost_utils.broadcast_one_to_all(missing)
-    if jax.process_index() == 0 and not missing.all():
-        print(f"{len(paths) - missing.sum()} of {len(paths)} shards are already finished")
-    return np.flatnonzero(missing)[jax.process_index() :: jax.process_count()].tolist()
-
-
-def finished(paths: list[Path]) -> list[dict]:
-    """What write_shard returned for each, once all are there.
-
-    Other hosts' may come an hour later, so this waits for files and in no collective. Should a host die, jax ends this process.
-    """
-    shards = []
-    for path in paths:
-        while (shard := latents.finished_shard(path)) is None:
-            time.sleep(1)
-        shards.append(shard)
-    return shards
 
 
 def examples(source: Source, autoencoder: Autoencoder, first: int, last: int, bar: tqdm):

@@ -106,6 +106,8 @@ def choose_diffusion(run: Run) -> GaussianDiffusion:
     diffusion = run.diffusion
     if isinstance(diffusion, FlowMatching):
         raise UserError(f"--workdir: the run is a flow (diffusion.path={diffusion.path}), which has no variational bound")
+    if run.text_encoder:
+        raise UserError("--workdir: the run is on text; the bound is for runs on classes and unconditional ones")
     if run.encoded_by:
         raise UserError("--workdir: the run is on latents, and the bits of latents say nothing about pixels")
     if not _NUM_STEPS.value:

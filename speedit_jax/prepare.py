@@ -1,5 +1,6 @@
-"""Prepares a set of TensorFlow Datasets, once, for training to read without TensorFlow. This wants pip install -e '.[prepare]'.
+"""Prepares a set of TensorFlow Datasets, once, for training to read without TensorFlow.
 
+  pip install -e '.[prepare]'
   python -m speedit_jax.prepare --name=oxford_flowers102
   python -m speedit_jax.prepare --name=imagenet2012 --manual_dir=/path/to/tars
 
@@ -22,7 +23,7 @@ def prepare() -> None:
         raise UserError("--name is missing; --help has an example")
     splits = tfds.prepare(_NAME.value, _MANUAL_DIR.value)
     print(f"{_NAME.value}: " + ", ".join(f"{count} records of {split}" for split, count in splits.items()))
-    print(f"Next: python -m speedit_jax.train --config=configs/base.py --config.data.source=tfds:{_NAME.value}", end=" ")
+    print(f"Next: python -m speedit_jax.train --config=base --config.data.source=tfds:{_NAME.value}", end=" ")
     print("--config.data.height=64 --config.data.width=64 --workdir=runs/mine")
 
 

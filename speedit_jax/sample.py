@@ -1,6 +1,7 @@
 """Draws images from a run's checkpoint, which knows its own config.
 
   python -m speedit_jax.sample --workdir=runs/digits --class_labels=0,1,2,3 --num_images=64 --out=samples.png
+  python -m speedit_jax.sample --workdir=runs/blobs --prompt="a red blob at the top" --prompt="a blue blob" --num_images=16
 
 Writes an npz in ADM's format (arr_0 uint8 [N, H, W, C], arr_1 labels), a PNG grid of the first images and a JSON of all
 settings; --png_files also each image. Latents without an autoencoder are written as float32 (`latents`, `labels`), not as
@@ -20,12 +21,16 @@ from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
+from speedit_jax.diffusion.inverse import METHODS
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import DTYPES
+from speedit_jax.sampling.conditions import Conditions, Labels, Prompts
 from speedit_jax.sampling.draw import check_weights, draw_batches, in_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, read_pictures
 from speedit_jax.sampling.labels import parse_labels, random_labels
+from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
 from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
 from speedit_jax.training.run import Run, open_run
@@ -38,6 +43,10 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace images with other se
 _CLASS_LABELS = flags.DEFINE_list(
     "class_labels", None, "Classes by name or number, used in turn; or random. Default: all in turn."
 )
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "For a run on text: what to draw. Given several times, used in turn.")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "The same from a file, one prompt a line; # begins a comment.")
+_NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What guidance leads away from. Default: the empty text.")
+_TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Where the run's text encoder is now. Default: as in training.")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the noise. Image i of a seed does not depend on num_images.", lower_bound=0, upper_bound=LARGEST_SEED
 )
@@ -65,6 +74,14 @@ _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, l
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
+_IMAGE = flags.DEFINE_string("image", None, "Start from this picture, or complete it: a file, or a directory of files in turn.")
+_MASK = flags.DEFINE_string("mask", None, "Fill where this picture is white, keep --image where it is black; or a directory.")
+_STRENGTH = flags.DEFINE_float("strength", None, "Share of the steps that are run from --image on; 1 ignores what is not kept.")
+_INPAINT = flags.DEFINE_enum(
+    "inpaint", None, METHODS, "How pixels are kept. Default: projection, or network for a run trained with data.mask."
+)
+_RESAMPLE = flags.DEFINE_integer("resample", None, "How often each --jump steps are run. Default: 10 for repaint, else 1.")
+_JUMP = flags.DEFINE_integer("jump", None, "Sampling steps that --resample repeats. Default: 10.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
 _GUIDE_STEP = flags.DEFINE_integer("guide_step", None, "Checkpoint step of --guide_workdir. Default: the newest.")
 
@@ -90,24 +107,27 @@ def sample() -> None:
     out = storage.path(_OUT.value) if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
 
-    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model)
+    pictures = choose_pictures(run, autoencoder)
+    sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model, pictures)
     params = run.restore(_WEIGHTS.value)
     params = (params, guide.restore(_WEIGHTS.value)) if guide else params
     check_weights(params)
     batch = _BATCH_SIZE.value + -_BATCH_SIZE.value % sharding.batch_devices(mesh)
     count = _NUM_IMAGES.value
-    # Of the last batch's extra images too, so that a batch is the same to the bit when more images are asked for later.
-    labels, asked = choose_labels(run.class_names, in_batches(count, batch))
+    conditions, labels, asked = choose_conditions(run, settings, in_batches(count, batch))
     record = describe(run, guide, settings, autoencoder, asked, checksum(params))
+    record |= {"known": {"image": _IMAGE.value, "mask": _MASK.value, **pictures.describe()}} if pictures else {}
+    prompts = tuple(asked.get("prompts") or ())
     # Directories that folder: takes for classes; without classes it wants none.
-    folders = tuple(map(folder_name, run.class_names)) or ("",)
-    output = Output(out, record, labels[:count], batch, folders if _PNG_FILES.value else None, latents)
+    folders = tuple(map(folder_name, run.class_names)) if not prompts and run.class_names else ("",) * (len(prompts) or 1)
+    output = Output(out, record, labels[:count], batch, folders if _PNG_FILES.value else None, latents, prompts)
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:
         try:
-            draw(sampler, params, autoencoder, output, labels, finished)
+            draw(sampler, params, autoencoder, output, conditions, finished, pictures)
             if jax.process_index() == 0:
-                output.finish(None if asked == "random" else columns_for(len(asked), min(count, GRID)))
+                random = asked["class_labels"] == "random"
+                output.finish(None if random else columns_for(conditions.count, min(count, GRID)))
         except OSError as e:
             raise UserError(f"cannot write to {out}: {storage.reason(e)}; fix this and run the same command again") from e
     if jax.process_count() > 1:
@@ -162,12 +182,12 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
 
 
 def describe(
-    run: Run, guide: Run | None, settings: Settings, autoencoder: Autoencoder | None, class_labels: list[int] | str, weights: str
+    run: Run, guide: Run | None, settings: Settings, autoencoder: Autoencoder | None, asked: dict[str, Any], weights: str
 ) -> dict[str, Any]:
     """All that the images depend on, JSON.
 
     Args:
-      class_labels: as `choose_labels` returns them.
+      asked: as `choose_conditions` returns it.
       weights: their checksum.
     """
     decoder = autoencoder and {**autoencoder.identity, "dtype": autoencoder.dtype}
@@ -180,7 +200,7 @@ def describe(
         "weights_sha256": weights,
         "seed": _SEED.value,
         "num_images": _NUM_IMAGES.value,
-        "class_labels": class_labels,
+        **asked,
         "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
         **dataclasses.asdict(settings),
         "dtype": run.model.dtype,
@@ -193,17 +213,54 @@ def describe(
     }
 
 
-def choose_labels(class_names: list[str], count: int) -> tuple[np.ndarray, list[int] | str]:
-    """(int32 [count], classes that are taken in turn, or "random").
+def choose_conditions(run: Run, settings: Settings, count: int) -> tuple[Conditions, np.ndarray, dict[str, Any]]:
+    """What the images are drawn of.
+
+    Args:
+      count: of the images, the last batch's extra ones too, so that a batch is the same to the bit when more are asked for later.
+
+    Returns:
+      The conditions; each image's class or prompt by number, int32 [count]; and for OUT.json which are taken in turn.
 
     Raises:
-      UserError: no such class.
+      UserError: no such class, no prompts for a run on text, or prompts for another.
     """
-    names = _CLASS_LABELS.value
+    if run.text_encoder:
+        prompts, asked = choose_prompts(run, settings)
+        return prompts, (np.arange(count) % prompts.count).astype(np.int32), {"class_labels": None, **asked}
+    for flag in (_PROMPT, _PROMPTS_FILE, _NEGATIVE_PROMPT, _TEXT_ENCODER):
+        if flag.value is not None:
+            raise UserError(f"--{flag.name}: {run.workdir} was not trained on text; for a run on classes give --class_labels")
+    names, class_names = _CLASS_LABELS.value, run.class_names
     if class_names and names == ["random"] and "random" not in class_names:
-        return random_labels(jax.random.key(_SEED.value), count, len(class_names)), "random"
+        labels = random_labels(jax.random.key(_SEED.value), count, len(class_names))
+        return Labels(labels), labels, {"class_labels": "random"}
     classes = parse_labels(names, class_names)
-    return classes[np.arange(count) % len(classes)].astype(np.int32), classes.tolist()
+    labels = classes[np.arange(count) % len(classes)].astype(np.int32)
+    return Labels(classes), labels, {"class_labels": classes.tolist()}
+
+
+def choose_prompts(run: Run, settings: Settings) -> tuple[Prompts, dict[str, Any]]:
+    """The encoded prompts, and what OUT.json says of them.
+
+    Raises:
+      UserError: there are none, or the flags do not fit a run on text.
+    """
+    if _CLASS_LABELS.value is not None:
+        raise UserError(f"--class_labels: {run.workdir} was trained on text; give --prompt")
+    if _PROMPT.value and _PROMPTS_FILE.value:
+        raise UserError("give --prompt or --prompts_file, not both")
+    if not _PROMPT.value and not _PROMPTS_FILE.value:
+        raise UserError(f'{run.workdir} was trained on text: give --prompt="TEXT", or --prompts_file=FILE')
+    if _NEGATIVE_PROMPT.value is not None and settings.guidance_scale == 1:
+        raise UserError("--negative_prompt has no effect without guidance; give --guidance_scale above 1")
+    texts = _PROMPT.value or read_prompts(storage.path(_PROMPTS_FILE.value))
+    encoder = open_encoder(_TEXT_ENCODER.value, run.text_encoder, run.model.text)
+    negative = _NEGATIVE_PROMPT.value or ""
+    prompts, warnings = encode_prompts(encoder, texts, negative, run.model.text)
+    if jax.process_index() == 0:
+        print(*(f"warning: {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
+    return prompts, {"prompts": list(texts), "negative_prompt": negative, "text_encoder": encoder.identity}
 
 
 def open_guide(run: Run) -> Run | None:
@@ -221,7 +278,7 @@ def open_guide(run: Run) -> Run | None:
     except UserError as e:
         raise UserError(f"--guide_workdir: {e}") from e
     own, its = (
-        {"image_shape": of.meta["image_shape"], "class_names": of.class_names}
+        {"image_shape": of.meta["image_shape"], "class_names": of.class_names, "text": of.text_encoder}
         | {f"diffusion.{key}": value for key, value in of.config.diffusion.items() if key not in ("variance", "loss")}
         for of in (run, guide)
     )
@@ -231,21 +288,46 @@ def open_guide(run: Run) -> Run | None:
     return guide
 
 
-def draw(sampler, params, autoencoder: Autoencoder | None, output: Output, labels: np.ndarray, finished: np.ndarray) -> None:
-    """Draws the batches that are not finished; process 0 writes them.
+def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | None:
+    """--image and --mask; None without.
 
-    Args:
-      labels: int32, of all images of all batches.
+    Raises:
+      UserError: they cannot be read, or do not fit the run or the other flags.
     """
+    if not _IMAGE.value:
+        given = [flag for flag in (_MASK, _STRENGTH, _INPAINT, _RESAMPLE, _JUMP) if flag.value is not None]
+        if given:
+            raise UserError(f"--{given[0].name}={given[0].value} needs --image")
+        return None
+    if run.draws_latents and not autoencoder:
+        raise UserError("--image: this run draws latents; name the autoencoder that they are of, --vae=DIR")
+    masked = _MASK.value is not None
+    plan = choose_plan(masked, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value, trained_with_masks=False)
+    shape = run.model.image_shape
+    drawn = autoencoder.image_shape(shape) if autoencoder else shape
+    return open_pictures(*read_pictures(_IMAGE.value, _MASK.value, drawn, run.config.data.background), plan, shape, autoencoder)
+
+
+def draw(
+    sampler,
+    params,
+    autoencoder: Autoencoder | None,
+    output: Output,
+    conditions: Conditions,
+    finished: np.ndarray,
+    pictures: Pictures | None,
+) -> None:
+    """Draws the batches that are not finished; process 0 writes them."""
     writes, count = jax.process_index() == 0, len(output.labels)
     there = min(int(finished.sum()) * output.batch, count)
     if writes and there and not finished.all():
         print(f"Resuming: {there} of {count} images are finished.")
     missing, key = np.flatnonzero(~finished).tolist(), jax.random.key(_SEED.value)
     with tqdm(total=count, initial=there, unit="image", disable=not writes) as bar:
-        for i, images in draw_batches(sampler, params, key, labels, count, output.batch, autoencoder, missing):
+        for i, images in draw_batches(sampler, params, key, conditions, count, output.batch, autoencoder, missing):
             if writes:
-                bar.update(output.write(i, images if output.latents else to_uint8(images)))
+                images = images if output.latents else to_uint8(images)
+                bar.update(output.write(i, pictures.composite(i * output.batch, images) if pictures else images))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plots how a config draws and weights timesteps; needs no data and builds no network.
 
-  python -m speedit_jax.timesteps --config=configs/digits.py [--config.KEY=VALUE ...] [--out=timesteps.png]
+  python -m speedit_jax.timesteps --config=digits [--config.KEY=VALUE ...] [--out=timesteps.png]
 
 One picture of the density, the loss weight, their product and the schedule's log-SNR against t. Its numbers are in the JSON
 beside it: t, log_snr, weight [T], and for each optimizer step shown (one, but for a curriculum) density and product [T], the
@@ -21,7 +21,7 @@ from speedit_jax.diffusion.strategies import CurriculumStrategy
 from speedit_jax.errors import UserError
 from speedit_jax.training import assembly
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits.", lock_config=True)
 _OUT = flags.DEFINE_string("out", "timesteps.png", "Where to write: PATH.png and PATH.json.")
 
 
@@ -99,7 +99,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
 
 def timesteps() -> None:
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
-        raise UserError("--config is missing or not a config file; for example --config=configs/digits.py")
+        raise UserError("--config is missing or not a config file; for example --config=digits")
     out = storage.path(_OUT.value)
     out = out.with_suffix("") if out.suffix in (".png", ".json") else out
     record = numbers(_CONFIG.value)

@@ -1,6 +1,6 @@
 """Trains a diffusion transformer.
 
-  python -m speedit_jax.train --config=configs/digits.py --workdir=runs/digits [--config.KEY=VALUE ...]
+  python -m speedit_jax.train --config=digits --workdir=runs/digits [--config.KEY=VALUE ...]
 
 After an interruption, run the same command again: it resumes from the last checkpoint and ends with the same result.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
@@ -24,8 +25,9 @@ from speedit_jax.evaluation.held_out import HeldOutLoss
 from speedit_jax.reporting import console, wandb_board
 from speedit_jax.reporting.curves import write_curves
 from speedit_jax.reporting.environment import Environment
-from speedit_jax.reporting.page import write_report
+from speedit_jax.reporting.page import PROMPTS, write_report
 from speedit_jax.reporting.telemetry import PEAK_FLOPS, Profiler, Telemetry
+from speedit_jax.sampling.conditions import Labels, Prompts, stored_prompts
 from speedit_jax.sampling.draw import NotFiniteError
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
@@ -40,7 +42,7 @@ from speedit_jax.training.set_aside import set_aside_damaged
 from speedit_jax.training.state import TrainState
 from speedit_jax.training.stop import INTERRUPTED, Stop
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/digits.py.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits or mine.py.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, images.")
 _CHANGES = flags.DEFINE_bool(
     "continue_with_changes", False, "Resume although settings or data have changed; the run records the changes."
@@ -62,14 +64,20 @@ def make_drawings(parts: Assembly, source: Source) -> tuple[FixedSamples | None,
     settings = resolve(Settings.from_config(config.sampling, parts.model), parts.diffusion)
     sampler = make_sampler(parts.model, parts.diffusion, settings, mesh)
 
-    def samples(seed, count):
+    def samples(seed, count, conditions):
         devices = sharding.batch_devices(mesh)
-        return FixedSamples(sampler, parts.autoencoder, parts.model.num_classes, jax.random.key(seed), count, devices)
+        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices)
 
-    grids = samples(config.seed, config.sampling.grid_images) if config.training.sample_every else None
+    def conditions(count):
+        return stored_prompts(parts.texts, count) if parts.texts else Labels(np.arange(max(1, parts.model.num_classes)))
+
+    images = config.sampling.grid_images
+    # A column for each prompt, as for each class.
+    grids = samples(config.seed, images, conditions(round(images**0.5))) if config.training.sample_every else None
     if not config.evaluation.every:
         return grids, None
-    drawn = samples(config.evaluation.seed, config.evaluation.num_images)
+    images = config.evaluation.num_images
+    drawn = samples(config.evaluation.seed, images, conditions(images))
     return grids, Evaluation(config, source, drawn, dataclasses.asdict(settings), mesh)
 
 
@@ -115,9 +123,11 @@ def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, 
         telemetry.say(f"warning: no grid of samples at step {step}: {e}")
         return
     if jax.process_index() == 0:
-        columns = grids.num_classes if 1 < grids.num_classes <= 16 else None
+        columns = grids.conditions.count if 1 < grids.conditions.count <= 16 else None
         path, grid = workdir / "samples" / f"step_{step:07d}.png", image_grid(images, columns)
         write_png(path, grid, magnification(images.shape[1]))
+        if isinstance(grids.conditions, Prompts):
+            storage.write_json(path.with_name(PROMPTS), grids.conditions.texts)
         telemetry.grid(step, grid, path)
 
 
@@ -298,7 +308,7 @@ def main() -> int | None:
     file = None if _CONFIG.value is None else config_flags.get_config_filename(flags.FLAGS["config"])
     for name, value in (("config", file), ("workdir", _WORKDIR.value)):
         if not value:
-            raise UserError(f"--{name} is missing; for example --config=configs/digits.py --workdir=runs/digits")
+            raise UserError(f"--{name} is missing; for example --config=digits --workdir=runs/digits")
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError(f"--config={file}: cannot be read, or its get_config() does not return a ConfigDict")
     return train(_CONFIG.value, storage.path(_WORKDIR.value))

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 from commands import TINY, assert_fails, assert_works
+from tiny import make_config
 
+from speedit_jax.training.assembly import make_diffusion
 from speedit_jax.training.checkpoint import Checkpoints
-from speedit_jax.training.finetune import label_rows
+from speedit_jax.training.finetune import _differences, label_rows
 
 SYNTHETIC = ["--config.data.source=synthetic", "--config.data.channels=1"]
 # A step that moves nothing: the weights that a run started from are those that it ends with.
@@ -129,6 +131,7 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
         (["--config.diffusion.schedule=cosine"], ["set --config.diffusion.schedule=linear", "--continue_with_changes"]),
         (["--config.diffusion.num_steps=500"], ["set --config.diffusion.num_steps=1000"]),
         (["--config.diffusion.path=linear"], ["diffusion.path was 'vp', now 'linear'"]),
+        (["--config.model.rope=True"], ["model.rope was False, now True"]),
         (["--config.model.time_freq_shift=1"], ["set --config.model.time_freq_shift=0"]),
         (["--config.diffusion.variance=fixed_small"], ["does not match this model", "final/kernel"]),
         (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints"]),
@@ -138,6 +141,19 @@ def test_another_network_is_refused_before_anything_is_written(run, trained, tmp
     workdir = tmp_path / "run"
     assert_fails(run("train", *TINY, f"--workdir={workdir}", f"--config.init_from={trained}", *flags), *words)
     assert not workdir.exists()
+
+
+def test_what_weights_of_a_flow_mean():
+    """Whether they predict the image or the velocity, and how much noise they know; not what a flow does not look at."""
+
+    def different(old, new):
+        configs = [make_config(diffusion__path="linear", **of) for of in (old, new)]
+        sides = [types.SimpleNamespace(config=of, encoded_by=None, diffusion=make_diffusion(of)) for of in configs]
+        return _differences(*sides)
+
+    assert different({}, {"diffusion__prediction": "x0"}) == {"diffusion.prediction": ["epsilon", "x0"]}
+    assert different({}, {"diffusion__noise_scale": 2.0}) == {"diffusion.noise_scale": [1.0, 2.0]}
+    assert different({}, {"diffusion__prediction": "v", "diffusion__x0_clamp": 0.1}) == {}
 
 
 def test_what_was_trained_otherwise_is_taken_on_the_word(run, trained, tmp_path):

@@ -13,7 +13,7 @@ ROOT = Path(speedit_jax.__file__).parent
 FLOORS = (
     {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "conversion": 6, "models": 2}
     | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
-    | {"sharding": 0.3, "peers": 0.3, "storage": 0.2, "config": 0.1, "errors": 0}
+    | {"sharding": 0.3, "peers": 0.3, "storage": 0.2, "recipes": 0.2, "config": 0.1, "errors": 0}
 )
 COMMANDS = 7
 # Library -> the only places that may import it.
@@ -26,6 +26,7 @@ OWNERS = {
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
     "huggingface_hub": ("speedit_jax.interop",),
+    "transformers": ("speedit_jax.encoders.hub_text",),
     "torch": ("speedit_jax.interop", "speedit_jax.testing"),
     "tensorflow": (),
     "wandb": ("speedit_jax.reporting.wandb_board",),

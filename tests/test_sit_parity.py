@@ -27,7 +27,7 @@ def test_forward(sit):
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = names.TABLE.from_torch(section(load("dit"), "state/"), shapes, patch=2)
     out = jax.jit(model.apply)(params, nhwc(sit["x"]), sit["t"], sit["y"])
-    assert_close(FlowMatching("linear", learned_variance=True).velocity(out), nhwc(sit["out"]), 1e-5)
+    assert_close(FlowMatching("linear", learned_variance=True).split_output(out), nhwc(sit["out"]), 1e-5)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -39,7 +39,7 @@ def test_path(sit, path):
         assert_close(flow.q_sample(jnp.asarray(x0), s, jnp.asarray(noise)), x_s, 1e-13)
         assert (flow.losses(target, x0, x_s, s, noise)["mse"] < 1e-26).all()
         v = jnp.sin(3 * jnp.asarray(x_s)) + s.reshape(-1, 1, 1, 1)
-        assert_close(flow.x0_and_eps(v, jnp.asarray(x_s), s)[1], eps, 1e-12)
+        assert_close(flow.x0_and_noise(v, jnp.asarray(x_s), s)[1], eps, 1e-12)
 
 
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)

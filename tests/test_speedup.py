@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import json
+import shutil
 import signal
 import tarfile
 
@@ -82,6 +83,17 @@ def test_all_sides_see_the_same(rehearsal):
     for piece in MADE[1:]:
         # Compiled with other timesteps about it, the same noise is rounded otherwise.
         np.testing.assert_allclose(noise[piece], noise[MADE[0]], rtol=0, atol=2e-6)
+
+
+def test_a_flow_is_measured_too(rehearsal, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(rehearsal[0] / "out" / "judge_digits.npz", tmp_path / "out")
+    with signals_kept():
+        assert fill([Piece("rehearsal", "digits", "flow_x0_patch16", 0)], tmp_path / "out", tmp_path / "work", 600) == 0
+    (record,) = analysis.read(tmp_path / "out", "rehearsal").values()
+    measured = record["rows"][-1]["weights"]["ema"]
+    # The less noise there is, the more of it an error of the image takes for noise.
+    assert np.isfinite(measured["fd"]) and measured["mse"] == sorted(measured["mse"], reverse=True)
 
 
 def test_another_seed_is_another_run_with_the_same_evaluation(rehearsal):
@@ -174,6 +186,10 @@ def test_the_plan():
     assert cpu["uniform_lr_half"].optim.learning_rate * 4 == cpu["uniform_lr_double"].optim.learning_rate == 2e-3
     assert (cpu["dig"].model.name, cpu["dig"].model.width) == ("DiG-S/4", 112)
     assert cpu["uniform"].timesteps.strategy == "uniform" and cpu["logit_normal_v"].diffusion.prediction == "v"
+    assert (cpu["flow_x0_patch16"].model.name, cpu["flow_x0_patch16"].diffusion.prediction) == ("DiT-S/16", "x0")
+    flows = [cpu[name].to_dict() for name in ("flow_v", "flow_x0")]
+    flows[1]["diffusion"]["prediction"] = "epsilon"
+    assert flows[0] == flows[1] and flows[0]["sampling"]["num_steps"] * 2 == cpu["uniform"].sampling.num_steps
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu256"])

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from commands import ONE_DEVICE, ROOT
+from commands import ONE_DEVICE, ROOT, TINY
 
 RECIPE = """
 from configs import WIDTH
@@ -77,7 +77,13 @@ def test_a_recipe_of_another_project_trains(wheel, tmp_path):
     (project / "myrecipe.py").write_text(RECIPE)
     where = call(python, "-c", "import speedit_jax; print(speedit_jax.__file__)", cwd=project)
     assert Path(where).is_relative_to(environment)
-    train = [python, "-m", "speedit_jax.train", "--config=myrecipe.py", "--workdir=run"]
+    speedit = python.with_name("speedit")
+    assert "\n  sample " in call(speedit, "--help", cwd=project)
+    train = [speedit, "train", "--config=myrecipe.py", "--workdir=run"]
     call(*train, cwd=project)
     assert (project / "run" / "report.html").exists() and (project / "run" / "checkpoints" / "4").is_dir()
-    assert "step 4 of 4" in call(*train, cwd=project)
+    assert "step 4 of 4" in call(python, "-m", "speedit_jax.train", *train[2:], cwd=project)
+    # The recipes are installed, and what a project calls `configs` is its own.
+    call(speedit, "train", "--config=digits", "--workdir=digits", *TINY[1:], cwd=project)
+    call(speedit, "timesteps", "--config=imagenet:DiG-S/2", "--out=imagenet.png", cwd=project)
+    assert (project / "digits" / "checkpoints" / "6").is_dir() and (project / "imagenet.png").exists()

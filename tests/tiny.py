@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.config import get_config
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 from speedit_jax.training.assembly import Assembly, assemble
@@ -22,6 +22,8 @@ MESHES = ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2))  # (data, fsdp,
 IMAGE = (8, 8, 1)
 CLASSES = 10
 BATCH = 16
+# Captions of at most 8 tokens, of which "" has two.
+TEXTS = DescribedTexts({"encoder": "tiny", "pooled": False}, 16, 8, False, (np.ones((2, 16), np.float16), 2))
 
 TINY = {
     "data.height": IMAGE[0],
@@ -84,9 +86,12 @@ def make_model(init, **fields: Any) -> Model:
     return dataclasses.replace(model, init=init, **fields)
 
 
-def make_trainer(shape: tuple[int, int, int] = ONE, model: Model | None = None, strategy=None, optimizer=None, **changes):
-    """A trainer on a mesh of `shape`; given parts replace those of the config."""
-    parts = assemble(make_config(**changes), Description(IMAGE, tuple(map(str, range(CLASSES)))), make_mesh(shape))
+def make_trainer(
+    shape: tuple[int, int, int] = ONE, model: Model | None = None, strategy=None, optimizer=None, texts=None, **changes
+):
+    """A trainer on a mesh of `shape`, on classes or on `texts`; given parts replace those of the config."""
+    data = Description(IMAGE, tuple(map(str, range(CLASSES))), texts=texts)
+    parts = assemble(make_config(**changes), data, make_mesh(shape))
     given = {"model": model, "strategy": strategy, "optimizer": optimizer}
     fields = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
     return Trainer(**fields | {name: part for name, part in given.items() if part is not None})

@@ -15,6 +15,8 @@ from benchmarks.speedup.judge import Judge, digest
 from benchmarks.speedup.plan import EVALUATION_SEED, SCALES, SLOW_EMA, Piece, Scale, make_config
 from speedit_jax import __version__, sharding
 from speedit_jax.data.sources import ArraySource
+from speedit_jax.diffusion.flow import FlowMatching
+from speedit_jax.sampling.conditions import Labels
 from speedit_jax.sampling.sampler import FixedSamples, Settings, image_noise, make_sampler
 from speedit_jax.storage import write_json
 from speedit_jax.training import run
@@ -28,7 +30,8 @@ SAVE_SECONDS = 180  # between two checkpoints, at most, and a step
 class HeldOut:
     """The mse of the noise on held-out images, by quarter of the schedule, at timesteps and noise that never change.
 
-    It is the mse of the noise whatever the network predicts, unweighted, and not what a strategy minimises.
+    It is the mse of the noise whatever the network predicts, unweighted, and not what a strategy minimises. A flow's times are
+    those in the middle of its levels, whose signal-to-noise ratios are not those of the diffusion.
     """
 
     def __init__(self, parts: Assembly, source: ArraySource, count: int):
@@ -42,10 +45,12 @@ class HeldOut:
         self._mesh, diffusion, model = parts.mesh, parts.diffusion, parts.model
 
         def error(params, x0, labels, t, noise):
+            flow = isinstance(diffusion, FlowMatching)
+            t = 1 - (t + 0.5) / num_steps if flow else t
             x_t = diffusion.q_sample(x0, t, noise)
             output = model.apply(params, x_t, diffusion.model_time(t), labels)
-            _, eps = diffusion.predict_x0_and_eps(output, x_t, t)
-            return ((eps - noise) ** 2).mean((1, 2, 3))
+            estimate = diffusion.velocity_and_noise if flow else diffusion.predict_x0_and_eps
+            return ((estimate(output, x_t, t)[1] - noise) ** 2).mean((1, 2, 3))
 
         self._error = jax.jit(error)
 
@@ -66,7 +71,8 @@ class Evaluation:
         settings = Settings.from_config(parts.config.sampling, parts.model)
         sampler, key = make_sampler(parts.model, parts.diffusion, settings, parts.mesh), jax.random.key(EVALUATION_SEED)
         self._classes, self._judge = len(images.train.class_names), judge
-        self._samples = FixedSamples(sampler, None, self._classes, key, scale.num_images, sharding.batch_devices(parts.mesh))
+        classes = Labels(np.arange(self._classes))
+        self._samples = FixedSamples(sampler, None, classes, key, scale.num_images, sharding.batch_devices(parts.mesh))
         self._held_out = HeldOut(parts, images.held_out, scale.held_out)
         first = image_noise(key, jnp.arange(scale.num_images), 0, parts.model.image_shape)
         self.record = {

@@ -10,6 +10,16 @@ from speedit_jax.config import get_config
 EVALUATION_SEED = 20_240_325  # of the samples' and the held-out images' noise: the same for all runs, and no run's own
 FAST_EMA, SLOW_EMA = 0.995, 0.999
 
+# A flow at JiT's times, which are noisier than uniform ones; Heun's method, of as many network evaluations.
+_FLOW = {
+    "diffusion.path": "linear",
+    "diffusion.variance": "fixed_small",
+    "timesteps.strategy": "logit_normal",
+    "timesteps.logit_mean": 0.8,
+    "timesteps.logit_std": 0.8,
+}
+_IMAGE = {"diffusion.prediction": "x0"}
+
 # name -> what it changes of the uniform baseline; learning rates are multiples of its own.
 STRATEGIES = {
     "uniform": {},
@@ -31,10 +41,16 @@ STRATEGIES = {
     "logit_normal_v": {"timesteps.strategy": "logit_normal", "diffusion.prediction": "v"},
     "clts": {"timesteps.strategy": "clts"},
     "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
+    # The same network predicts the velocity or the image, at the same times; also with patches of more numbers than it is wide.
+    "flow_v": _FLOW,
+    "flow_x0": _FLOW | _IMAGE,
+    "flow_v_patch16": _FLOW | {"model.patch": 16},
+    "flow_x0_patch16": _FLOW | _IMAGE | {"model.patch": 16},
 }
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
 BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
-BASELINE_OF = {"logit_normal_v": "uniform_v"} | BACKBONES  # of the others it is BASELINE
+PREDICTIONS = {"logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
+BASELINE_OF = PREDICTIONS | BACKBONES  # of the others it is BASELINE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +157,8 @@ def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
     scale, changes = SCALES[piece.scale], STRATEGIES[piece.strategy]
     backbone = changes.get("model.name", "DiT")
-    c = get_config(f"{backbone}-S/{scale.patch}")
+    patch = changes.get("model.patch", scale.patch)
+    c = get_config(f"{backbone}-S/{min(patch, 8) if piece.set == 'digits' else patch}")  # which are 8 pixels wide
     c.seed = piece.seed
     width = scale.dig_width if backbone == "DiG" else scale.width
     c.model.update({"width": width, "depth": scale.depth, "heads": scale.heads, "scan_unroll": scale.depth})
@@ -152,6 +169,8 @@ def make_config(piece: Piece) -> ml_collections.ConfigDict:
     c.training.update({"num_steps": scale.num_steps, "batch_size": scale.batch_size})
     c.training.update({"ema_decay": FAST_EMA, "extra_ema_decays": (SLOW_EMA,), "ema_warmup": True})
     c.sampling.update({"sampler": "dpm++", "spacing": "logsnr", "num_steps": scale.sampler_steps, "guidance_scale": 1.0})
+    if "diffusion.path" in changes:
+        c.sampling.update({"sampler": "heun", "spacing": "even", "num_steps": scale.sampler_steps // 2})
     for name, value in changes.items():
         section, _, key = name.partition(".")
         if section != "model":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speedup.analysis import SHARES, SpeedUp, curve, distance, missing, planned_seeds, read, seeds_of, speed_up
-from benchmarks.speedup.plan import BACKBONES, BASELINE, BASELINE_OF, FIRST, SCALES, STRATEGIES, Piece, pieces
+from benchmarks.speedup.plan import BACKBONES, BASELINE, BASELINE_OF, FIRST, PREDICTIONS, SCALES, STRATEGIES, Piece, pieces
 from speedit_jax.errors import UserError
 from speedit_jax.storage import write_text
 
@@ -22,7 +22,7 @@ CLAIMS = {"speedit": 3.3, "speed_cvpr25": 3.0}
 
 TUNED = ("uniform_lr_half", "uniform_lr_double")
 TIMESTEPS = [name for name in STRATEGIES if name not in BACKBONES]
-COMPARED = [name for name in TIMESTEPS if name not in (BASELINE, BASELINE_OF["logit_normal_v"])]
+COMPARED = [name for name in TIMESTEPS if name not in (BASELINE, *PREDICTIONS.values())]
 Records = dict[Piece, dict]
 
 

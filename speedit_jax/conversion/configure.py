@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from speedit_jax.conversion import scheduler
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.errors import UserError
+from speedit_jax.interop import pixart
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
@@ -31,7 +33,7 @@ def fill_config(
     vae = given.get("data.vae") or (str(around.autoencoder) if around.autoencoder else "")
     latents = network.channels > 3 or bool(vae)
     side = math.isqrt(network.tokens) * network.patch
-    guided = 0 if weights.diffusers or not latents else _GUIDED.get(network.channels, 0)
+    guided = 0 if weights.diffusers or network.text_width or not latents else _GUIDED.get(network.channels, 0)
     values |= {
         "model.time_freq_shift": weights.time_freq_shift,
         "diffusion.path": weights.path,
@@ -46,6 +48,11 @@ def fill_config(
     if around.scheduler:
         found, told = scheduler.read(around.scheduler)
         values, lines = values | found, lines + told
+    texts = None
+    if network.text_width:
+        values |= {"model.text": "cross", "sampling.guidance_scale": pixart.GUIDANCE_SCALE}
+        null = (np.zeros((1, network.text_width), np.float16), 1)  # an encoder has its own, and none is here
+        texts = DescribedTexts({"encoder": "", "pooled": False}, network.text_width, network.text_length, False, null)
     dropout, choice = _label_dropout(weights, network, given)
     config.update_from_flattened_dict(values | {"model.label_dropout": dropout} | dict(given))
 
@@ -56,7 +63,7 @@ def fill_config(
             f"{COMPUTED} has {network.tokens} positions, not {height} x {width} pixels'" if network.tokens else f"no {COMPUTED}"
         )
         raise UserError(f"{told}: give the size of images or latents, --config.data.height=H --config.data.width=W")
-    null = config.model.label_dropout > 0 and network.label_rows > 0
+    null = config.model.label_dropout > 0 and (network.label_rows > 0 or texts is not None)
     lines += [choice] if choice else []
     if null and latents and "sampling.guidance_channels" not in given:
         which = f"the first {guided} of {network.channels} channels, as in the published samples" if guided else "all channels"
@@ -64,10 +71,10 @@ def fill_config(
         lines.append(f"guidance acts on {which}; --config.sampling.guidance_channels={other}")
     if config.diffusion.path != "vp" and weights.reversed_time is None:
         lines.append("its time is taken as 0 at noise, as in SiT; if it is 1 at noise, as in REPA and LFM, add --reverse_time")
-    classes = tuple(around.class_names.get(i, str(i)) for i in range(network.label_rows - null))
+    classes = tuple(around.class_names.get(i, str(i)) for i in range(max(0, network.label_rows - null)))
     if extra := [number for number in around.class_names if not 0 <= number < len(classes)]:
         raise UserError(f"model_index.json has an id2label of class {extra[0]}, but the network has {len(classes)} classes")
-    return Description((height, width, network.channels), classes, "imported"), lines
+    return Description((height, width, network.channels), classes, "imported", texts=texts), lines
 
 
 def _architecture(config: ml_collections.ConfigDict, network: Architecture, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +93,8 @@ def _architecture(config: ml_collections.ConfigDict, network: Architecture, give
     return {
         **dict(zip(("model.width", "model.depth", "model.heads"), sizes, strict=True)),
         "model.mlp_ratio": network.mlp_ratio,
+        "model.adaln": network.adaln,
+        "model.position_scale": network.position_scale,
         "model.norm": network.norm,
         "model.convolution": network.convolution,
     }

@@ -19,12 +19,14 @@ NOT_DIFFUSERS, INSTEAD = "diffusers' DiT cannot hold this model:", "export to .p
 NULL_LABEL = 1000  # of DiTPipeline, whatever the classes
 
 
-def refuse_diffusers(model: Model, network: Architecture) -> None:
-    """Raises a UserError that names all that diffusers' DiT does not have."""
+def refuse_diffusers(config: ml_collections.ConfigDict, model: Model, network: Architecture) -> None:
+    """Raises a UserError that names all that diffusers' DiT or PixArt does not have."""
     height, width, _ = model.image_shape
     reasons = {
         "its backbone is DiG": network.backbone != "DiT",
-        "it has no null label": model.null_label is None,
+        "it has no null label": model.null_label is None and model.text is None,
+        "its model.time_freq_shift is 1, and PixArt's is 0": model.text is not None and config.model.time_freq_shift == 1,
+        f"it is a flow (diffusion.path={config.diffusion.path})": model.text is not None and config.diffusion.path != "vp",
         f"its images are {height} x {width}, not square": height != width,
         f"its model.mlp_ratio is {network.mlp_ratio:g}, not 4": network.mlp_ratio != 4,
     }

@@ -1,10 +1,12 @@
 """A run's weights for other programs."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 
 from speedit_jax import storage
@@ -13,7 +15,7 @@ from speedit_jax.conversion.scheduler import PREDICTION_TYPES
 from speedit_jax.conversion.tables import dig_notes, one_device, table
 from speedit_jax.encoders.autoencoder import open_autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dig, dit, files, pipeline
+from speedit_jax.interop import dig, dit, files, pipeline, pixart
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.tensors import check_finite
@@ -63,15 +65,17 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
         files.need_torch()
     run = open_run(workdir, checkpoint_step, one_device())
     config, model = run.config, run.model
-    if config.model.qk_norm:
-        raise UserError(f"{workdir} was trained with model.qk_norm, which no published format can store")
     backbone, _, patch = parse_name(config.model.name)
-    names = table(backbone)
-    network = network_of(model, names.shapes(run.shapes, patch))
+    refuse_unpublished(workdir, backbone, config.model)
+    refuse_conditioning(config, model)
+    names = table(backbone, text=model.text is not None)
+    network = network_of(config, model, names.shapes(run.shapes, patch))
     if directory:
-        refuse_diffusers(model, network)
-        autoencoder = open_autoencoder(vae, run.encoded_by, network.channels, run.mesh)
-        alone = no_pipeline(autoencoder, run.class_names)
+        refuse_diffusers(config, model, network)
+        autoencoder, alone = None, "a PixArtAlphaPipeline also needs T5"
+        if not model.text:
+            autoencoder = open_autoencoder(vae, run.encoded_by, network.channels, run.mesh)
+            alone = no_pipeline(autoencoder, run.class_names)
         refuse_prediction(run.diffusion.prediction, alone)
     params = run.restore(weights)
     state = names.to_torch(jax.device_get(params), patch)
@@ -90,6 +94,27 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     print(f"{origin} in {out}")
 
 
+def refuse_unpublished(workdir: Path, backbone: str, model: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for parts of a network that no published format can store."""
+    parts = {"qk_norm": model.qk_norm, "rope": model.rope, "patch_bottleneck": model.patch_bottleneck}
+    parts |= {"mlp=swiglu": model.mlp == "swiglu", "norm=rms": backbone == "DiT" and model.norm == "rms"}
+    used = [f"model.{part}" for part, on in parts.items() if on]
+    if used:
+        raise UserError(f"{workdir} was trained with {' and '.join(used)}, which no published format can store")
+
+
+def refuse_conditioning(config: ml_collections.ConfigDict, model: Model) -> None:
+    """Raises a UserError where no published format has the network's text, or its adaLN without text."""
+    single = config.model.adaln == "single"
+    if model.text and not (single and config.model.text == "cross" and parse_name(config.model.name)[0] == "DiT"):
+        raise UserError(
+            "of networks with text, the published formats hold PixArt-alpha's alone: a DiT with model.text=cross and"
+            " model.adaln=single"
+        )
+    if not model.text and (single or config.model.position_scale != 1):
+        raise UserError("without text, no published format holds model.adaln=single or a model.position_scale other than 1")
+
+
 def refuse_prediction(prediction: str, alone: str) -> None:
     """Raises a UserError for what diffusers would take for something else.
 
@@ -106,6 +131,13 @@ def write_diffusers(out: Path, exported: Exported, autoencoder: Path | None, alo
     """A DiTPipeline's directory, or the transformer's where there is no autoencoder."""
     config, model, names = exported.run.config, exported.run.model, exported.run.class_names
     diffusion, network, state = exported.run.diffusion, exported.network, exported.state
+    if model.text:
+        label = "Exact: outputs agree to rounding."
+        around, readme = pipeline.Surroundings(), f"PixArt, {exported.origin}.\n\n{label}\n"
+        write = functools.partial(pipeline.write, config=pixart.diffusers_config(network), state=pixart.to_diffusers(state))
+        storage.write_new(out, lambda partial: write(partial, readme=readme, around=around))
+        print(label, f"note: only the transformer was written: {alone}", sep="\n")
+        return
     label = diffusers_label(config, one_device(), model, exported.params)
     readme = f"DiT, {exported.origin}.\n\n{label}\n"
     if autoencoder and len(names) < NULL_LABEL:
@@ -132,7 +164,8 @@ def write_file(out: Path, exported: Exported) -> None:
     """A .pt or .safetensors of the published names."""
     height, width, _ = exported.run.model.image_shape
     network = exported.network
-    positions = sincos_position_table(height // network.patch, width // network.patch, network.width).astype(np.float32)
+    positions = sincos_position_table(height // network.patch, width // network.patch, network.width, network.position_scale)
+    positions = positions.astype(np.float32)
     state = {COMPUTED: positions[None], **exported.state}
     state = dig.with_aliases(state) if network.backbone == "DiG" else state
     write = files.write_pt if out.suffix == ".pt" else files.write_safetensors
@@ -144,11 +177,11 @@ def write_file(out: Path, exported: Exported) -> None:
         print(f"note: the model predicts {prediction}; the file does not record this, and published samplers expect epsilon")
 
 
-def network_of(model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def network_of(config: ml_collections.ConfigDict, model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """What the exported tensors will say of themselves, and the heads."""
     height, width, _ = model.image_shape
     # Scalars that pretend to be large: only their shapes are looked at.
     state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_shapes.items()}
-    network = (dig if dig.is_dig(state) else dit).describe(state)
+    network = (dig if dig.is_dig(state) else pixart if pixart.is_pixart(state) else dit).describe(state)
     tokens = height * width // network.patch**2
-    return dataclasses.replace(network, heads=model.heads, tokens=tokens)
+    return dataclasses.replace(network, heads=model.heads, tokens=tokens, position_scale=config.model.position_scale)

@@ -19,11 +19,12 @@ from speedit_jax.conversion.tables import check_positions, dig_notes, one_device
 from speedit_jax.data.description import Description
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dit, flow_time, weights
+from speedit_jax.interop import dit, flow_time, pixart, weights
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
 from speedit_jax.models.build import Model
+from speedit_jax.models.condition import TextShape
 from speedit_jax.training import assembly, run
 from speedit_jax.training.checkpoint import Checkpoints, peek
 
@@ -78,7 +79,8 @@ def import_weights(
     if there:
         print("Nothing to do, these weights are already imported:")
     print(f"{config.model.name}: {total:,} parameters, {height} x {width} x {channels},", end=" ")
-    print(f"{classes or 'no'} classes, variance {config.diffusion.variance}, in {workdir}")
+    what = f"text of {fitted.network.text_width} numbers a token" if fitted.network.text_width else f"{classes or 'no'} classes"
+    print(f"{what}, variance {config.diffusion.variance}, in {workdir}")
     for note in fitted.notes:
         print(f"note: {note}")
     if channels > 3 and encoded_by is None:
@@ -86,7 +88,8 @@ def import_weights(
             "This model generates latents. To get images, give sample --vae=DIR (a diffusers VAE), or import with"
             " --config.data.vae=DIR"
         )
-    print(f"Next  python -m speedit_jax.sample --workdir={workdir} --num_images=16")
+    prompt = ' --prompt="TEXT" --text_encoder=WHERE' if fitted.network.text_width else ""
+    print(f"Next  python -m speedit_jax.sample --workdir={workdir}{prompt} --num_images=16")
 
 
 def fit(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
@@ -120,14 +123,16 @@ def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections
     network = found.describe(state)
     source, notes = fill_config(config, found, network, given)
     height, width, _ = source.image_shape
-    model = assembly.make_model(config, one_device(), source.image_shape, len(source.class_names))
+    text = source.texts and TextShape.of(source.texts)
+    model = assembly.make_model(config, one_device(), source.image_shape, len(source.class_names), text)
     assembly.make_diffusion(config)  # which may not exist
     params = arrange(found, state, network, config, jax.eval_shape(model.init, jax.random.key(0)))
     notes += dig_notes(config, network.depth, (height, width))
     if found.reversed_time:
         notes.append("its time is reversed in the weights, v(x, s) = -v(x, 1 - s): here, and in an export, 0 is noise")
     if COMPUTED in state:
-        error = check_positions(state[COMPUTED], height // network.patch, width // network.patch)
+        grid = (height // network.patch, width // network.patch)
+        error = check_positions(state[COMPUTED], *grid, config.model.position_scale)
         if error > 1e-6:
             notes.append(f"its {COMPUTED} is up to {error:.1g} away from the exact table, which is used here")
     return Fitted(network, model, source, params, params, notes)
@@ -146,8 +151,8 @@ def arrange(
             raise UserError("--reverse_time is for flows under the published names: add --config.diffusion.path=linear or gvp")
         state = flow_time.turned(state, config.model.time_freq_shift)
     if not found.diffusers:
-        return table(network.backbone).from_torch(state, shapes, network.patch)
-    return dit.from_diffusers(state, shapes, network.patch)
+        return table(network.backbone, text=network.text_width > 0).from_torch(state, shapes, network.patch)
+    return (pixart if network.text_width else dit).from_diffusers(state, shapes, network.patch)
 
 
 def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dig, dit
+from speedit_jax.interop import dig, dit, pixart
 from speedit_jax.interop.layout import COMPUTED, Table
 from speedit_jax.models.build import parse_name
 from speedit_jax.models.layers import sincos_position_table
@@ -15,8 +15,8 @@ from speedit_jax.models.layers import sincos_position_table
 _POSITIONS_TOLERANCE = 0.01
 
 
-def table(backbone: str) -> Table:
-    return {"DiT": dit.TABLE, "DiG": dig.TABLE}[backbone]
+def table(backbone: str, text: bool = False) -> Table:
+    return pixart.TABLE if text else {"DiT": dit.TABLE, "DiG": dig.TABLE}[backbone]
 
 
 def one_device() -> Mesh:
@@ -25,13 +25,13 @@ def one_device() -> Mesh:
     return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, list(devices.flat[:1]))
 
 
-def check_positions(given: np.ndarray, height: int, width: int) -> float:
-    """How far a position table [1, T, D] is from ours for a height x width grid.
+def check_positions(given: np.ndarray, height: int, width: int, scale: float) -> float:
+    """How far a position table [1, T, D] is from ours for a height x width grid, whose positions are divided by `scale`.
 
     Raises:
       UserError: further than averaging in float32 brings it.
     """
-    error = float(np.abs(given[0] - sincos_position_table(height, width, given.shape[2])).max())
+    error = float(np.abs(given[0] - sincos_position_table(height, width, given.shape[2], scale)).max())
     if not error <= _POSITIONS_TOLERANCE:
         raise UserError(f"{COMPUTED} is not the sine-cosine table of a {height} x {width} grid, but up to {error:.3g} off")
     return error

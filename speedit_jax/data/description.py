@@ -3,6 +3,26 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedTexts:
+    """Has the attributes of a store of captions that training reads, and no captions.
+
+    Attributes:
+      identity: of the text encoder.
+      width, length: E and L.
+      pooled: each caption is one vector.
+      null: the text "": (tokens [n, E], n).
+    """
+
+    identity: dict[str, Any]
+    width: int
+    length: int
+    pooled: bool
+    null: tuple[np.ndarray, int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Description:
@@ -13,9 +33,11 @@ class Description:
       class_names: empty where the data are unconditional.
       fingerprint: of the data.
       encoded_by: the identity of the autoencoder whose latents the data are; None for images.
+      texts: the captions; None without any.
     """
 
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     fingerprint: str = ""
     encoded_by: dict[str, Any] | None = None
+    texts: DescribedTexts | None = None

@@ -20,12 +20,13 @@ from speedit_jax.data.identity import fingerprints
 from speedit_jax.data.images import check_channels, read_image
 from speedit_jax.data.names import printable
 from speedit_jax.data.pixels import WHITE
-from speedit_jax.data.scan import Scan, count_by_suffix
+from speedit_jax.data.scan import CAPTION_TABLES, Scan, count_by_suffix
 from speedit_jax.errors import UserError
 
 _SPLIT = re.compile(  # train, val, test_set, train2017, images_train, trainA
     r"(images?[-_ ])?(train|training|val|valid|validation|test|testing|dev|eval)([-_ ]?(set|data|split|images?|\d{4}|[ab]))*"
 )
+_FOR_CAPTIONS = " here (speedit_jax.encode_text reads captions from it)"
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")  # in which labels might be
 
 
@@ -227,7 +228,7 @@ def _no_images(directory: Path) -> str:
 
 
 def _how_to_label(tables: list[str]) -> str:
-    read = f"{printable(tables[0])} is not read; " if tables else ""
+    read = f"{printable(tables[0])} is not read{_FOR_CAPTIONS if tables[0] in CAPTION_TABLES else ''}; " if tables else ""
     return (
         f"{read}for classes, move the images of each into a sub-directory of its own, or write {dataset_json.NAME}:"
         ' {"labels": [["FILE", NUMBER], ...]}'

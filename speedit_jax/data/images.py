@@ -129,9 +129,19 @@ def read_image(file: Path | BinaryIO, image_shape: tuple[int, int, int], backgro
         many kinds for many kinds of damage.
     """
     height, width, channels = image_shape
+    pixels = np.asarray(centre_crop(_flat(file, channels, background), height, width), np.float32)
+    return (pixels / 127.5 - 1.0).reshape(image_shape)
+
+
+def read_whole(file: Path | BinaryIO, channels: int, background: tuple[int, int, int] = WHITE) -> np.ndarray:
+    """The same, of its own size and neither scaled nor cropped: uint8 [H, W, C]."""
+    pixels = np.asarray(_flat(file, channels, background))
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _flat(file: Path | BinaryIO, channels: int, background: tuple[int, int, int]) -> Image.Image:
     with open_image(file) as image:
         flat, fault = flatten(image, channels, background)
         if fault:
             warn_once(printable(image.filename) or "an image", fault)
-    pixels = np.asarray(centre_crop(flat, height, width), np.float32)
-    return (pixels / 127.5 - 1.0).reshape(image_shape)
+    return flat

@@ -2,40 +2,26 @@
 
 00000-of-00013.array_record   per image its label, int32, and moments, float16 [2, h, w, 2C]: of the image and of its mirror
                               image, the posterior's mean and log variance along the channels
-00000-of-00013.json           the shard's checksum and sums, written last: without it the shard counts as missing
-header.json                   describes the whole set; written when every shard is finished
+00000-of-00013.json           the shard's checksum and sums
+header.json                   describes the whole set; data/shards.py has the rest
 """
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from speedit_jax import storage
+from speedit_jax.data import shards
 from speedit_jax.errors import UserError
 
 _LABEL = np.dtype("<i4")
 _MOMENTS = np.dtype("<f2")  # 2^-11 of a latent: far less than the noise that is added to it
-_ONE_BY_ONE = "group_size:1,uncompressed"  # random access reads what it asked for; floats do not compress
-HEADER = "header.json"
-_DOWNLOADS = 8  # shards at the same time: records are read in any order, far too often for an object store
-
-
-def shard_name(index: int, total: int) -> str:
-    return f"{index:05d}-of-{total:05d}.array_record"
-
-
-def remove_partial(directory: Path) -> None:
-    """What killed processes left behind."""
-    for path in directory.glob("*.partial"):
-        path.unlink(missing_ok=True)
+_COMMAND = "speedit_jax.encode"
 
 
 def write_shard(
@@ -52,19 +38,17 @@ def write_shard(
     Raises:
       UserError: moments that are not finite, or not in float16; the shard is not written then.
     """
-    with storage.another_name(path, shared=True) as partial:
+
+    def write(partial):
         count, first, second = _write_records(partial, examples, name)
-        if finished := finished_shard(path):  # by another process, meanwhile
-            return finished
-        facts = {"records": count, "sha256": storage.sha256(partial), "sum": list(first), "sum_of_squares": list(second)}
-        storage.publish(partial, path)
-    storage.write_json(path.with_suffix(".json"), facts, shared=True)
-    return facts
+        return count, {"sum": list(first), "sum_of_squares": list(second)}
+
+    return shards.write_shard(path, write)
 
 
 def _write_records(path: Path, examples, name) -> tuple[int, np.ndarray, np.ndarray]:
     """(records, sum of latents, sum of their squares); the sums are per channel."""
-    writer = ArrayRecordWriter(str(path), _ONE_BY_ONE)
+    writer = shards.open_writer(path)
     count, first, second = 0, 0.0, 0.0
     try:
         for label, moments in examples:
@@ -88,12 +72,6 @@ def _not_finite(moments: np.ndarray) -> str:
         largest, limit = np.abs(moments).max(), np.finfo(_MOMENTS).max
         return f"its latents reach {largest:.3g}, and float16 holds at most {limit:.0f}; check the VAE, or name another one"
     return "its latents are not finite; the VAE overflows or is damaged: try --dtype=float32, or another VAE"
-
-
-def finished_shard(path: Path) -> dict[str, Any] | None:
-    """What `write_shard` returned for it; None where it was not finished."""
-    facts = path.with_suffix(".json")
-    return read_json(facts) if facts.exists() and path.exists() else None
 
 
 def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any], older_fingerprints: tuple[str, ...]) -> None:
@@ -127,43 +105,39 @@ def _identity(what: dict[str, Any]) -> dict[str, Any]:
     return flat | {"latents.config": {k: v for k, v in config.items() if k not in ("scaling_factor", "shift_factor")}}
 
 
-def write_header(directory: Path, what: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def write_header(directory: Path, what: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
     """header.json: `what`, the shards' facts, their count and per-channel statistics of the unscaled latents.
 
     Raises:
       UserError: names shards that hold numbers that are not finite.
     """
-    shards = [{"name": shard_name(i, len(shards)), **shard} for i, shard in enumerate(shards)]
-    _check_sums(directory, shards)
-    count = sum(shard["records"] for shard in shards)
-    mean = np.sum([shard["sum"] for shard in shards], axis=0) / count
-    square = np.sum([shard["sum_of_squares"] for shard in shards], axis=0) / count
+    named = [{"name": shards.shard_name(i, len(facts)), **shard} for i, shard in enumerate(facts)]
+    _check_sums(directory, named)
+    count = sum(shard["records"] for shard in named)
+    mean = np.sum([shard["sum"] for shard in named], axis=0) / count
+    square = np.sum([shard["sum_of_squares"] for shard in named], axis=0) / count
     header = what | {
         "count": count,
         "mean": list(mean),
         "std": list(np.sqrt(square - mean**2)),
-        "shards": shards,
+        "shards": named,
     }
-    storage.write_json(directory / HEADER, header, shared=True)
+    storage.write_json(directory / shards.HEADER, header, shared=True)
     return header
 
 
-def _check_sums(directory: Path, shards: list[dict[str, Any]]) -> None:
+def _check_sums(directory: Path, facts: list[dict[str, Any]]) -> None:
     """Raises a UserError for shards with numbers that are not finite, which earlier versions wrote."""
-    bad = [shard["name"] for shard in shards if not np.isfinite([shard["sum"], shard["sum_of_squares"]]).all()]
+    bad = [shard["name"] for shard in facts if not np.isfinite([shard["sum"], shard["sum_of_squares"]]).all()]
     if bad:
         raise UserError(_remove_infinite(directory, bad))
 
 
 def _remove_infinite(directory: Path, names: list[str]) -> str:
     return (
-        f"{directory}: numbers that are not finite in {_listed(names)}; remove these files and run speedit_jax.encode again,"
-        " which names the image"
+        f"{directory}: numbers that are not finite in {shards.listed(names)}; remove these files and run speedit_jax.encode"
+        " again, which names the image"
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,41 +181,13 @@ def _moments(record: bytes) -> np.ndarray:
 
 def open_latents(directory: Path) -> LatentSource:
     """Raises a UserError where `directory` does not hold all that its header says."""
-    header = read_header(directory)
+    header = shards.read_header(directory, _COMMAND)
     _check_sums(directory, header["shards"])
-    paths = [directory / shard["name"] for shard in header["shards"]]
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} is missing; run speedit_jax.encode again to write the missing shards")
-    if storage.is_remote(directory):
-        with ThreadPoolExecutor(_DOWNLOADS) as pool:
-            paths = list(pool.map(storage.cached, paths, (shard["sha256"] for shard in header["shards"])))
-    try:
-        records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
-        found = len(records)
-    except Exception as e:
-        # The reader's errors have no common class.
-        raise UserError(f"cannot read the shards of {directory}: {storage.first_line(e)}; check them with --verify") from e
-    if found != header["count"]:
-        raise UserError(f"{directory} holds {found} records, but its header says {header['count']}; check it with --verify")
+    records = shards.open_records(directory, header, header["count"], _COMMAND)
     fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
     return LatentSource(
         tuple(header["shape"]), tuple(header["class_names"]), fingerprint, header["latents"], records, directory, header
     )
-
-
-def read_header(directory: Path) -> dict[str, Any]:
-    path = directory / HEADER
-    if not path.exists():
-        raise UserError(f"no {HEADER} in {directory}: run speedit_jax.encode; if it was interrupted, run it again")
-    return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}); remove it and run speedit_jax.encode again") from e
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -250,16 +196,13 @@ def verify(directory: Path) -> dict[str, Any]:
     Raises:
       UserError: names the shards that differ, or that hold numbers that are not finite.
     """
-    header = read_header(directory)
-    bad, infinite = [], []
-    for shard in header["shards"]:
-        path = directory / shard["name"]
-        if not path.exists() or storage.sha256(path) != shard["sha256"]:
-            bad.append(path.name)
-        elif (index := _first_infinite(storage.cached(path, shard["sha256"]))) is not None:
-            infinite.append(f"{path.name} (record {index})")
+    header = shards.read_header(directory, _COMMAND)
+    bad = shards.damaged(directory, header)
     if bad:
-        raise UserError(f"{directory}: {_listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
+        raise UserError(f"{directory}: {shards.listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
+    paths = {shard["name"]: storage.cached(directory / shard["name"], shard["sha256"]) for shard in header["shards"]}
+    found = {name: _first_infinite(path) for name, path in paths.items()}
+    infinite = [f"{name} (record {index})" for name, index in found.items() if index is not None]
     if infinite:
         raise UserError(_remove_infinite(directory, infinite))
     return header

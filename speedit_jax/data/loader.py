@@ -33,6 +33,22 @@ class _Flip(grain.transforms.RandomMap):
         return record | {"image": record["image"][:, ::-1]} if mirrored else record
 
 
+class _DrawCaption(grain.transforms.RandomMap):
+    """Takes one of the captions of a record."""
+
+    def random_map(self, record, rng: np.random.Generator):
+        return _with_caption(record, int(rng.integers(len(record["texts"].tokens))))
+
+
+def _first_caption(record):
+    return _with_caption(record, 0) if "texts" in record else record
+
+
+def _with_caption(record, number: int):
+    others = {name: value for name, value in record.items() if name != "texts"}
+    return others | {"text": record["texts"].padded(number)}
+
+
 class _Rows(grain.transforms.Map):
     """Number j of this host's stream -> its record in the global order."""
 
@@ -59,7 +75,7 @@ def batches(
 
     Args:
       source: the records.
-      seed: of the order and of the flips.
+      seed: of the order, of the flips and of the choice of captions.
       batch_size: B, of the whole optimizer batch.
       rows: which of the B rows to load, increasing.
       flip: mirror half of the images; for sets in which left and right do not matter.
@@ -67,17 +83,24 @@ def batches(
 
     Yields:
       {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}; of latents "moments" [len(rows), h, w, 2C] for "image".
+      With captions also "text": {"tokens": [len(rows), L, E] float16, padded with zeros, "length": [len(rows)] int32}, of one
+      caption of each record, drawn anew in each epoch.
     """
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if flip or source.encoded_by:
         records = records.random_map(_Flip(0.5 if flip else 0.0))
+    if getattr(source, "texts", None):
+        records = records.random_map(_DrawCaption())
     stream = grain.MapDataset.range(first_step * len(rows), num_steps * len(rows))
     return _batched(stream.map(_Rows(records, batch_size, rows)), len(rows), threads)
 
 
 def in_order(source: Source, first: int, last: int, batch_size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
-    """Records first..last-1 in batches, the last one smaller, loaded ahead in threads; 0 threads read when asked."""
-    return _batched(grain.MapDataset.source(source)[first:last], batch_size, threads)
+    """Records first..last-1 in batches, the last one smaller, loaded ahead in threads; 0 threads read when asked.
+
+    With captions "text" is the first of each record's.
+    """
+    return _batched(grain.MapDataset.source(source)[first:last].map(_first_caption), batch_size, threads)
 
 
 def _batched(examples: grain.MapDataset, size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:

@@ -18,6 +18,9 @@ _SYSTEM_DIRECTORIES = {
     *("$recycle.bin", "recycler", "system volume information", "lost+found", "network trash folder", "temporary items"),
 }
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
+# What data/captions.py reads without being told where: tables, and NAME.txt beside NAME.png.
+CAPTION_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_SUFFIX = ".txt"
 _NO_FILE = "no file"  # links to nothing, sockets and the like
 _PATIENCE = 2.0  # seconds until a bar appears
 
@@ -31,7 +34,7 @@ class Scan:
     """Lists below `root`; names are relative to it, with "/" between.
 
     Attributes:
-      left_out: how many files were not taken, by suffix; system files are not counted.
+      left_out: how many files were not taken, by suffix; files of systems and of captions are not counted.
     """
 
     def __init__(self, root: Path):
@@ -51,7 +54,7 @@ class Scan:
         Raises:
           UserError: it cannot be listed.
         """
-        directories, images, others = [], [], []
+        directories, images, others, kinds = [], [], [], {}
         for entry in self._entries(name):
             below = f"{name}/{entry.name}" if name else entry.name
             suffix = os.path.splitext(entry.name)[1].lower()
@@ -63,7 +66,10 @@ class Scan:
                 images.append(below)
             elif entry.name.casefold() not in _SYSTEM_FILES:
                 others.append(below)
-                self.left_out[suffix if kind == "file" else kind] += 1
+                kinds[below] = suffix if kind == "file" else kind
+        captioned = {os.path.splitext(name)[0] + CAPTION_SUFFIX for name in images}
+        tables = {f"{name}/{table}".lstrip("/") for table in CAPTION_TABLES}
+        self.left_out.update(kind for other, kind in kinds.items() if other not in captioned | tables)
         return sorted(directories), sorted(images), sorted(others)
 
     def _entries(self, name: str) -> Iterator[os.DirEntry]:

@@ -5,6 +5,9 @@
 `tfds:NAME`    a set that TensorFlow Datasets prepared, NAME[/CONFIG][:VERSION] (data/tfds.py)
 `latents:PATH` what speedit_jax.encode wrote: {"moments", "label"} (data/latents.py)
 `synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
+`blobs`        coloured blobs with captions (data/blobs.py), no files
+
+With data.text each record also has its captions, encoded (data/texts.py).
 """
 
 import dataclasses
@@ -17,12 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from speedit_jax import storage
+from speedit_jax.data.blobs import SPLITS as _BLOB_SPLITS
+from speedit_jax.data.blobs import BlobSource
 from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.folder import FolderSource, open_folder
 from speedit_jax.data.images import parse_background
 from speedit_jax.data.latents import open_latents
 from speedit_jax.data.names import printable
 from speedit_jax.data.scan import count_by_suffix
+from speedit_jax.data.texts import with_texts
 from speedit_jax.data.tfds import open_tfds
 from speedit_jax.errors import UserError
 
@@ -134,6 +140,14 @@ def _digits(split: str, wanted: str) -> ArraySource:
     return ArraySource(images, labels, tuple(names[i] for i in chosen), _digest(images.tobytes(), labels.tobytes()))
 
 
+def _blobs(size: int, shape: tuple[int, int, int], split: str) -> BlobSource:
+    if split not in _BLOB_SPLITS:
+        raise UserError(f"data.split={split}: the blobs have {' and '.join(_BLOB_SPLITS)}")
+    if shape[2] != 3:
+        raise UserError(f"data.channels={shape[2]}: the blobs have 3, red, green and blue")
+    return BlobSource(size, shape, split)
+
+
 def _say_left_out(source: FolderSource) -> None:
     if source.left_out:
         counted = count_by_suffix(source.left_out)
@@ -141,13 +155,18 @@ def _say_left_out(source: FolderSource) -> None:
 
 
 def open_source(config: ml_collections.ConfigDict) -> Source:
-    """The source of `config`, the config's `data` section, in which `background` may be missing.
+    """The source of `config`, the config's `data` section, in which `background` and `text` may be missing.
 
     Says on stderr what a folder holds besides images.
 
     Raises:
-      UserError: unknown or missing source, or images of another shape than the config says.
+      UserError: unknown or missing source, images of another shape than the config says, or captions of other images.
     """
+    source = _open(config)
+    return with_texts(source, config.text) if config.get("text") else source
+
+
+def _open(config: ml_collections.ConfigDict) -> Source:
     shape = (config.height, config.width, config.channels)
     split, wanted = config.split, config.classes
     background = parse_background(config.get("background", "white"))
@@ -155,8 +174,8 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     if bool(argument) != (kind in ("folder", "latents", "tfds")):
         kind = None  # an argument that is missing, or that would be ignored
     if split != "train" and kind in ("folder", "latents", "synthetic"):
-        raise UserError(f"data.split={split}: only tfds:NAME and digits have splits")
-    if wanted and kind in ("latents", "synthetic"):
+        raise UserError(f"data.split={split}: only tfds:NAME, digits and blobs have splits")
+    if wanted and kind in ("latents", "synthetic", "blobs"):
         raise UserError(f"data.classes={wanted} is not possible for {kind}; for latents, use speedit_jax.encode --classes")
     if kind == "digits":
         source = _digits(split, wanted)
@@ -170,9 +189,11 @@ def open_source(config: ml_collections.ConfigDict) -> Source:
     elif kind == "synthetic":
         names = tuple(f"class {i}" for i in range(config.synthetic_classes))
         source = SyntheticSource(config.synthetic_size, shape, names)
+    elif kind == "blobs":
+        source = _blobs(config.synthetic_size, shape, split)
     else:
         raise UserError(
-            f"unknown data.source {config.source!r}; choose digits, folder:PATH, tfds:NAME, latents:PATH or synthetic"
+            f"unknown data.source {config.source!r}; choose digits, folder:PATH, tfds:NAME, latents:PATH, synthetic or blobs"
         )
     if source.image_shape != shape and not source.encoded_by:
         raise UserError(

@@ -2,8 +2,11 @@
 
 (1)  euler:  x <- x + h v(x, s)
 (2)  heun:   x <- x + h (v(x, s) + v(x + h v(x, s), s + h)) / 2                        two evaluations a step
-(3)  sde:    x <- x + h (v - eps_hat) + sqrt(2 h sigma_s) z,  the score being -eps_hat / sigma_s: Euler-Maruyama with SiT's
-     diffusion coefficient sigma_s; the last step, of 0.04 as in SiT or 1 / N if that is more, without noise
+(3)  sde:    x <- x + h (v - n_hat) + sqrt(2 h sigma_s) z,  the score being -n_hat / (a^2 sigma_s) with noise_scale a:
+     Euler-Maruyama with SiT's diffusion coefficient sigma_s, of noise z with standard deviation a; the last step, of 0.04 as in
+     SiT or 1 / N if that is more, without noise
+
+Where the network predicts the image, heun's last step is euler's, as JiT's: at s = 1 its velocity is 0 / 0.
 """
 
 from collections.abc import Callable
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
+from speedit_jax.diffusion.inverse import NOTHING, Known
 from speedit_jax.errors import UserError
 
 FLOW_SAMPLERS = ("euler", "heun", "sde")
@@ -35,15 +39,17 @@ def sample_flow(
     sampler: str,
     num_steps: int,
     clip: bool = False,
+    known: Known = NOTHING,
 ) -> jax.Array:
     """Runs the flow from x, pure noise, to images.
 
     Args:
       denoise: the network, guidance included: (x [B, H, W, C], s [B]) -> [B, H, W, C or 2C].
       x: [B, H, W, C] standard normal.
-      noise: index k of the step, num_steps-1 being the first and 0 the last -> z like x.
+      noise: index k of the step, num_steps-1 being the first and 0 the last -> z like x. With `known` further ones are drawn.
       sampler: of FLOW_SAMPLERS.
       clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
+      known: an image that is known in part, or to start from, and how it is used.
 
     Returns:
       [B, H, W, C].
@@ -55,32 +61,32 @@ def sample_flow(
         raise UserError(f"num_steps={num_steps}: a flow needs a positive whole number of sampling steps")
     num_steps = int(num_steps)
     times = _times(sampler, num_steps)
-    _, sigma, _, _ = PATHS[flow.path](times[:-1], np)
+    alpha, sigma, _, _ = PATHS[flow.path](times[:-1], np)
     steps = np.diff(times)
-    table = {
-        "k": np.arange(num_steps)[::-1],
-        "s": times[:-1].astype(x.dtype),
-        "h": steps.astype(x.dtype),
-        "spread": (np.sqrt(2 * steps * sigma) * (np.arange(num_steps) < num_steps - 1)).astype(x.dtype),
-    }
+    rows = known.plan.rows(alpha[::-1], sigma[::-1])
+    columns = {"s": times[:-1], "h": steps, "spread": np.sqrt(2 * steps * sigma) * (np.arange(num_steps) < num_steps - 1)}
+    rows |= {name: column[num_steps - 1 - rows["level"]] for name, column in columns.items()}
+    table = {name: column.astype(x.dtype) if column.dtype.kind == "f" else column for name, column in rows.items()}
+    x = known.start(flow.scaled(x), table)
+
+    def scaled(number):
+        return flow.scaled(noise(number))
 
     def drift(x, s):
         s = jnp.full(x.shape[:1], s)
-        v = flow.velocity(denoise(x, s))
-        x0, eps = flow.x0_and_eps(v, x, s)
-        if clip:
-            alpha, sigma, d_alpha, d_sigma = flow.coefficients(s, x)
-            x0 = x0.clip(-1, 1)
-            # At the end there is no noise left to tell.
-            eps = jnp.where(sigma > 0, (x - alpha * x0) / jnp.where(sigma > 0, sigma, 1), eps)
-            v = d_alpha * x0 + d_sigma * eps
-        return v - eps if sampler == "sde" else v
+        v, n = flow.velocity_and_noise(denoise(x, s), x, s, clip)
+        return v - n if sampler == "sde" else v, flow.x0_and_noise(v, x, s)[0]
 
     def step(x, row):
-        slope = drift(x, row["s"])
+        x = known.before(x, row, scaled)
+        slope, x0 = drift(x, row["s"])
         if sampler == "heun":
-            slope = (slope + drift(x + row["h"] * slope, row["s"] + row["h"])) / 2
-        x = x + row["h"] * slope
-        return (x + row["spread"] * noise(row["k"]) if sampler == "sde" else x), None
+            ahead = known.after(x + row["h"] * slope, x0, row)
+            first, slope = slope, (slope + drift(ahead, row["s"] + row["h"])[0]) / 2
+            slope = jnp.where(row["level"] > 0, slope, first) if flow.predicts_x0 else slope
+            x0, _ = flow.x0_and_noise(slope, x, jnp.full(x.shape[:1], row["s"]))
+        after = known.after(x + row["h"] * slope, x0, row)
+        return (after + row["spread"] * scaled(row["number"]) if sampler == "sde" else after), None
 
-    return jax.lax.scan(step, x, jax.tree.map(jnp.asarray, table))[0]
+    x = jax.lax.scan(step, x, jax.tree.map(jnp.asarray, table))[0]
+    return known.end(x)

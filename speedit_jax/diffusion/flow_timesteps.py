@@ -2,7 +2,8 @@
 
 A strategy is about levels of noise, and its tables are over the steps of a variance-preserving schedule. The flow's time with
 the same signal-to-noise ratio takes each step's place; a density goes over with the Jacobian of that map, a factor as it is.
-Strategies that are stated in the signal-to-noise ratio, or in a time of their own, are tables over the flow's levels.
+Strategies that are stated in the signal-to-noise ratio, or in a time of their own, are tables over the flow's levels. That of
+logit_normal is the flow's own time, so its ratios move with the flow's noise_scale.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ def make_flow_strategy(flow: FlowMatching, vp: Schedule, batch_size: int, **time
     )
     carried = sampling in _CARRIED_SAMPLINGS
     own = {"sampling": "uniform", "dual": False} if carried else {}
-    here = make_strategy(flow.schedule, prediction=flow.prediction, **timesteps | own)
+    own["logit_mean"] = timesteps.get("logit_mean", 0.0) + np.log(flow.noise_scale)
+    here = make_strategy(flow.schedule, prediction=flow.worth, **timesteps | own)
     weights = carry_weights(there.weights, vp, flow) if weighting in _CARRIED_WEIGHTINGS else here.weights
     if not carried:
         return here if weights is here.weights else dataclasses.replace(here, weights=weights)

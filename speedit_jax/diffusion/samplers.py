@@ -20,19 +20,21 @@ x' = x0_hat, without noise.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.inverse import NOTHING, Known, Plan
 from speedit_jax.diffusion.schedules import Schedule, respace, sampling_steps
 from speedit_jax.errors import UserError
 
 # (x [B, H, W, C], t [B] as the network knows it) -> [B, H, W, C or 2C]
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-# The same, and y [B] int
-Architecture = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# The same, and the condition y: labels int [B], or any tree of arrays [B, ...]
+Architecture = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 SPACINGS = ("even", "logsnr")
@@ -73,37 +75,37 @@ def guidance_scales(num_steps: int, scale: float, schedule: str, low: float, hig
 
 def guided(
     model: Architecture,
-    labels: jax.Array,
-    null_label: int | None,
+    y: Any,
+    null: Any,
     scale: float | np.ndarray,
     channels: int,
     guide: Architecture | None = None,
     schedule_index: Callable[[jax.Array], jax.Array] = lambda t: t,
 ) -> Denoiser:
-    """Guidance, eq. (5): away from the null label in one pass over a doubled batch, or away from `guide` in a pass of each.
+    """Guidance, eq. (5): away from the null condition in one pass over a doubled batch, or away from `guide` in a pass of each.
 
     Steps whose scale is 1 run the plain model. Where only some do, both programs are compiled and a lax.cond picks one.
 
     Args:
       model: (x, t, y) -> output whose first C channels are the prediction.
-      labels: [B] int.
-      null_label: not needed with a `guide`.
+      y: the condition of each image.
+      null: the null condition, a tree like `y` without its leading axes; not needed with a `guide`.
       scale: w, or [T] of them by the step of training; 1 is no guidance, 0 the other prediction.
       channels: how many leading channels are guided: C for all of the prediction, 3 for the published DiT's samples. The
         others, the variance among them, stay the model's own.
-      guide: a weaker network of the same prediction, given the same labels.
+      guide: a weaker network of the same prediction, given the same conditions.
       schedule_index: of what the network is told, the step of training that `scale` is looked up at.
     """
 
     def plain(x, t):
-        return model(x, t, labels)
+        return model(x, t, y)
 
     def both(x, t):
         if guide is not None:
-            out, other = model(x, t, labels), guide(x, t, labels)
+            out, other = model(x, t, y), guide(x, t, y)
         else:
-            both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-            out, other = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels), 2)
+            doubled = jax.tree.map(lambda rows, n: jnp.concatenate([rows, jnp.full_like(rows, n)]), y, null)
+            out, other = jnp.split(model(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled), 2)
         own, other = out[..., :channels], other[..., :channels]
         w = jnp.asarray(scale, out.dtype)
         w = w[schedule_index(t)].reshape(-1, 1, 1, 1) if w.ndim else w
@@ -167,6 +169,16 @@ def _step_table(schedule: Schedule, sampler: str, eta: float) -> dict[str, np.nd
     return {"a": a, "b": b, "r": r, "s": s}
 
 
+def _rows(schedule: Schedule, sampler: str, eta: float, plan: Plan) -> dict[str, np.ndarray]:
+    """The steps in the order in which they are run: `_step_table`, the columns of `plan`, and what the network is told."""
+    rows = plan.rows(np.sqrt(schedule.alphas_cumprod), schedule.sigmas)
+    steps = {name: column[rows["level"]] for name, column in _step_table(schedule, sampler, eta).items()}
+    # Neither the first step nor one after a time travel has a previous x0_hat to extrapolate from.
+    first = rows["number"] == rows["number"][0]
+    steps["r"] = np.where(rows["travelled"] | first, 0, steps["r"])
+    return rows | steps | {"model_step": schedule.model_steps[rows["level"]]}
+
+
 def sample(
     denoise: Denoiser,
     x: jax.Array,
@@ -178,6 +190,7 @@ def sample(
     spacing: str = "even",
     eta: float = 0.0,
     clip: bool = False,
+    known: Known = NOTHING,
 ) -> jax.Array:
     """Runs the reverse process from x, pure noise, to images.
 
@@ -185,11 +198,13 @@ def sample(
       denoise: the network, guidance included.
       x: [B, H, W, C] standard normal.
       diffusion: over the schedule of training.
-      noise: step index k in 0..num_steps-1 (a traced scalar, the first step taken being num_steps-1) -> z like x.
+      noise: number k in 0..num_steps-1 (a traced scalar, the first step taken being num_steps-1) -> z like x. With `known`
+        further numbers are drawn.
       sampler: "ddpm", "ddim" or "dpm++". A learned variance serves ddpm only.
       num_steps, spacing: which steps of the schedule, as `spaced_steps`.
       eta: noise of ddim and dpm++: 0 is deterministic, 1 close to DDPM, respectively the SDE variant.
       clip: clip x0_hat to [-1, 1]; for pixels, not for latents.
+      known: an image that is known in part, or to start from, and how it is used.
 
     Returns:
       [B, H, W, C].
@@ -201,20 +216,22 @@ def sample(
         raise UserError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     schedule = respace(diffusion.schedule, spaced_steps(diffusion.schedule, spacing, num_steps))
     diffusion = dataclasses.replace(diffusion, schedule=schedule)
-    table = {name: column.astype(x.dtype) for name, column in _step_table(schedule, sampler, eta).items()}
-    table |= {"k": np.arange(schedule.num_steps), "model_step": schedule.model_steps}
+    rows = _rows(schedule, sampler, eta, known.plan)
+    table = {name: column.astype(x.dtype) if column.dtype.kind == "f" else column for name, column in rows.items()}
+    x = known.start(x, table)
     batch = x.shape[0]
 
     def step(carry, row):
         x, previous = carry
-        t = jnp.full((batch,), row["k"])
+        x = known.before(x, row, noise)
+        t = jnp.full((batch,), row["level"])
         out = denoise(x, jnp.full((batch,), row["model_step"]))
         _, log_variance, x0 = diffusion.p_mean_log_variance(out, x, t, clip)
         after = row["a"] * x + row["b"] * (x0 + row["r"] * (x0 - previous))
         if sampler == "ddpm" or eta:
             s = jnp.exp(0.5 * log_variance) if sampler == "ddpm" else row["s"]
-            after += jnp.where(row["k"] > 0, s, 0) * noise(row["k"])
-        return (after, x0), None
+            after += jnp.where(row["level"] > 0, s, 0) * noise(row["number"])
+        return (known.after(after, x0, row), x0), None
 
-    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jax.tree.map(jnp.asarray, table), reverse=True)
-    return x
+    (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), jax.tree.map(jnp.asarray, table))
+    return known.end(x)

@@ -32,8 +32,8 @@ whatever is predicted: with x0 or v, `uniform` and `speed_cvpr25` minimise somet
 an error by the SNR at which it is made. They are stated above for the mse of epsilon, and keep what is minimised the same for
 the others, whose mse is 1 / SNR (x0) and 1 / abar (v) of it: w_t SNR_t for x0 and w_t abar_t for v. So p2, and speedit with it,
 is 1 - abar, abar and abar (1 - abar) for epsilon, x0 and v; min_snr is min(SNR, gamma) over SNR, 1 and SNR + 1, as in its
-paper; edm with sd = 1 is 1 for v. The velocity of a flow (flow.py) has a mse of (1 + s_t)^2 that of epsilon on the linear
-path, where (14) is 1, and of (pi / 2)^2 (1 + s_t^2) on the gvp path.
+paper; edm with sd = 1 is 1 for v. The velocity of a flow (`FlowMatching.worth`) has a mse of (1 + s_t)^2 that of epsilon on the
+linear path, where (14) is 1, and of (pi / 2)^2 (1 + s_t^2) on the gvp path.
 
 Presets: `uniform` = (1)(4), `p2` = (1)(5), `speedit` = (2)(5)(7), `speed_cvpr25` = (3)(6), `min_snr` = (1)(9),
 `lognormal` = (8)(4), `logit_normal` = (10)(4), `clts` = (11)(4), `loss_second_moment` = (12)(4), `laplace` = (15)(4),
@@ -147,7 +147,9 @@ def _choose(kind: str, name: str, choices) -> str:
     return name
 
 
-def _make_weights(schedule: Schedule, prediction: str, weighting: str, lam: float, gamma: float, sigma_data: float) -> np.ndarray:
+def _make_weights(
+    schedule: Schedule, prediction: str | np.ndarray, weighting: str, lam: float, gamma: float, sigma_data: float
+) -> np.ndarray:
     """The weights on the mse of `prediction`. [T]"""
     if weighting == "none":
         return np.ones(schedule.num_steps)
@@ -160,23 +162,16 @@ def _make_weights(schedule: Schedule, prediction: str, weighting: str, lam: floa
         "edm": 1.0 + 1.0 / (snr * sigma_data**2),
         "flow": (1.0 + 1.0 / np.sqrt(snr)) ** 2,
     }[weighting]
-    s = 1.0 / np.sqrt(snr)
     # One over the mse of each prediction where that of epsilon is 1.
-    worth = {
-        "epsilon": 1.0,
-        "x0": snr,
-        "v": schedule.alphas_cumprod,
-        "linear velocity": 1.0 / (1.0 + s) ** 2,
-        "gvp velocity": 1.0 / ((np.pi / 2) ** 2 * (1.0 + s**2)),
-    }
-    return of_epsilon * worth[prediction]
+    worth = {"epsilon": 1.0, "x0": snr, "v": schedule.alphas_cumprod}
+    return of_epsilon * (worth[prediction] if isinstance(prediction, str) else prediction)
 
 
 def make_strategy(
     schedule: Schedule,
     strategy: str,
     *,
-    prediction: str = "epsilon",
+    prediction: str | np.ndarray = "epsilon",
     sampling: str | None = None,
     weighting: str | None = None,
     dual: bool | None = None,
@@ -201,7 +196,7 @@ def make_strategy(
     Args:
       schedule: of training.
       strategy: one of PRESETS.
-      prediction: what the network predicts, whose mse the weights multiply: that of the diffusion or flow.
+      prediction: what the network predicts, whose mse the weights multiply: epsilon, x0 or v; of a flow, its `worth` [T].
       sampling, weighting, dual: None keeps the preset's part.
       k, tau: of density (3): how many times more often the first tau steps (of 1000; scaled with T) are drawn; k >= 1.
       lam: lambda of weight (6), in [0.5, 1]; 0.5 weights all steps alike.

@@ -56,6 +56,11 @@ class Autoencoder:
 
         self._encode = jax.jit(encode, in_shardings=(None, self._rows), out_shardings=self._rows)
 
+        def mean(params, images):
+            return to_latents(vae.config, vae.encode(params, images, tile=tile)[0])
+
+        self._mean = jax.jit(mean, in_shardings=(None, self._rows), out_shardings=sharding.replicated(mesh))
+
         def decode(params, latents):
             return vae.decode(params, jax.lax.with_sharding_constraint(latents, self._rows), tile=tile)
 
@@ -110,6 +115,15 @@ class Autoencoder:
         """The posterior of a batch that is on the mesh."""
         with jax.set_mesh(self._mesh):
             return self._encode(self._params, images)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Images float32 [n, H, W, 3] -> the means of their latents as the diffusion model sees them, [n, h, w, C]."""
+        size, latents = sharding.batch_devices(self._mesh), []
+        with jax.set_mesh(self._mesh):
+            for first in range(0, len(images), size):
+                rows = np.arange(first, first + size) % len(images)  # the last are filled up, so that one compilation serves
+                latents.append(np.asarray(self._mean(self._params, sharding.from_host(self._rows, images[rows]))))
+        return np.concatenate(latents)[: len(images)]
 
     def decode(self, latents: jax.Array | np.ndarray) -> jax.Array:
         """Images [B, H, W, 3] float32, of latents as the diffusion model sees them; the mesh divides B.

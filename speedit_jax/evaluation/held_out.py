@@ -7,7 +7,7 @@ The N examples are evenly spaced over their source, and p is a fixed permutation
 the schedule, and each example has one in each quarter. Noise and, for latents, the draw from the posterior depend on
 (evaluation.seed, n, j) alone. So the number depends, to rounding, on weights and data only, and not on strategy, mesh or batches.
 Runs can be compared by it. They cannot be compared by the mean of their own training mse, which a timestep strategy moves. The
-network is told the labels, which are never dropped.
+network is told the labels, or the first caption of each example, which are never dropped.
 """
 
 import jax
@@ -24,6 +24,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.vae import VaeConfig, to_latents
 from speedit_jax.sampling.sampler import image_noise
 from speedit_jax.training.assembly import Assembly
+from speedit_jax.training.changes import same_encoder
 
 LEVELS = 4  # noise levels of each example
 
@@ -85,9 +86,10 @@ class HeldOutLoss:
                 data = sharding.from_host(rows, records["image"][which])
                 data = parts.autoencoder.moments(data) if parts.encoded_by else data
             indices = (first + which).astype(np.int32)
-            labels = sharding.from_host(rows, records["label"][which].astype(np.int32))
+            y = records["text"] if parts.model.text else records["label"].astype(np.int32)
+            y = jax.tree.map(lambda x, which=which: sharding.from_host(rows, x[which]), y)
             times = jax.device_put(self._times[:, indices], sharding.replicated(parts.mesh))
-            self._batches.append((here, sharding.from_host(rows, indices), data, labels, times))
+            self._batches.append((here, sharding.from_host(rows, indices), data, y, times))
             first += here
 
     def __call__(self, params) -> dict[str, float]:
@@ -103,11 +105,11 @@ class HeldOutLoss:
 
 
 def _jit_measure(parts: Assembly, key: jax.Array):
-    """measure(params, indices [B], images or moments [B, ...], labels [B], times [LEVELS, B]) -> mse [LEVELS, B], replicated."""
+    """measure(params, indices [B], images or moments [B, ...], y, times [LEVELS, B]) -> mse [LEVELS, B], replicated."""
     model, diffusion, encoded_by = parts.model, parts.diffusion, parts.encoded_by
     config = encoded_by and VaeConfig.from_diffusers(encoded_by["config"])
 
-    def measure(params, indices, data, labels, times):
+    def measure(params, indices, data, y, times):
         def noise(stream):
             return image_noise(key, indices, stream, model.image_shape)
 
@@ -118,7 +120,7 @@ def _jit_measure(parts: Assembly, key: jax.Array):
                 x0 = to_latents(config, mean + jnp.exp(0.5 * logvar) * noise(LEVELS + j))
             t, eps = times[j], noise(j)
             x_t = sharding.constrain(diffusion.q_sample(x0, t, eps), ("batch", None, None, None))
-            output = model.apply(params, x_t, diffusion.model_time(t), labels)
+            output = model.apply(params, x_t, diffusion.model_time(t), y)
             return diffusion.losses(output, x0, x_t, t, eps)["mse"]
 
         return jax.lax.map(one, jnp.arange(LEVELS))
@@ -133,6 +135,7 @@ def _open_source(config: ml_collections.ConfigDict, source: Source) -> Source:
         return source
     data = config.data.copy_and_resolve_references()
     data.source = section.loss_source or data.source
+    data.text = section.loss_text
     data.split = section.loss_split or ("train" if section.loss_source else data.split)
     try:
         return open_source(data)
@@ -143,7 +146,13 @@ def _open_source(config: ml_collections.ConfigDict, source: Source) -> Source:
 def _check_fits(parts: Assembly, examples: Source, source: Source) -> None:
     """Raises a UserError for examples that are not of the run's kind."""
     name = f"evaluation.loss_source={parts.config.evaluation.loss_source}"
-    if source.class_names and tuple(examples.class_names) != tuple(source.class_names):
+    if parts.texts:
+        texts = getattr(examples, "texts", None)
+        if texts is None:
+            raise UserError(f"{name}: this run is on text; set evaluation.loss_text to the encoded captions of these")
+        if not same_encoder(texts.identity, parts.texts.identity):
+            raise UserError(f"evaluation.loss_text={parts.config.evaluation.loss_text}: has captions of another text encoder")
+    elif source.class_names and tuple(examples.class_names) != tuple(source.class_names):
         raise UserError(f"{name}: its classes differ from those of data.source={parts.config.data.source}")
     if examples.encoded_by and (examples.encoded_by["weights"] != (parts.encoded_by or {}).get("weights")):
         raise UserError(f"{name}: has latents of another autoencoder")

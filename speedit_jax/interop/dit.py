@@ -65,7 +65,7 @@ _DIFFUSERS_DEFAULTS = {
     "num_embeds_ada_norm": 1000,
 }
 NORM_EPS = 1e-6  # of the published code and ours; diffusers' own default for a block's second norm is 1e-5
-_DIFFUSERS_COMPUTED = "pos_embed.pos_embed"  # older versions stored it
+DIFFUSERS_COMPUTED = "pos_embed.pos_embed"  # older versions stored it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Architecture:
       heads: 0 where the shapes do not tell.
       mlp_ratio: hidden width of DiT's MLP in D.
       norm, convolution: DiG's.
+      adaln, position_scale: as config.model's.
+      text_width, text_length: E and L of captions; 0 without text.
     """
 
     backbone: str
@@ -95,6 +97,10 @@ class Architecture:
     mlp_ratio: float = 4.0
     norm: str = "layer"
     convolution: str = "identity"
+    adaln: str = "block"
+    position_scale: float = 1.0
+    text_width: int = 0
+    text_length: int = 0
 
 
 def shape_of(state: Mapping[str, np.ndarray], name: str, ndim: int) -> tuple[int, ...]:
@@ -219,7 +225,7 @@ def from_diffusers(state: Mapping[str, np.ndarray], like: Any, patch: int) -> An
     shapes = TABLE.shapes(like, patch)
     # A scalar that pretends to be large: only its shape is used.
     wanted = to_diffusers({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
-    given = {name: np.shape(value) for name, value in state.items() if name != _DIFFUSERS_COMPUTED}
+    given = {name: np.shape(value) for name, value in state.items() if name != DIFFUSERS_COMPUTED}
     check(given, {name: value.shape for name, value in wanted.items()})
     layers = range(1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")))
     joined = {}

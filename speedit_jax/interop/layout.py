@@ -62,8 +62,8 @@ class Table:
     """Where each tensor of a state_dict lives in our parameter tree.
 
     Attributes:
-      modules: our module around the blocks -> the PyTorch module.
-      block_modules: our module in a block -> the PyTorch module in "blocks.N".
+      modules: our module around the blocks -> the PyTorch module; our parameter without a module -> the PyTorch parameter.
+      block_modules: the same in a block -> in "blocks.N".
       rearrange: what their layers and ours see differently; its own inverse.
     """
 
@@ -118,14 +118,14 @@ class Table:
         def of_leaf(path, shape):
             block, module, parameter = _split(path)
             if block is None:
-                name = f"{self.modules[module]}.{PARAMETERS[parameter]}"
+                name = _named(self.modules, module, parameter)
                 yield Tensor(name, _torch_shape(module, parameter, shape, patch), None, 0, module, parameter, shape)
                 return
             position = int(block.rpartition("_")[2]) if "_" in block else 0
             rows, ours = (range(repeats), shape[1:]) if path[0] == "blocks" else ([None], shape)
             for row in rows:
                 layer = (repeats if row is None else row) * period + position
-                name = f"blocks.{layer}.{self.block_modules[module]}.{PARAMETERS[parameter]}"
+                name = f"blocks.{layer}.{_named(self.block_modules, module, parameter)}"
                 yield Tensor(name, _torch_shape(module, parameter, ours, patch), row, position, module, parameter, ours)
 
         return {path: list(of_leaf(path, shape)) for path, shape in leaves.items()}
@@ -152,11 +152,15 @@ def _keys(path) -> tuple[str, ...]:
 def _split(path: tuple[str, ...]) -> tuple[str | None, str, str]:
     """(our block or None around the blocks, our module in it, our parameter)."""
     *modules, parameter = path
-    if modules[0] == "blocks" and modules[1].startswith("block_"):
+    if modules[:1] == ["blocks"] and path[1].startswith("block_"):
         return modules[1], "/".join(modules[2:]), parameter
-    if modules[0] == "blocks" or modules[0].startswith("rest_"):
+    if modules and (modules[0] == "blocks" or modules[0].startswith("rest_")):
         return modules[0], "/".join(modules[1:]), parameter
     return None, "/".join(modules), parameter
+
+
+def _named(modules: Mapping[str, str], module: str, parameter: str) -> str:
+    return f"{modules[module]}.{PARAMETERS[parameter]}" if module else modules[parameter]
 
 
 def _torch_shape(module: str, parameter: str, shape: tuple[int, ...], patch: int) -> tuple[int, ...]:
@@ -168,5 +172,5 @@ def _torch_shape(module: str, parameter: str, shape: tuple[int, ...], patch: int
         return (shape[1], shape[0] // patch**2, patch, patch)
     if module == "conv":
         return (shape[2], 1, *shape[:2])
-    inputs = 2 if module == "attention/out" else 1  # heads and their width
+    inputs = 2 if module in ("attention/out", "cross/out") else 1  # heads and their width
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))

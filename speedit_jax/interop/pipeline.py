@@ -43,6 +43,8 @@ def read(directory: Path) -> Surroundings:
     """
     scheduler, autoencoder = directory / "scheduler" / "scheduler_config.json", directory / "vae"
     index = directories.read_json(directory / _INDEX) if (directory / _INDEX).is_file() else {}
+    if index.get("_class_name") == "PixArtSigmaPipeline":
+        raise UserError(f"{_INDEX} is of PixArt-Sigma; only PixArt-alpha of 256 and 512 px can be imported")
     try:
         class_names = {int(number): str(name) for number, name in (index.get("id2label") or {}).items()}
     except (AttributeError, ValueError) as e:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from speedit_jax.errors import UserError
-from speedit_jax.interop import containers, dig, directories, dit, pipeline, tensors
+from speedit_jax.interop import containers, dig, directories, dit, pipeline, pixart, tensors
 from speedit_jax.interop.dit import Architecture
 
 # What the published codes write of a flow's path -> config.diffusion.path.
@@ -26,7 +27,8 @@ class Weights:
 
     Attributes:
       raw, ema: name -> array; the same mapping where there is only one.
-      diffusers: config.json of a DiTTransformer2DModel, whose names the tensors then have; {} for those of the published codes.
+      diffusers: config.json of a DiTTransformer2DModel or of diffusers' PixArt, whose names the tensors then have; {} for
+        those of the published codes.
       around: the pipeline around it.
       num_classes, label_dropout: of training, where the file tells; None where it does not.
       path: config.diffusion.path.
@@ -47,7 +49,7 @@ class Weights:
     @property
     def time_freq_shift(self) -> int:
         """config.model.time_freq_shift."""
-        return self.diffusers.get(pipeline.SHIFT, 1) if self.diffusers else 0
+        return self.diffusers.get(pipeline.SHIFT, 1) if self.diffusers and not pixart.is_pixart_config(self.diffusers) else 0
 
     def describe(self, state: Mapping[str, np.ndarray]) -> Architecture:
         """The network of `raw` or `ema`.
@@ -56,8 +58,8 @@ class Weights:
           UserError: a tensor that tells it is missing, or a setting is not a DiT's.
         """
         if self.diffusers:
-            return dit.describe_diffusers(self.diffusers)
-        return (dig if dig.is_dig(state) else dit).describe(state)
+            return _of_diffusers(self.diffusers).describe_diffusers(self.diffusers)
+        return _of(state).describe(state)
 
 
 def read(path: Path) -> Weights:
@@ -81,7 +83,7 @@ def read(path: Path) -> Weights:
     settings = directories.read_json(config) if config.is_file() else {}
     if "_class_name" not in settings:
         return _published(directories.read(directory))
-    dit.describe_diffusers(settings)  # before reading what may be gigabytes of another model
+    _of_diffusers(settings).describe_diffusers(settings)  # before reading what may be gigabytes of another model
     return _diffusers(directories.read(directory), settings, pipeline.Surroundings() if alone else pipeline.read(path))
 
 
@@ -124,7 +126,19 @@ def _published(content: Mapping[Any, Any]) -> Weights:
 def _trained(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Each tensor of the network once."""
     state = {name: value for name, value in state.items() if not name.startswith(_PROJECTORS)}
-    return dig.without_aliases(state) if dig.is_dig(state) else state
+    if dig.is_dig(state):
+        return dig.without_aliases(state)
+    return pixart.trained(state) if pixart.is_pixart(state) else state
+
+
+def _of(state: Mapping[str, np.ndarray]) -> types.ModuleType:
+    """Whose names these are, of the published codes."""
+    return dig if dig.is_dig(state) else pixart if pixart.is_pixart(state) else dit
+
+
+def _of_diffusers(config: Mapping[str, Any]) -> types.ModuleType:
+    """Whose config.json this is, of diffusers' networks."""
+    return pixart if pixart.is_pixart_config(config) else dit
 
 
 def _diffusers(content: Mapping[Any, Any], config: Mapping[str, Any], around: pipeline.Surroundings) -> Weights:

@@ -62,21 +62,33 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: str, bat
     return jax.shard_map(_tpu_flash, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` by its formula. It saves less for the backward pass than jax.nn's, and follows float64 inputs."""
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> jax.Array:
+    """`attention` by its formula. It saves less for the backward pass than jax.nn's, and follows float64 inputs.
+
+    Args:
+      q: [B, T, H, K].
+      k, v: [B, S, H, K].
+      length: int [B] of 1 to S: the keys that are there, the others are padding; None is all of them.
+    """
     statistics = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=statistics) * q.shape[-1] ** -0.5
+    if length is not None:
+        there = jnp.arange(k.shape[1]) < length[:, None]
+        logits = jnp.where(there[:, None, None], logits, -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits).astype(v.dtype), v)
 
 
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same numbers in memory linear in T: one chunk of queries after the other, each computed again in the backward pass."""
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None = None) -> jax.Array:
+    """The same as `softmax_attention`, in memory linear in T.
+
+    It computes one chunk of queries after the other, and each again in the backward pass.
+    """
     tokens = q.shape[1]
     chunk = min(_QUERY_CHUNK, tokens)
     # [B, T, H, K] -> [N, B, chunk, H, K]; the queries that fill the last chunk are dropped.
     chunks = jnp.pad(q, ((0, 0), (0, -tokens % chunk), (0, 0), (0, 0)))
     chunks = chunks.reshape(q.shape[0], -1, chunk, *q.shape[2:]).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda queries: softmax_attention(queries, k, v)), chunks)
+    out = jax.lax.map(jax.checkpoint(lambda queries: softmax_attention(queries, k, v, length)), chunks)
     return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from speedit_jax.models import layers
+from speedit_jax.models.condition import Condition, mean_token
 from speedit_jax.models.layers import dense
 
 ACTIVATIONS = ("batch", None, None)  # [B, T, D]
@@ -30,14 +31,14 @@ MakeBlock = Callable[[int, tuple[int, int]], Callable[..., nn.Module]]
 
 
 class Period(nn.Module):
-    """Different blocks in a row, repeated down the depth: x [B, T, D] and c [B, D] -> (x [B, T, D], None)."""
+    """Different blocks in a row, repeated down the depth: x [B, T, D] and their conditioning -> (x [B, T, D], None)."""
 
     make_blocks: tuple[Callable[..., nn.Module], ...]
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x, *conditioning):
         for i, make_block in enumerate(self.make_blocks):
-            x, _ = make_block(name=f"block_{i}")(x, c)
+            x, _ = make_block(name=f"block_{i}")(x, *conditioning)
         return x, None
 
 
@@ -46,7 +47,10 @@ class Backbone(nn.Module):
 
     Attributes:
       width, depth, patch: D, N and P.
-      label_rows: rows of the label table, the null label's included; 0 is unconditional.
+      label_rows: rows of the label table, the null label's included; 0 is without labels.
+      text: how text enters: "cross", "pooled" or "" for no text.
+      adaln_single: all blocks share one linear layer of the timestep, and each adds a table of its own (PixArt-alpha).
+      position_scale: divides positions.
       out_channels: C, or 2C with a learned variance.
       time_freq_shift: of the timestep's frequencies.
       make_block: what the blocks are; wrapped here for remat and scan.
@@ -54,12 +58,17 @@ class Backbone(nn.Module):
       constrain: the activations' sharding.
       scan_unroll: periods per iteration of the scan over depth.
       dtype: of activations and matmul inputs; parameters are float32.
+      patch_bottleneck: width of a linear layer without bias between a patch's numbers and the tokens; 0: there is none.
+      final_norm: one of layers.NORMS.
     """
 
     width: int
     depth: int
     patch: int
     label_rows: int
+    text: str
+    adaln_single: bool
+    position_scale: float
     out_channels: int
     time_freq_shift: int
     make_block: MakeBlock
@@ -67,30 +76,48 @@ class Backbone(nn.Module):
     constrain: layers.Constrain
     scan_unroll: int
     dtype: jnp.dtype
+    patch_bottleneck: int = 0
+    final_norm: str = "layer"
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        """x [B, H, W, C], t [B], y [B] int (ignored when unconditional) -> [B, H, W, out_channels] float32."""
+    def __call__(self, x: jax.Array, t: jax.Array, y: Condition) -> jax.Array:
+        """x [B, H, W, C], t [B], y (ignored when unconditional) -> [B, H, W, out_channels] float32."""
         grid = (x.shape[1] // self.patch, x.shape[2] // self.patch)
         c = layers.TimestepEmbedder(self.width, self.time_freq_shift, self.dtype, name="timestep")(t)
         if self.label_rows:
             c = c + layers.LabelEmbedder(self.label_rows, self.width, self.dtype, name="label")(y)
+        conditioning = ()
+        if self.text:
+            embedder = layers.TextEmbedder(self.width, self.dtype, name="text")
+            if self.text == "pooled":
+                c = c + embedder(mean_token(y))
+            else:
+                conditioning = (self.constrain(embedder(y["tokens"]), ACTIVATIONS), y["length"])
+        modulation = c
+        if self.adaln_single:
+            shared = dense((6, self.width), layers.normal_002, ("embed", None, None), (None, None), self.dtype, "adaLN_single")
+            modulation = shared(nn.silu(c))
 
         # [B, T, D]
         tokens = layers.patchify(x, self.patch).astype(self.dtype)
+        if self.patch_bottleneck:
+            tokens = dense(self.patch_bottleneck, layers.xavier, (None, None), None, self.dtype, "patch_bottleneck")(tokens)
         tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
-        positions = layers.sincos_position_table(*grid, self.width)
+        positions = layers.sincos_position_table(*grid, self.width, self.position_scale)
         tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
 
         make_blocks = tuple(self.make_block(i, grid) for i in range(self.period))
         repeats, rest = divmod(self.depth, self.period)
         if repeats:
-            tokens, _ = self._scan(make_blocks, repeats)(tokens, c)
+            tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
         for i in range(rest):
-            tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, c)
+            tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, modulation, *conditioning)
 
-        shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
-        tokens = layers.modulated_layer_norm(tokens, shift, scale)
+        if self.adaln_single:
+            shift, scale = layers.table_adaln(self, c[:, None], 2, "final_table")
+        else:
+            shift, scale = layers.adaln(c, 2, self.dtype, "final_adaLN")
+        tokens = layers.modulated_norm(self.final_norm, "final_norm", tokens, shift, scale)
         features = self.patch**2 * self.out_channels
         tokens = dense(features, layers.zeros, ("embed", None), (None,), self.dtype, "final")(tokens)
         out = layers.unpatchify(tokens, grid, self.patch)

@@ -12,19 +12,22 @@ import ml_collections
 
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
-from speedit_jax.models import dig
-from speedit_jax.models.attention import attention, choose_attention
+from speedit_jax.models import dig, layers
+from speedit_jax.models.attention import attention, choose_attention, chunked_attention, softmax_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
-from speedit_jax.models.dit import DiTBlock
-from speedit_jax.models.flops import mixer_flops, weights_flops
+from speedit_jax.models.condition import TextShape, text_rows
+from speedit_jax.models.dit import MLPS, DiTBlock
+from speedit_jax.models.flops import cross_attention_flops, mixer_flops, weights_flops
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
     "DiT": {"tiny": (128, 4, 4), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)},
     "DiG": {"tiny": (128, 4, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)},
 }
-PATCHES = (1, 2, 4, 8)
+PATCHES = (1, 2, 4, 8, 16, 32)
 TIME_FREQ_SHIFTS = (0, 1)
+TEXT_WAYS = ("cross", "pooled")
+ADALN = ("block", "single")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -34,11 +37,13 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y [B] int) -> [B, H, W, C or 2C].
+      apply: (params, x [B, H, W, C], t [B], y) -> [B, H, W, C or 2C]; y is labels int [B], or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
-      num_classes: 0 is unconditional.
+      num_classes: 0 is unconditional, or conditioned on text.
       null_label: the label that stands for "no class", or None where the model was built without one.
+      text: the form of its text; None of a model without text.
+      guidable: the model was trained without its condition, too, so that guidance can lead away from that.
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
       tokens: how many an image is to the network.
@@ -52,12 +57,18 @@ class Model:
     image_shape: tuple[int, int, int]
     num_classes: int
     null_label: int | None
+    text: TextShape | None
+    guidable: bool
     mixer: str
     heads: int
     width: int
     tokens: int
     forward_flops: int
     dtype: str
+
+    def conditions(self, count: int) -> Any:
+        """The shapes of the conditions of `count` images."""
+        return text_rows(self.text, count) if self.text else jax.ShapeDtypeStruct((count,), jnp.int32)
 
 
 def parse_name(name: str) -> tuple[str, str, int]:
@@ -89,6 +100,7 @@ def build(
     num_classes: int,
     learned_variance: bool,
     platform: str,
+    text: TextShape | None = None,
     constrain: Callable = lambda x, names: x,
     batch_axes=None,
     head_axis=None,
@@ -99,6 +111,7 @@ def build(
       image_shape: (H, W, C) of images or latents.
       num_classes: 0 is unconditional.
       learned_variance: the network has C more output channels.
+      text: the form of the text that conditions it, instead of classes; None is no text.
       platform: "cpu", "gpu" or "tpu": decides what "auto" means.
       constrain: shards activations, given their logical axes; the identity on one device.
       batch_axes, head_axis: the mesh axes of the batch and the heads, for kernels that XLA cannot partition.
@@ -120,8 +133,11 @@ def build(
         raise UserError(f"model width {width} with {heads} heads: {backbone} wants a multiple of 4 and of {multiple}")
     _choose("remat", config.remat, REMAT_POLICIES)
     _choose("time_freq_shift", config.time_freq_shift, TIME_FREQ_SHIFTS)
+    _check_conditioning(config, text)
     if not 0 <= config.label_dropout < 1:
         raise UserError(f"model.label_dropout={config.label_dropout}: must lie in [0, 1)")
+    if config.patch_bottleneck < 0:
+        raise UserError(f"model.patch_bottleneck={config.patch_bottleneck}: must be 0, for none, or a width")
     if not 1 <= config.scan_unroll <= depth:
         raise UserError(f"model.scan_unroll={config.scan_unroll}: must lie in 1..{depth}, the model's depth")
     dtype_name = config.dtype
@@ -131,13 +147,19 @@ def build(
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
     # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
     dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    _choose("norm", config.norm, layers.NORMS)
+    _choose("mlp", config.mlp, MLPS)
     if backbone == "DiG":
-        _choose("norm", config.norm, dig.NORMS)
+        if config.rope or config.mlp != "gelu":
+            raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
         _choose("convolution", config.convolution, dig.CONVOLUTIONS)
         _choose("directions", config.directions, dig.ORDERS)
         mixer = choose_gla(config.gla, platform)
     else:
         mixer = choose_attention(config.attention, platform, DTYPES[dtype_name])
+        if config.rope and width // heads % 4:
+            raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {width // heads}")
+    num_classes = 0 if text else num_classes
     has_null = num_classes > 0 and config.label_dropout > 0
 
     def network(mixer, constrain, batch_axes, head_axis):
@@ -146,6 +168,9 @@ def build(
             depth=depth,
             patch=patch,
             label_rows=num_classes + has_null,
+            text=config.text if text else "",
+            adaln_single=config.adaln == "single",
+            position_scale=config.position_scale,
             out_channels=c * (2 if learned_variance else 1),
             time_freq_shift=config.time_freq_shift,
             make_block=_blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype),
@@ -153,17 +178,26 @@ def build(
             constrain=constrain,
             scan_unroll=config.scan_unroll,
             dtype=dtype,
+            patch_bottleneck=config.patch_bottleneck,
+            final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
         )
 
     def boxed_init(key):
         # One image, which no mesh divides, and no kernel: the values do not depend on either.
         plain = network("xla", lambda x, names: x, None, None)
         x = jnp.zeros((1, *image_shape))
-        return plain.init(key, x, jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32))["params"]
+        y = text_rows(text, 1) if text else jax.ShapeDtypeStruct((1,), jnp.int32)
+        y = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), y)
+        return plain.init(key, x, jnp.zeros((1,), jnp.int32), y)["params"]
 
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     shapes, tokens = nn.meta.unbox(boxes), (h // patch) * (w // patch)
+    flops = mixer_flops(backbone, tokens, width, depth, heads)
+    if text and config.text == "cross":
+        flops += weights_flops(shapes, tokens, text.length) + cross_attention_flops(tokens, text.length, width, depth)
+    else:
+        flops += weights_flops(shapes, tokens, 1)
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         apply=lambda params, x, t, y: sharded.apply({"params": params}, x, t, y),
@@ -171,33 +205,45 @@ def build(
         image_shape=image_shape,
         num_classes=num_classes,
         null_label=num_classes if has_null else None,
+        text=text,
+        guidable=has_null or (text is not None and config.label_dropout > 0),
         mixer=mixer,
         heads=heads,
         width=width,
         tokens=tokens,
-        forward_flops=weights_flops(shapes, tokens) + mixer_flops(backbone, tokens, width, depth, heads),
+        forward_flops=flops,
         dtype=dtype_name,
     )
 
 
+def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | None) -> None:
+    _choose("text", config.text, TEXT_WAYS)
+    _choose("adaln", config.adaln, ADALN)
+    if not config.position_scale > 0:
+        raise UserError(f"model.position_scale={config.position_scale}: must be positive")
+    if text and text.pooled and config.text == "cross":
+        raise UserError("model.text=cross needs the tokens of each caption, and data.text has one vector for each: use pooled")
+
+
 def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:
     """What layer i of a period is."""
+    cross = chunked_attention if config.attention == "chunked" else softmax_attention
 
     def dit_block(i, grid):
-        del i, grid
+        del i
 
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
 
-        return functools.partial(
-            remat(DiTBlock, config.remat, 1), heads, config.mlp_ratio, config.qk_norm, attend, constrain, dtype
-        )
+        block, rope = remat(DiTBlock, config.remat, 1), grid if config.rope else None
+        arguments = (heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype, config.mlp, config.norm, rope)
+        return functools.partial(block, *arguments)
 
     def dig_block(i, grid):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
         order, period = dig.ORDERS[config.directions][i], len(dig.ORDERS[config.directions])
         block = remat(dig.DiGBlock, config.remat, period)
         part = functools.partial(remat_part, policy=config.remat, period=period)
-        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, part, constrain, dtype)
+        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

@@ -2,6 +2,7 @@
 
 Block, adaLN-Zero as in DiT, x on the token grid in raster order:
   x <- x + gate_1 * GLA_i(modulate(norm(x), shift_1, scale_1))
+  x <- x + CrossAttention(x, text)                              with text (models/cross_attention.py)
   x <- x + gate_2 * SwiGLU(modulate(norm(x), shift_2, scale_2))
   x <- DWConv3x3(x)                                             on the residual stream itself, the identity at first
 
@@ -20,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
-from speedit_jax.models.layers import RMSNorm, dense
+from speedit_jax.models.cross_attention import CrossAttention, CrossAttentionFn
+from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
@@ -33,7 +35,6 @@ ORDERS = {
     2: ((False, False), (False, True)),
     4: ((False, False), (False, True), (True, False), (True, True)),
 }
-NORMS = ("layer", "rms")
 CONVOLUTIONS = ("identity", "random", "none")
 
 _GATE_RANK = 16
@@ -54,11 +55,6 @@ def _log_gate(x):
 @layers.recomputed
 def _swish_times(x, y):
     return y * nn.silu(x)
-
-
-@layers.recomputed
-def _swiglu(ab):
-    return nn.silu(ab[..., 0, :]) * ab[..., 1, :]
 
 
 class GatedLinearAttention(nn.Module):
@@ -91,19 +87,6 @@ class GatedLinearAttention(nn.Module):
         out = checkpoint_name(self.gla(q, k, v, _log_gate(gate), reverse=self.reverse), MIXED)
         out = _swish_times(r, RMSNorm(name="out_norm")(out))
         return _projection(width, ("heads", None, "embed"), self.dtype, "out", axis=(-2, -1))(out)
-
-
-class SwiGLU(nn.Module):
-    """(silu(a) * b) W with [a, b] = x W_ab: [B, T, D] -> [B, T, D]; the hidden width is 8D/3, rounded up to a multiple of 256."""
-
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x):
-        width = x.shape[-1]
-        hidden = -(-int(8 * width / 3) // 256) * 256
-        ab = _projection((2, hidden), ("embed", None, "mlp"), self.dtype, "up", layers.xavier)(x)
-        return _projection(width, ("mlp", "embed"), self.dtype, "down", layers.xavier)(_swiglu(ab))
 
 
 @layers.recomputed
@@ -141,15 +124,18 @@ class DepthwiseConv(nn.Module):
 
 
 class DiGBlock(nn.Module):
-    """One block: tokens x [B, T, D] in raster order, conditioning c [B, D] -> (x [B, T, D], None), the pair that nn.scan wants.
+    """One block: tokens x [B, T, D] in raster order and conditioning -> (x [B, T, D], None), the pair that nn.scan wants.
+
+    The conditioning is c, as layers.block_adaln takes it, and with text its tokens [B, L, D] and lengths [B].
 
     Attributes:
       heads: H.
       grid: rows and columns of tokens, T = rows * columns.
       order: (columns first?, reversed?) of the block's scan.
-      norm, convolution: one of NORMS and of CONVOLUTIONS.
+      norm, convolution: one of layers.NORMS and of CONVOLUTIONS.
       gla: kernels.gla.gla.
-      remat_part: how the mixer and the SwiGLU are computed again in the backward pass.
+      cross_attention: to the text's tokens.
+      remat_part: how the mixer, the cross-attention and the SwiGLU are computed again in the backward pass.
       constrain: the activations' sharding.
       dtype: of activations.
     """
@@ -160,15 +146,18 @@ class DiGBlock(nn.Module):
     norm: str
     convolution: str
     gla: GlaFn
+    cross_attention: CrossAttentionFn
     remat_part: RematPart
     constrain: layers.Constrain
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = layers.adaln(c, 6, self.dtype, "adaLN")
+    def __call__(self, x, c, *text):
+        shift1, scale1, gate1, shift2, scale2, gate2 = layers.block_adaln(self, c)
         # Of two parts that wait together, the mixer is the cheaper one to compute again.
         x = self.remat_part(DiGBlock._mix, save_products=False)(self, x, shift1, scale1, gate1)
+        if text:
+            x = self.remat_part(DiGBlock._cross, save_products=True)(self, x, *text)
         x = self.remat_part(DiGBlock._mlp, save_products=True)(self, x, shift2, scale2, gate2)
         if self.convolution != "none":
             x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
@@ -177,21 +166,21 @@ class DiGBlock(nn.Module):
     def _mix(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         columns, reverse = self.order
-        y = self._modulated_norm("norm1", x, shift, scale)
+        y = layers.modulated_norm(self.norm, "norm1", x, shift, scale)
         y = _transpose_grid(y, self.grid) if columns else y
         y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
         y = _transpose_grid(y, self.grid[::-1]) if columns else y
         return x + gate[:, None] * y
 
+    def _cross(self, x, text, length):
+        """x [B, T, D], text [B, L, D], length [B] -> [B, T, D]."""
+        return x + CrossAttention(self.heads, self.cross_attention, self.dtype, name="cross")(x, text, length)
+
     def _mlp(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
-        y = self._modulated_norm("norm2", x, shift, scale)
-        return x + gate[:, None] * SwiGLU(self.dtype, name="mlp")(y)
-
-    def _modulated_norm(self, name, x, shift, scale):
-        if self.norm == "rms":
-            return layers.modulate(RMSNorm(name=name)(x), shift, scale)
-        return layers.modulated_layer_norm(x, shift, scale)
+        y = layers.modulated_norm(self.norm, "norm2", x, shift, scale)
+        hidden = -(-int(8 * x.shape[-1] / 3) // 256) * 256  # 8D/3, rounded up to a multiple of 256
+        return x + gate[:, None] * SwiGLU(hidden, False, self.dtype, name="mlp")(y)
 
 
 def _transpose_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:

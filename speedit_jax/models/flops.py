@@ -5,17 +5,20 @@ from typing import Any
 import jax
 
 
-def weights_flops(params: Any, tokens: int) -> int:
+def weights_flops(params: Any, tokens: int, text_tokens: int = 0) -> int:
     """Of one image through every weight matrix and filter, forward: 2 a weight and token.
 
     Args:
       params: arrays or their shapes; what conditions the tokens (timestep, adaLN) sees an image once.
+      tokens: of the image.
+      text_tokens: of its text, padding included; 1 where only their mean is embedded.
     """
     flops = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith("kernel"):
-            flops += 2 * leaf.size * (1 if "timestep" in name or "adaLN" in name else tokens)
+            seen = 1 if "timestep" in name or "adaLN" in name else tokens
+            flops += 2 * leaf.size * (text_tokens if name.startswith("text/") or "cross/kv" in name else seen)
     return flops
 
 
@@ -25,3 +28,8 @@ def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) 
         return depth * 4 * tokens**2 * width
     dv = width // heads
     return depth * 4 * tokens * heads * (dv // 2) * dv
+
+
+def cross_attention_flops(tokens: int, text_tokens: int, width: int, depth: int) -> int:
+    """Of one image through the two products of its attention to the text."""
+    return depth * 4 * tokens * text_tokens * width

@@ -20,6 +20,8 @@ xavier = nn.initializers.xavier_uniform()
 normal_002 = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros_init()
 
+NORMS = ("layer", "rms")
+
 
 def _rows_dot_general(x, kernel, dimension_numbers, **kwargs):
     """lax.dot_general for [B, T, ...] whose last axes are contracted, with batch and tokens as one axis of rows.
@@ -88,6 +90,23 @@ def adaln(c: jax.Array, count: int, dtype, name: str) -> list[jax.Array]:
     return [out[:, i] for i in range(count)]
 
 
+def table_adaln(module: nn.Module, m: jax.Array, count: int, name: str) -> list[jax.Array]:
+    """`count` shifts, scales and gates, m [B, count or 1, D] plus a table of the module's own: adaLN-single (PixArt-alpha)."""
+    width = m.shape[-1]
+    init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, None))
+    out = m + module.param(name, init, (count, width), jnp.float32).astype(m.dtype)
+    return [out[:, i] for i in range(count)]
+
+
+def block_adaln(block: nn.Module, c: jax.Array) -> list[jax.Array]:
+    """The shifts, scales and gates of a block's two parts, each [B, D].
+
+    Args:
+      c: [B, D], to a linear layer of the block; or [B, 6, D], what all blocks share, to a table of the block.
+    """
+    return table_adaln(block, c, 6, "adaLN_table") if c.ndim == 3 else adaln(c, 6, block.dtype, "adaLN")
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """adaLN: x [B, T, D], shift and scale [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -97,6 +116,63 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def modulated_layer_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """`modulate` of `layer_norm`."""
     return modulate(layer_norm(x), shift, scale)
+
+
+def modulated_norm(norm: str, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """`modulate` of `norm`, one of NORMS: layer, without parameters, or rms, with a weight of that name."""
+    if norm == "rms":
+        return modulate(RMSNorm(name=name)(x), shift, scale)
+    return modulated_layer_norm(x, shift, scale)
+
+
+@recomputed
+def _swiglu(ab):
+    return nn.silu(ab[..., 0, :]) * ab[..., 1, :]
+
+
+class SwiGLU(nn.Module):
+    """(silu(a) * b) W with [a, b] = x W_ab: [B, T, D] -> [B, T, D].
+
+    Attributes:
+      hidden: width of a and of b.
+      bias: whether both linear layers have one.
+      dtype: of activations.
+    """
+
+    hidden: int
+    bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        biases = ((None, "mlp"), (None,)) if self.bias else (None, None)
+        ab = dense((2, self.hidden), xavier, ("embed", None, "mlp"), biases[0], self.dtype, "up")(x)
+        return dense(x.shape[-1], xavier, ("mlp", "embed"), biases[1], self.dtype, "down")(_swiglu(ab))
+
+
+def rope_angles(grid: tuple[int, int], head_dim: int) -> np.ndarray:
+    """Angles of 2-D rotary positions (arXiv 2104.09864): [T, head_dim / 2] float64, of tokens in raster order.
+
+    The first half turns with the row, the second with the column, both by p w_j with w_j = 10000^(-2 j / (head_dim / 2)).
+    """
+    half = head_dim // 2
+    frequencies = 10_000.0 ** -(np.arange(0, half, 2) / half)
+    rows, columns = (place.reshape(-1, 1) for place in np.meshgrid(*map(np.arange, grid), indexing="ij"))
+    return np.concatenate([rows * frequencies, columns * frequencies], axis=1)
+
+
+@recomputed
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns each pair of neighbouring channels by its angle.
+
+    Args:
+      x: [B, T, H, K].
+      angles: [T, K / 2], or [B, T, K / 2].
+    """
+    statistics = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = (f(angles.astype(statistics))[..., None, :] for f in (jnp.cos, jnp.sin))
+    a, b = x[..., 0::2].astype(statistics), x[..., 1::2].astype(statistics)
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def timestep_features(t: jax.Array, dim: int = 256, max_period: float = 10_000.0, shift: int = 0) -> jax.Array:
@@ -139,17 +215,30 @@ class LabelEmbedder(nn.Module):
         return jnp.take(table, y, axis=0).astype(self.dtype)
 
 
-def sincos_position_table(height: int, width: int, dim: int) -> np.ndarray:
+class TextEmbedder(nn.Module):
+    """Text [..., E] -> [..., D]: linear, GELU (tanh), linear."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        x = dense(self.width, normal_002, ("embed", "mlp"), ("mlp",), self.dtype, "hidden")(x.astype(self.dtype))
+        x = nn.gelu(x, approximate=True)
+        return dense(self.width, normal_002, ("mlp", "embed"), (None,), self.dtype, "out")(x)
+
+
+def sincos_position_table(height: int, width: int, dim: int, scale: float = 1.0) -> np.ndarray:
     """Frozen 2-D sine-cosine position embedding of MAE and DiT, for any grid: [height * width, dim] float64.
 
     The first half of the channels encodes the column, the second the row; each is [sin(p w), cos(p w)],
-    w_j = 10000^(-j / (dim/4)).
+    w_j = 10000^(-j / (dim/4)). Positions are divided by `scale` first.
     """
     frequencies = 10_000.0 ** -(np.arange(dim // 4) / (dim / 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
 
     def encode(position):
-        angles = position.reshape(-1, 1) * frequencies
+        angles = position.reshape(-1, 1) / scale * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=1)

@@ -43,6 +43,12 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     lines.append(f"devices    {mesh.size} {device.device_kind}, {processes} processes: {axes}")
     if device.platform == "cpu" and huge_pages_left_out():
         lines.append(f"           faster with GLIBC_TUNABLES={HUGE_PAGES} before the command (docs/training.md)")
+    if parts.texts:
+        way = "cross-attention to its tokens" if config.model.text == "cross" else "pooled, added to the timestep"
+        encoder, form = parts.texts.identity["encoder"], model.text
+        lines.append(f"text       {encoder}, at most {form.length} tokens of {form.width}: {way}")
+        if source.class_names:
+            lines.append("           the classes of the data are not given to the network")
     if parts.encoded_by:
         pictures = "" if parts.autoencoder else "; data.vae is not set, so image grids show the first three latent channels"
         how = "encoded at every step" if parts.online else "stored"
@@ -99,11 +105,11 @@ def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | No
     if best:
         step, values = best
         lines.append(f"Best             step {step}, {spelled(values)}; sample it with --checkpoint_step=best")
-    labels = " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
+    what = ' --prompt="TEXT"' if model.text else " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     return [
         *lines,
         f"Report           {workdir}/report.html; update it with python -m speedit_jax.report --workdir={workdir}",
-        f"Next             python -m speedit_jax.sample --workdir={workdir}{labels} --num_images=64 --out={workdir}/new.png",
+        f"Next             python -m speedit_jax.sample --workdir={workdir}{what} --num_images=64 --out={workdir}/new.png",
     ]
 
 

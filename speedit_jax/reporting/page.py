@@ -24,6 +24,7 @@ from speedit_jax.reporting.markup import Html, byte_size, duration, image, join,
 from speedit_jax.training import assembly, changes, run
 from speedit_jax.training.checkpoint import peek
 
+PROMPTS = "prompts.json"  # beside the grids of a run on text
 _GRIDS = 12  # shown at most, evenly chosen
 _RESULTS = 12  # files of each kind of result shown at most, the newest
 _SIDE = 1024  # pixels to which larger pictures are reduced
@@ -160,7 +161,15 @@ def grids(directory: Path) -> Html:
     )
     left_out = f" {len(figures)} of {len(paths)} grids are shown." if len(paths) > len(figures) else ""
     note = tag("p", "Of the EMA weights, always from the same noise." + left_out, class_="note")
-    return join([note, tag("div", slider if len(figures) > 1 else "", *figures, class_="grids")])
+    return join([note, prompts(directory), tag("div", slider if len(figures) > 1 else "", *figures, class_="grids")])
+
+
+def prompts(directory: Path) -> Html:
+    """Of a run on text, what the columns of its grids are drawn of."""
+    with contextlib.suppress(OSError, ValueError):
+        texts = json.loads((directory / PROMPTS).read_text())
+        return join([tag("p", "Prompts, by column:", class_="note"), tag("ol", *(tag("li", text) for text in texts))])
+    return join([])
 
 
 def embedded(path: Path, alt: str) -> Html | None:
@@ -318,7 +327,7 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
     except UserError as e:
         strategy = str(e)
     names = meta.get("class_names") or []
-    shape, latents = meta.get("image_shape"), meta.get("latents")
+    shape, latents, text = meta.get("image_shape"), meta.get("latents"), meta.get("text")
     shown = [
         ("directory", str(storage.resolved(workdir))),
         ("model", config.model.name),
@@ -327,7 +336,8 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
         ("data fingerprint", meta.get("data_fingerprint")),
         ("draws", " x ".join(map(str, shape)) if isinstance(shape, list) else None),
         ("latents of", latents.get("vae") if isinstance(latents, dict) else None),
-        ("classes", f"{len(names)}" if names else "none, unconditional"),
+        ("text encoder", text["encoder"].get("encoder") if isinstance(text, dict) else None),
+        ("classes", None if text else f"{len(names)}" if names else "none, unconditional"),
         *((f"changed at step {step:,}", changes.spelled(changed, len(changed))) for step, changed in changes.recorded(meta)),
         *(meta["versions"].items() if isinstance(meta.get("versions"), dict) else ()),
     ]

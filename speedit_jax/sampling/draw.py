@@ -9,6 +9,7 @@ import numpy as np
 
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
+from speedit_jax.sampling.conditions import Conditions
 
 
 class NotFiniteError(UserError):
@@ -19,22 +20,21 @@ def draw_batches(
     sampler: Callable[..., jax.Array],
     params: Any,
     key: jax.Array,
-    labels: np.ndarray,
+    conditions: Conditions,
     count: int,
     batch: int,
     autoencoder: Autoencoder | None = None,
     numbers: Iterable[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(i, float32 [batch, H, W, C]) for each batch i: the images i * batch and on, whose labels are labels[i * batch] and on.
+    """(i, float32 [batch, H, W, C]) for each batch i: the images i * batch and on.
 
     All batches have one size, so that one compilation serves; the last one ends with extra images, from number `count` on. The
     devices draw the next batch while the caller uses this one.
 
     Args:
       sampler: of `make_sampler`; its mesh divides `batch`.
-      labels: int32 [N] of images 0 to N - 1; further images take them again from the first. An image's bits depend on the batch
-        size and not on `count` where N is a whole number of batches (`in_batches`).
-      count: of the images that are wanted.
+      conditions: of the images.
+      count: of the images that are wanted; an image's bits depend on the batch size and not on this.
       autoencoder: decodes what is drawn; None where images are drawn, or latents are wanted as they are.
       numbers: which batches; None is all of them.
 
@@ -45,7 +45,7 @@ def draw_batches(
 
     def draw(i: int) -> tuple[int, jax.Array, jax.Array]:
         indices = np.arange(i * batch, (i + 1) * batch)
-        drawn = sampler(params, key, indices, labels[indices % len(labels)])
+        drawn = sampler(params, key, indices, conditions.take(indices), conditions.null_text)
         return i, drawn, autoencoder.decode(drawn) if autoencoder else drawn
 
     def finished(i: int, drawn: jax.Array, images: jax.Array) -> tuple[int, np.ndarray]:

@@ -16,11 +16,14 @@ from speedit_jax.diffusion import samplers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.inverse import NOTHING, Known, Plan
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.sampling.draw import draw_batches, in_batches
+from speedit_jax.sampling.conditions import Conditions
+from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, check_sampler
 
 Diffusion = GaussianDiffusion | FlowMatching
 
@@ -67,7 +70,7 @@ class Settings:
         if latents and given.get("clip"):
             raise UserError("clip=True: this run draws latents, and only pixels lie in [-1, 1]; leave it out")
         settings = cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-        if model.null_label is None and guide is None:
+        if not model.guidable and guide is None:
             settings = dataclasses.replace(settings, guidance_scale=1.0)
         if latents:
             settings = dataclasses.replace(settings, clip=False)
@@ -104,9 +107,9 @@ def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, sha
 def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
-    if settings.guidance_scale != 1 and model.null_label is None and guide is None:
+    if settings.guidance_scale != 1 and not model.guidable and guide is None:
         raise UserError(
-            f"guidance_scale={settings.guidance_scale} needs a model trained with classes and model.label_dropout > 0;"
+            f"guidance_scale={settings.guidance_scale} needs a model trained with classes or text and model.label_dropout > 0;"
             " use guidance_scale=1"
         )
     if not 0 <= settings.guidance_scale < math.inf:
@@ -117,10 +120,18 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
         raise UserError(f"eta={settings.eta}: must lie in [0, 1]")
 
 
-def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None):
-    """As `make_sampler`, on arrays that are on the mesh."""
+def _jitted_sampler(
+    model: Model,
+    diffusion: Diffusion,
+    settings: Settings,
+    mesh: Mesh,
+    guide: Model | None = None,
+    plan: Plan = NOTHING.plan,
+):
+    """As `make_sampler`, on arrays that are on the mesh; the known images and masks are its last arguments."""
     settings = resolve(settings, diffusion)
     _check(settings, model, guide)
+    check_sampler(plan, settings.sampler, isinstance(diffusion, FlowMatching))
     scales = samplers.guidance_scales(
         diffusion.schedule.num_steps,
         settings.guidance_scale,
@@ -129,12 +140,12 @@ def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh
         settings.guidance_high,
     )
 
-    def sample(params, key, indices, labels):
+    def sample(params, key, indices, y, null_text, images=None, mask=None):
         params, guide_params = params if guide else (params, None)
         denoise = samplers.guided(
             lambda x, t, y: model.apply(params, x, t, y),
-            labels,
-            model.null_label,
+            y,
+            null_text if model.text else model.null_label,
             scales,
             settings.guidance_channels or model.image_shape[-1],
             guide and (lambda x, t, y: guide.apply(guide_params, x, t, y)),
@@ -148,6 +159,7 @@ def _jitted_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh
             lambda k: image_noise(key, indices, k + 1, model.image_shape),
         )
         common = {"sampler": settings.sampler, "num_steps": settings.num_steps, "clip": settings.clip}
+        common["known"] = Known(images, mask, plan)
         if isinstance(diffusion, FlowMatching):
             return sample_flow(*inputs, **common)
         return samplers.sample(*inputs, **common, spacing=settings.spacing, eta=settings.eta)
@@ -164,51 +176,74 @@ def lower_sampler(model: Model, diffusion: Diffusion, settings: Settings, mesh: 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shardings = sharding.param_shardings(mesh, model.axes, shapes)
     params = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings)
-    rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    rows = sharding.batch_sharding(mesh)
+    indices, y, null_text = _inputs(model, batch)
+    indices, y = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), (indices, y))
     with jax.set_mesh(mesh):
-        return _jitted_sampler(model, diffusion, settings, mesh).lower(params, jax.eval_shape(jax.random.key, 0), rows, rows)
+        lowered = _jitted_sampler(model, diffusion, settings, mesh)
+        return lowered.lower(params, jax.eval_shape(jax.random.key, 0), indices, y, null_text)
+
+
+def _inputs(model: Model, batch: int) -> tuple[Any, Any, Any]:
+    """The shapes of indices, conditions and the null text of a batch."""
+    y = model.conditions(batch)
+    null_text = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), y) if model.text else None
+    return jax.ShapeDtypeStruct((batch,), jnp.int32), y, null_text
 
 
 def make_sampler(
-    model: Model, diffusion: Diffusion, settings: Settings, mesh: Mesh, guide: Model | None = None
+    model: Model,
+    diffusion: Diffusion,
+    settings: Settings,
+    mesh: Mesh,
+    guide: Model | None = None,
+    pictures: Pictures | None = None,
 ) -> Callable[..., jax.Array]:
-    """sample(params, key, indices [B], labels [B]) -> [B, H, W, C] float32, whole on every device.
+    """sample(params, key, indices [B], y, null_text=None) -> [B, H, W, C] float32, whole on every device.
 
-    It returns before they are computed.
+    It returns before they are computed. y has the form of `Model.conditions`; of text, `null_text` is the null condition.
 
     Args:
       model, diffusion: of training.
       settings: how to sample.
       mesh: B must be a multiple of its batch devices.
-      guide: a weaker model to be guided away from, instead of from the null label; params are then a pair, (model's, guide's).
+      guide: a weaker model to be guided away from, instead of the null condition; params are then a pair, (model's, guide's).
+      pictures: that the samples start from or complete.
 
     Raises:
       UserError: settings that the model cannot serve.
     """
     rows = sharding.batch_sharding(mesh)
-    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide)
-    # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
-    shape = jax.ShapeDtypeStruct((sharding.batch_devices(mesh),), jnp.int32)
-    params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
-    with jax.set_mesh(mesh):
-        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), shape, shape)
+    jitted = _jitted_sampler(model, diffusion, settings, mesh, guide, pictures.plan if pictures else NOTHING.plan)
 
-    def run(params, key, indices, labels):
-        indices, labels = (sharding.from_host(rows, np.asarray(x, np.int32)) for x in (indices, labels))
+    def known(indices):
+        return pictures.at(indices) if pictures else ()
+
+    # Unknown samplers and impossible numbers of steps raise while tracing: now, not after an hour of training.
+    params = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, guide) if m]
+    few = sharding.batch_devices(mesh)
+    inputs = (*_inputs(model, few), *known(np.zeros(few, int)))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(jitted, params if guide else params[0], jax.random.key(0), *inputs)
+
+    def run(params, key, indices, y, null_text=None):
+        forms = _inputs(model, len(indices))[:2]
+        given = jax.tree.map(lambda x, form: np.asarray(x, form.dtype), (indices, y), forms)
+        (indices, y), pair = jax.tree.map(lambda x: sharding.from_host(rows, x), (given, known(given[0])))
         with jax.set_mesh(mesh):
-            return jitted(params, key, indices, labels)
+            return jitted(params, key, indices, y, null_text, *pair)
 
     return run
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedSamples:
-    """Samples of whatever weights, each time from the same noise, the classes in turn: what training shows and measures.
+    """Samples of whatever weights, each time from the same noise: what training shows and measures.
 
     Attributes:
       sampler: of `make_sampler`.
       autoencoder: what decodes; None where images are drawn, or latents are to be shown as they are.
-      num_classes: of the model.
+      conditions: of the images.
       key: of the noise.
       count: of images.
       devices: that share a batch.
@@ -216,7 +251,7 @@ class FixedSamples:
 
     sampler: Callable[..., jax.Array]
     autoencoder: Autoencoder | None
-    num_classes: int
+    conditions: Conditions
     key: jax.Array
     count: int
     devices: int
@@ -224,6 +259,5 @@ class FixedSamples:
     def draw(self, params, batch: int) -> Iterator[np.ndarray]:
         """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
         batch += -batch % self.devices
-        labels = np.arange(in_batches(self.count, batch)) % max(1, self.num_classes)
-        for i, images in draw_batches(self.sampler, params, self.key, labels, self.count, batch, self.autoencoder):
+        for i, images in draw_batches(self.sampler, params, self.key, self.conditions, self.count, batch, self.autoencoder):
             yield to_uint8(images[: self.count - i * batch])

@@ -7,7 +7,8 @@ While they are drawn, beside the outputs:
 When all are there:
   OUT.npz                     arr_0 uint8 [N, H, W, C] and arr_1 labels, ADM's format
   OUT.png                     a grid of the first images
-  OUT/CLASS/000000.png        each image, if they are wanted
+  OUT/CLASS/000000.png        each image, if they are wanted; of a run on text OUT/000000.png
+  OUT/metadata.jsonl          of a run on text, with those: the prompt of each
   OUT.json                    the settings, written last: without it the outputs count as missing
 Latents without an autoencoder are no pictures, and are not written as if they were:
   OUT.npz                     latents float32 [N, h, w, C], as the diffusion model sees them, and labels
@@ -37,7 +38,7 @@ from speedit_jax.sampling.images import image_grid, magnification, to_uint8, wri
 GRID = 100  # images of OUT.png at most
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
-_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae")
+_MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "known.image", "known.mask", "text_encoder.encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Output:
     Attributes:
       out: OUT.
       settings: all that the images depend on, JSON; images of other settings are not mixed with them.
-      labels: int32 [N].
+      labels: int32 [N], of classes or prompts.
       batch: images a batch; the last may be smaller.
       folders: the directories of the PNG files below OUT, by label; None writes none.
       latents: these are latents, float32, not pictures, uint8.
+      prompts: the texts, by label, of a run on text.
     """
 
     out: Path
@@ -59,6 +61,7 @@ class Output:
     batch: int
     folders: tuple[str, ...] | None = None
     latents: bool = False
+    prompts: tuple[str, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -225,6 +228,8 @@ class Output:
         storage.replace(self.partial / "grid.png", self.grid)
         self._file(".png" if self.latents else ".latents.png").unlink(missing_ok=True)
         self._publish(self.partial / "png")
+        if self.prompts and self.folders is not None:
+            storage.write_text(self.out / "metadata.jsonl", self._captions())
         storage.sync_names(self.out.parent)
         storage.replace(self.partial / "outputs.json", self._file(".json"))
         storage.sync_names(self.out.parent)
@@ -238,6 +243,12 @@ class Output:
             target = self.out / path.relative_to(directory)
             storage.make_directory(target.parent)
             storage.replace(path, target)
+
+    def _captions(self) -> str:
+        """The PNG files and their prompts, which makes OUT a folder with captions again."""
+        texts = (self.prompts[label] for label in self.labels.tolist())
+        records = ({"file_name": f"{i:06d}.png", "text": text} for i, text in enumerate(texts))
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def _write_npz(self, path: Path, like: np.ndarray) -> None:
         """The bytes of np.savez, which wants all images in memory; each is like `like`."""

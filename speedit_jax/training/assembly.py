@@ -15,13 +15,14 @@ from speedit_jax.data.description import Description
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
 from speedit_jax.diffusion.flow_timesteps import make_flow_strategy
-from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.gaussian import PREDICTIONS, GaussianDiffusion
 from speedit_jax.diffusion.schedules import Schedule, make_schedule
 from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model, build
+from speedit_jax.models.condition import Condition, TextShape, padded
 from speedit_jax.training.check import check_batch, check_numbers
 from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
@@ -35,14 +36,26 @@ def _schedule(config: ml_collections.ConfigDict) -> Schedule:
 def make_diffusion(config: ml_collections.ConfigDict) -> GaussianDiffusion | FlowMatching:
     schedule, path = _schedule(config), config.diffusion.path
     if path in PATHS:
-        if config.diffusion.loss != "mse":
-            raise UserError(
-                f"diffusion.loss={config.diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse"
-            )
-        return FlowMatching(path, config.diffusion.num_steps, config.diffusion.variance == "learned_range")
+        return _make_flow(config.diffusion)
     if path != "vp":
         raise UserError(f"unknown diffusion.path {path!r}; choose one of vp, {', '.join(PATHS)}")
+    if config.diffusion.noise_scale != 1:
+        raise UserError(f"diffusion.noise_scale={config.diffusion.noise_scale} is for flows: choose diffusion.path=linear or gvp")
     return GaussianDiffusion(schedule, config.diffusion.variance, config.diffusion.prediction, config.diffusion.loss)
+
+
+def _make_flow(diffusion: ml_collections.ConfigDict) -> FlowMatching:
+    path, predicts_x0 = diffusion.path, diffusion.prediction == "x0"
+    if diffusion.loss != "mse":
+        raise UserError(f"diffusion.loss={diffusion.loss}: a flow (diffusion.path={path}) has no variational bound; use mse")
+    if diffusion.prediction not in PREDICTIONS:
+        raise UserError(f"unknown diffusion.prediction {diffusion.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
+    if predicts_x0 and not 0 < diffusion.x0_clamp < 1:
+        raise UserError(f"diffusion.x0_clamp={diffusion.x0_clamp}: must be between 0 and 1; JiT takes 0.05")
+    if diffusion.noise_scale <= 0:
+        raise UserError(f"diffusion.noise_scale={diffusion.noise_scale}: must be positive")
+    learned_variance = diffusion.variance == "learned_range"
+    return FlowMatching(path, diffusion.num_steps, learned_variance, predicts_x0, diffusion.x0_clamp, diffusion.noise_scale)
 
 
 def make_strategy(config: ml_collections.ConfigDict, diffusion: GaussianDiffusion | FlowMatching) -> Strategy:
@@ -79,8 +92,10 @@ def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Me
     return autoencoder
 
 
-def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_classes: int) -> Model:
-    """The network, wired to the mesh.
+def make_model(
+    config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_classes: int, text: TextShape | None = None
+) -> Model:
+    """The network, wired to the mesh; conditioned on `text` where that is given, and else on the classes.
 
     Raises:
       UserError: the heads do not divide over the mesh, or the parts do not fit each other.
@@ -91,6 +106,7 @@ def make_model(config: ml_collections.ConfigDict, mesh: Mesh, image_shape, num_c
         num_classes=num_classes,
         learned_variance=config.diffusion.variance == "learned_range",
         platform=mesh.devices.flat[0].platform,
+        text=text,
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,
@@ -107,6 +123,7 @@ class Assembly:
     Attributes:
       encoded_by: the identity of the autoencoder whose latents the model learns; None where it learns images.
       online: whether the autoencoder encodes each batch of images on its way to the step.
+      texts: the captions, as data/texts.py has them; None without text.
     """
 
     config: ml_collections.ConfigDict
@@ -118,6 +135,7 @@ class Assembly:
     autoencoder: Autoencoder | None = None
     encoded_by: dict[str, Any] | None = None
     online: bool = False
+    texts: Any = None
 
     @property
     def rows(self) -> NamedSharding:
@@ -139,13 +157,20 @@ class Assembly:
         return self._states[1]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], and labels [B]."""
+        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text."""
         batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
         name, channels = ("moments", 2 * channels) if self.encoded_by else ("image", channels)
-        return {
-            name: jax.ShapeDtypeStruct((batch, *size, channels), jnp.float32, sharding=self.rows),
-            "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=self.rows),
+        shapes = {
+            name: jax.ShapeDtypeStruct((batch, *size, channels), jnp.float32),
+            "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
         }
+        shapes |= {"text": self.model.conditions(batch)} if self.model.text else {}
+        return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows), shapes)
+
+    @property
+    def null_text(self) -> Condition | None:
+        """The null condition of a model with text that can be guided."""
+        return padded(*self.texts.null, self.model.text) if self.model.text and self.model.guidable else None
 
     def initial_state(self, key: jax.Array) -> TrainState:
         """The state before the first step, on the mesh."""
@@ -162,7 +187,9 @@ class Assembly:
           donate: give the state's memory to the next state.
         """
         return jax.jit(
-            make_train_step(self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.encoded_by),
+            make_train_step(
+                self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.encoded_by, self.null_text
+            ),
             in_shardings=(self.shardings, self.rows, None),
             out_shardings=(self.shardings, None),
             donate_argnums=0 if donate else (),
@@ -194,6 +221,7 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     # The source holds latents already, or its images are encoded as they come, or the model learns images.
     online = autoencoder is not None and source.encoded_by is None
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
-    model = make_model(config, mesh, image_shape, len(source.class_names))
+    texts = getattr(source, "texts", None)
+    model = make_model(config, mesh, image_shape, len(source.class_names), texts and TextShape.of(texts))
     encoded_by = autoencoder.identity if online else source.encoded_by
-    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online)
+    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online, texts)

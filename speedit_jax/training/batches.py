@@ -32,7 +32,7 @@ def batches(parts: Assembly, source: Source, first_step: int, num_steps: int) ->
         threads=data.threads,
     )
     for batch in _readable(loaded, data.source):
-        batch = {name: sharding.global_array(parts.rows, batch_size, rows, values) for name, values in batch.items()}
+        batch = jax.tree.map(lambda values: sharding.global_array(parts.rows, batch_size, rows, values), batch)
         if parts.online:
             batch["moments"] = parts.autoencoder.moments(batch.pop("image"))
         yield batch

@@ -31,6 +31,7 @@ KEYS = {
     "data.channels": Kind.DATA,
     "data.background": Kind.CHANGES,
     "data.vae": Kind.DATA,
+    "data.text": Kind.DATA,
     "data.flip": Kind.CHANGES,
     "data.max_broken": Kind.FREE,
     "data.threads": Kind.FREE,
@@ -43,7 +44,13 @@ KEYS = {
     "model.mlp_ratio": Kind.FORM,
     "model.time_freq_shift": Kind.CHANGES,
     "model.label_dropout": Kind.CHANGES,
+    "model.text": Kind.FORM,
+    "model.adaln": Kind.FORM,
+    "model.position_scale": Kind.CHANGES,
     "model.qk_norm": Kind.FORM,
+    "model.rope": Kind.CHANGES,
+    "model.mlp": Kind.FORM,
+    "model.patch_bottleneck": Kind.FORM,
     "model.attention": Kind.ROUNDING,
     "model.gla": Kind.ROUNDING,
     "model.directions": Kind.FORM,
@@ -137,6 +144,8 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: I
         changes["class_names"] = classes
     if not same_latents(saved.get("latents"), wanted.get("latents")):
         misfits["latents"] = [(of.get("latents") or {}).get("vae", "none") for of in (saved, wanted)]
+    if not same_text(saved.get("text"), wanted.get("text")):
+        misfits["text"] = [(of.get("text") or {}).get("encoder", {}).get("encoder", "none") for of in (saved, wanted)]
     return Differences(found[Kind.ROUNDING], changes, misfits)
 
 
@@ -164,6 +173,19 @@ def same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bo
     return one["weights"] == other["weights"] and all(configs[0][key] == configs[1][key] for key in shared)
 
 
+def same_text(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two runs' texts are of one encoder, wherever it lies, and of one form; None is no text."""
+    if one is None or other is None:
+        return one is other
+    return same_encoder(one["encoder"], other["encoder"])
+
+
+def same_encoder(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of one text encoder."""
+    one, other = ({key: value for key, value in identity.items() if key != "encoder"} for identity in (one, other))
+    return one == other
+
+
 def recorded(meta: dict[str, Any]) -> list[tuple[int, dict[str, list[Any]]]]:
     """(step, NAME -> [old, new]) of each time that a run went on with changes, as its metadata say."""
     return [
@@ -183,6 +205,8 @@ def _spell(key: str, old: Any, new: Any) -> str:
         return "the data has changed"
     if key == "latents":
         return f"the autoencoder has changed (was {old}, now {new})"
+    if key == "text":
+        return f"the text encoder has changed (was {old}, now {new})"
     if key == "class_names":
         renamed = [f"{a!r} was {b!r}" for a, b in zip(new, old, strict=True) if a != b]
         return f"{len(renamed)} classes have other names ({', '.join(renamed[:2])})"

@@ -20,7 +20,7 @@ KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 _SHOWN = 3  # names of parameters in one message
 
 # What no array shows: the same weights would mean something else.
-_MEANING = ("model.time_freq_shift", "diffusion.path", "diffusion.num_steps")
+_MEANING = ("model.time_freq_shift", "model.rope", "diffusion.path", "diffusion.num_steps", "diffusion.noise_scale")
 _MEANING_OF_VP = ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end")
 
 
@@ -39,7 +39,8 @@ def starting_weights(
     """The newest EMA weights of the run in `where`, for a run of `parts`.
 
     Position tables are computed, so another resolution fits as it is. Rows of the label table are taken over by the names of the
-    classes, and the null label's row; the others start anew.
+    classes, and the null label's row; the others start anew. A run on text may start from one without: what its text needs starts
+    anew, with attention to it that adds nothing at first.
 
     Args:
       where: a workdir of train or convert.
@@ -64,11 +65,12 @@ def starting_weights(
     saved, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (saved, parts.shapes.params))
     table = {path: leaf for path, leaf in saved.items() if path[0].key == "label"}
     taken = {path: leaf for path, leaf in saved.items() if path not in table}
-    _check_arrays(where, taken, {path: leaf for path, leaf in wanted.items() if path[0].key != "label"})
+    fresh = [path for path in wanted if _is_of_text(path)] if parts.model.text and not run.model.text else []
+    _check_arrays(where, taken, {path: leaf for path, leaf in wanted.items() if path[0].key != "label" and path not in fresh})
     different = _differences(run, parts)
     if different and not with_changes:
         settings = " ".join(f"--config.{key}={old}" for key, (old, _) in different.items() if "." in key)
-        said = f"set {settings}" if settings else "encode with the same VAE"
+        said = f"set {settings}" if settings else f"encode with the same {'VAE' if 'latents' in different else 'text encoder'}"
         raise UserError(
             f"init_from={where} was trained with other settings ({changes.spelled(different)}): {said}, or give"
             " --continue_with_changes to use these weights anyway"
@@ -76,7 +78,10 @@ def starting_weights(
     if different:
         lines.append(f"trained with other settings: {changes.spelled(different, len(different))}")
     old, new = label_rows(run, class_names, parts.model.null_label)
-    if parts.model.num_classes or run.model.num_classes:
+    if fresh:
+        modules = sorted({"/".join(key.key for key in path[:-1]) for path in fresh})
+        lines.append(f"text: {', '.join(modules)} start anew{', without the label table' if table else ''}")
+    elif parts.model.num_classes or run.model.num_classes:
         lines.append(_kept(run, class_names, new, parts.model.null_label))
     taken |= {path: Rows(leaf, old, new) for path, leaf in table.items() if path in wanted}
     return taken, lines
@@ -96,6 +101,11 @@ def start_from(state: TrainState, weights: dict[KeyPath, jax.Array | Rows]) -> T
     # The copies keep params and averages from sharing a buffer, which donation would free twice.
     ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(state.extra_ema)))
     return dataclasses.replace(state, params=params, ema=ema, extra_ema=dict(zip(state.extra_ema, extra, strict=True)))
+
+
+def _is_of_text(path: KeyPath) -> bool:
+    """Whether only a model with text has this parameter."""
+    return path[0].key == "text" or any(key.key == "cross" for key in path)
 
 
 def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +144,15 @@ def _differences(run: Run, parts: Assembly) -> dict[str, list[Any]]:
     if old["diffusion.num_steps"] == new["diffusion.num_steps"] and _same_noise(run, parts):
         keys = tuple(key for key in keys if not key.startswith(("diffusion.schedule", "diffusion.beta")))
     found = {key: [old[key], new[key]] for key in keys if old.get(key) != new.get(key)}
+    if "vp" not in (old["diffusion.path"], new["diffusion.path"]):
+        predictions = [of["diffusion.prediction"] for of in (old, new)]
+        if predictions.count("x0") == 1:  # the others are the velocity
+            found["diffusion.prediction"] = predictions
     # Of imported weights it may not be known whose latents they draw.
     if run.encoded_by and not changes.same_latents(run.encoded_by, parts.encoded_by):
         found["latents"] = [run.encoded_by["vae"], (parts.encoded_by or {}).get("vae", "none")]
+    if run.text_encoder and parts.texts and not changes.same_encoder(run.text_encoder, parts.texts.identity):
+        found["text"] = [run.text_encoder["encoder"], parts.texts.identity["encoder"]]
     return found
 
 

@@ -20,6 +20,7 @@ from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
+from speedit_jax.models.condition import TextShape
 from speedit_jax.training import changes
 from speedit_jax.training.assembly import make_diffusion, make_model
 from speedit_jax.training.checkpoint import Checkpoints, peek
@@ -37,11 +38,13 @@ def describe(
       image_shape: of what the model draws.
       encoded_by: the identity of the autoencoder whose latents the model draws; None where it draws images.
     """
+    texts = getattr(source, "texts", None)
     return {
         # JSON knows no tuples: a run compares with what it reads back.
         "config": json.loads(json.dumps(config.to_dict())),
         "image_shape": list(image_shape),
         "latents": encoded_by,
+        "text": texts and {"encoder": texts.identity, "width": texts.width, "length": texts.length},
         "class_names": list(source.class_names),
         "data_fingerprint": source.fingerprint,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__},
@@ -203,6 +206,12 @@ class Run:
         return self.meta.get("latents")
 
     @property
+    def text_encoder(self) -> dict[str, Any] | None:
+        """The identity of the text encoder whose captions condition the model; None without text."""
+        text = self.meta.get("text")
+        return text and text["encoder"]
+
+    @property
     def draws_latents(self) -> bool:
         """Whether the model draws latents, of a known autoencoder or not: images have one or three channels."""
         return self.encoded_by is not None or self.model.image_shape[2] not in (1, 3)
@@ -241,5 +250,7 @@ def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | No
     config = complete(meta["config"])
     config.model.dtype = dtype or config.model.dtype
     mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    model = make_model(config, mesh, meta["image_shape"], len(meta["class_names"]))
+    said = meta.get("text")
+    text = said and TextShape(said["width"], said["length"], said["encoder"]["pooled"])
+    model = make_model(config, mesh, meta["image_shape"], len(meta["class_names"]), text)
     return Run(workdir, step, meta, config, mesh, make_diffusion(config), model, checkpoints)

@@ -14,6 +14,7 @@ from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.encoders.autoencoder import latents_of
 from speedit_jax.models.build import Model
+from speedit_jax.models.condition import Condition, replaced
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
@@ -24,11 +25,11 @@ def stream(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, _STREAMS[name])
 
 
-def drop_labels(key: jax.Array, y: jax.Array, rate: float, null_label: int | None) -> jax.Array:
-    """Replaces each label by the null label with probability `rate`, so that one network learns both (guidance)."""
-    if null_label is None:
+def drop_conditions(key: jax.Array, y: Condition, rate: float, null: Condition | None) -> Condition:
+    """Replaces each label or text by the null condition with probability `rate`, so that one network learns both (guidance)."""
+    if null is None:
         return y
-    return jnp.where(jax.random.bernoulli(key, rate, y.shape), null_label, y)
+    return replaced(y, null, jax.random.bernoulli(key, rate, jax.tree.leaves(y)[0].shape[:1]))
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
@@ -121,19 +122,22 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
     encoded_by: dict[str, Any] | None = None,
+    null_text: Condition | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step of `config`, the whole config.
 
     The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
-    {"moments": [B, h, w, 2C], "label"}. The key is the run's and never changes: each step
+    {"moments": [B, h, w, 2C], "label"}; of a model with text also {"text": {"tokens" [B, L, E], "length" [B]}}, whose null
+    condition is `null_text`. The key is the run's and never changes: each step
     folds its number in, so any step can be computed again from the state before it.
     """
     loss_of = make_loss(model, diffusion)
     gradient = make_gradient(loss_of, config.training.accumulation)
     schedule = learning_rate(config)
+    kind, null = ("text", null_text) if model.text else ("label", model.null_label)
 
     def probe(timesteps, params, inputs, key):
-        t, weight = strategy.probe(stream(key, "probe"), inputs["y"].shape[0])
+        t, weight = strategy.probe(stream(key, "probe"), inputs["t"].shape[0])
         t, importance = diffusion.draw_time(stream(key, "time"), t), jnp.ones_like(weight)
         probed = inputs | {"t": t, "weight": weight, "importance": importance}
         return strategy.learn(timesteps, gradient_variance(loss_of, params, probed, strategy.bins))
@@ -149,7 +153,7 @@ def make_train_step(
             "t": diffusion.draw_time(stream(key, "time"), t),
             "weight": weight,
             "importance": importance,
-            "y": drop_labels(stream(key, "label_dropout"), batch["label"], config.model.label_dropout, model.null_label),
+            "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
         grads, loss, terms = gradient(state.params, inputs)
         norm = optax.tree.norm(grads)

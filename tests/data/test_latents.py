@@ -9,7 +9,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from errors import assert_one_line
 
 from speedit_jax.config import get_config
-from speedit_jax.data import latents, loader
+from speedit_jax.data import latents, loader, shards
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def write(directory, count=COUNT):
     facts = []
     for shard in range(SHARDS):
         examples = ((i % 3, moments(i)) for i in range(4 * shard, min(4 * shard + 4, count)))
-        facts.append(latents.write_shard(directory / latents.shard_name(shard, SHARDS), examples))
+        facts.append(latents.write_shard(directory / shards.shard_name(shard, SHARDS), examples))
     what = {"shape": list(SHAPE), "class_names": ["a", "b", "c"], "latents": {"vae": "somewhere"}}
     return latents.write_header(directory, what, facts)
 
@@ -107,7 +107,7 @@ def test_a_part_in_order(written):
 
 
 def damage_bytes(directory):
-    path = directory / latents.shard_name(1, SHARDS)
+    path = directory / shards.shard_name(1, SHARDS)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -116,10 +116,10 @@ def damage_bytes(directory):
 DAMAGE = {
     "no header": (lambda d: (d / "header.json").unlink(), "no header.json in"),
     "half a header": (lambda d: (d / "header.json").write_text("{"), "header.json is not JSON"),
-    "no shard": (lambda d: (d / latents.shard_name(1, SHARDS)).unlink(), "00001-of-00003.array_record is missing"),
-    "half a shard": (lambda d: (d / latents.shard_name(1, SHARDS)).write_bytes(b"x" * 70_000), "cannot read the shards"),
+    "no shard": (lambda d: (d / shards.shard_name(1, SHARDS)).unlink(), "00001-of-00003.array_record is missing"),
+    "half a shard": (lambda d: (d / shards.shard_name(1, SHARDS)).write_bytes(b"x" * 70_000), "cannot read the shards"),
     "an old shard": (
-        lambda d: (d / latents.shard_name(2, SHARDS)).write_bytes((d / latents.shard_name(1, SHARDS)).read_bytes()),
+        lambda d: (d / shards.shard_name(2, SHARDS)).write_bytes((d / shards.shard_name(1, SHARDS)).read_bytes()),
         "holds 12 records, but its header says 10",
     ),
 }
@@ -141,7 +141,7 @@ def test_verify(written):
 
 
 def test_a_shard_is_finished_when_its_facts_are_there(tmp_path):
-    path = tmp_path / latents.shard_name(0, 1)
+    path = tmp_path / shards.shard_name(0, 1)
 
     def killed():
         yield 0, moments(0)
@@ -149,9 +149,9 @@ def test_a_shard_is_finished_when_its_facts_are_there(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         latents.write_shard(path, killed())
-    assert latents.finished_shard(path) is None and not path.exists()
+    assert shards.finished_shard(path) is None and not path.exists()
     facts = latents.write_shard(path, [(0, moments(0))])
-    assert latents.finished_shard(path) == facts and facts["records"] == 1
+    assert shards.finished_shard(path) == facts and facts["records"] == 1
 
 
 def harmed(value, where):
@@ -169,21 +169,21 @@ MEAN, LOGVAR = (1, 2, 0, 3), (0, 0, 1, 6)  # of the mirror image and of the imag
     "value, words", [(np.nan, ["not finite", "--dtype"]), (np.inf, ["not finite"]), (-7e4, ["reach 7e+04", "at most 65504"])]
 )
 def test_what_float16_does_not_hold_is_not_written(tmp_path, value, words, where):
-    path = tmp_path / latents.shard_name(0, 1)
+    path = tmp_path / shards.shard_name(0, 1)
     examples = [(0, moments(0)), (1, harmed(value, where)), (2, moments(2))]
     assert_one_line(lambda: latents.write_shard(path, examples, "image {} of mine".format), "image 1 of mine", *words)
     assert not any(tmp_path.iterdir())
 
 
 def test_the_largest_float16_is_written(tmp_path):
-    path = tmp_path / latents.shard_name(0, 1)
+    path = tmp_path / shards.shard_name(0, 1)
     facts = latents.write_shard(path, [(0, harmed(65504, MEAN))])
     assert np.isfinite(facts["sum"]).all() and np.isfinite(facts["sum_of_squares"]).all()
 
 
 def store_infinity(directory, sum_too):
     """Record 5 of all has an infinity, in the stored numbers and perhaps in the sums: what earlier versions wrote."""
-    path = directory / latents.shard_name(1, SHARDS)
+    path = directory / shards.shard_name(1, SHARDS)
     path.unlink()
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
     for i in range(4, 8):

@@ -60,7 +60,7 @@ def test_the_held_out_digits():
         ("digits", {"classes": "1,"}, "no class ''"),
         ("digits", {"classes": "1,2,1"}, "'1' is given twice"),
         ("digits", {"split": "test"}, "data.split=test: the digits have train and held_out"),
-        ("synthetic", {"split": "test"}, "data.split=test: only tfds:NAME and digits"),
+        ("synthetic", {"split": "test"}, "data.split=test: only tfds:NAME, digits and blobs"),
         ("synthetic", {"classes": "1"}, "data.classes=1 is not possible for synthetic"),
         ("latents:x", {"classes": "1"}, "speedit_jax.encode --classes"),
     ],
@@ -113,7 +113,9 @@ def test_digits_of_another_shape(key, shape):
 
 @pytest.mark.parametrize("source", ["imagenet", "", "tfds:"])
 def test_unknown_source(source):
-    with pytest.raises(UserError, match=f"data.source '{source}'.*digits, folder:PATH, tfds:NAME, latents:PATH or synthetic"):
+    with pytest.raises(
+        UserError, match=f"data.source '{source}'.*digits, folder:PATH, tfds:NAME, latents:PATH, synthetic or blobs"
+    ):
         open_source(config(source))
 
 

@@ -42,7 +42,7 @@ def test_the_velocity_tells_image_and_noise(path):
     x0, noise, s = batch()
     flow = FlowMatching(path)
     _, _, d_alpha, d_sigma = flow.coefficients(s, x0)
-    told = flow.x0_and_eps(d_alpha * x0 + d_sigma * noise, flow.q_sample(x0, s, noise), s)
+    told = flow.x0_and_noise(d_alpha * x0 + d_sigma * noise, flow.q_sample(x0, s, noise), s)
     for got, expected in zip(told, (x0, noise), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-13)
 
@@ -114,15 +114,22 @@ def test_strategies_on_flows():
     exact = np.histogram(time, np.linspace(0, 1, 201), weights=np.exp(-0.5 * z**2))[0]
     drawn = make_flow_strategy(flow, VP, 64, strategy="logit_normal").density
     np.testing.assert_allclose(drawn, exact / exact.sum(), atol=2e-4)
+    # It stays the flow's own time, whatever the scale of its noise; JiT's is more noisy than SD3's.
+    scaled = FlowMatching("linear", num_steps=200, noise_scale=2.0)
+    published = [make_flow_strategy(of, VP, 64, strategy="logit_normal", logit_mean=0.8, logit_std=0.8) for of in (flow, scaled)]
+    np.testing.assert_allclose(published[1].density, published[0].density, atol=1e-12)
+    times = 1 - (np.arange(200) + 0.5) / 200
+    z = np.random.default_rng(0).normal(-0.8, 0.8, 100_000)
+    assert published[0].density @ times == pytest.approx((1 / (1 + np.exp(-z))).mean(), abs=2e-3)
     # The velocity's own weight, stated for epsilon, is 1 for the velocity.
     np.testing.assert_allclose(make_flow_strategy(flow, VP, 64, strategy="uniform", weighting="flow").weights, 1)
 
 
 @pytest.mark.parametrize("strategy", ["speedit", "speed_cvpr25"])
-@pytest.mark.parametrize("path", PATHS)
-def test_speedit_and_speed_do_the_same_at_the_same_noise(path, strategy):
+@pytest.mark.parametrize(("path", "noise_scale"), [("linear", 1.0), ("gvp", 1.0), ("linear", 2.0), ("gvp", 0.5)])
+def test_speedit_and_speed_do_the_same_at_the_same_noise(path, noise_scale, strategy):
     """The mass and the mean weight between two noise-to-signal ratios are those of the diffusion."""
-    flow = FlowMatching(path)
+    flow = FlowMatching(path, noise_scale=noise_scale)
     there, here = make_strategy(VP, strategy), make_flow_strategy(flow, VP, 64, strategy=strategy)
     ratios = [np.sqrt(1 / s.alphas_cumprod - 1) for s in (VP, flow.schedule)]
     for low, high in ((0.05, 0.5), (0.5, 2), (2, 20)):
@@ -143,11 +150,98 @@ def perfect_velocity(flow):
 
     def velocity(x, s):
         alpha, sigma, d_alpha, d_sigma = flow.coefficients(s, x)
-        variance = alpha**2 * SPREAD**2 + sigma**2
-        ratio = (alpha * d_alpha * SPREAD**2 + sigma * d_sigma) / variance
+        noise = flow.noise_scale**2
+        variance = alpha**2 * SPREAD**2 + sigma**2 * noise
+        ratio = (alpha * d_alpha * SPREAD**2 + sigma * d_sigma * noise) / variance
         return d_alpha * MEAN + ratio * (x - alpha * MEAN)
 
     return velocity
+
+
+def perfect_image(flow):
+    """E[x_0 | x_s] of the same data."""
+
+    def image(x, s):
+        alpha, sigma, _, _ = flow.coefficients(s, x)
+        variance = alpha**2 * SPREAD**2 + (flow.noise_scale * sigma) ** 2
+        return MEAN + alpha * SPREAD**2 / variance * (x - alpha * MEAN)
+
+    return image
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, 2.0])
+@pytest.mark.parametrize("path", PATHS)
+def test_both_targets_have_the_same_minimiser(path, noise_scale):
+    """The velocity that the expected image gives is the expected velocity, where nothing is clamped; and back."""
+    x0, noise, _ = batch()
+    s = jnp.asarray([0.0, 0.1, 0.5, 0.9, 0.94])
+    flow = FlowMatching(path, predicts_x0=True, noise_scale=noise_scale)
+    x = flow.q_sample(x0, s, noise)
+    image, velocity = perfect_image(flow)(x, s), perfect_velocity(flow)(x, s)
+    v, n = flow.velocity_and_noise(image, x, s)
+    np.testing.assert_allclose(v, velocity, atol=1e-12)
+    for got, expected in zip(flow.x0_and_noise(v, x, s), (image, n), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+    # One error is one loss, whichever of the two it is made in.
+    twin = FlowMatching(path, noise_scale=noise_scale)
+    losses = [flow.losses(image, x0, x, s, noise)["mse"], twin.losses(velocity, x0, x, s, noise)["mse"]]
+    np.testing.assert_allclose(*losses, rtol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_near_the_image_the_division_is_clamped(path):
+    x0, noise, _ = batch()
+    s = jnp.asarray([0.9, 0.96, 0.99, 0.999, 1.0])
+    flow = FlowMatching(path, predicts_x0=True, clamp=0.05)
+    x = flow.q_sample(x0, s, noise)
+    _, sigma, _, _ = PATHS[path](np.asarray(s), np)
+    d = {"linear": 1.0, "gvp": np.pi / 2}[path]
+    expected = (0.1 * d / np.maximum(sigma, 0.05)) ** 2
+    np.testing.assert_allclose(flow.losses(x0 + 0.1, x0, x, s, noise)["mse"], expected, rtol=1e-9)
+    np.testing.assert_allclose(flow.losses(x0, x0, x, s, noise)["mse"], 0, atol=1e-20)
+
+
+@pytest.mark.parametrize("predicts_x0", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_an_error_of_the_noise_is_worth(path, predicts_x0):
+    """Of every level: an estimate of eps that is off by 1 makes an mse of 1 / worth, in what the network predicts."""
+    flow = FlowMatching(path, num_steps=40, predicts_x0=predicts_x0, noise_scale=2.0)
+    s = jnp.asarray(1 - (np.arange(40) + 0.5) / 40)
+    x0, noise = jax.random.normal(jax.random.key(0), (2, 40, 2, 2, 1))
+    x = flow.q_sample(x0, s, noise)
+    alpha, sigma, d_alpha, d_sigma = flow.coefficients(s, x)
+    off = noise + 1
+    image = (x - sigma * 2.0 * off) / alpha
+    output = image if predicts_x0 else d_alpha * image + d_sigma * 2.0 * off
+    np.testing.assert_allclose(1 / flow.losses(output, x0, x, s, noise)["mse"], flow.worth, rtol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_noise_scale_is_a_path_of_scaled_images(path):
+    x0, noise, s = batch()
+    flow, plain = FlowMatching(path, noise_scale=2.0), FlowMatching(path)
+    np.testing.assert_allclose(flow.q_sample(x0, s, noise), 2 * plain.q_sample(x0 / 2, s, noise), atol=1e-15)
+    abar = [of.schedule.alphas_cumprod for of in (flow, plain)]
+    log_snr = [np.log(a / (1 - a)) for a in abar]
+    np.testing.assert_allclose(log_snr[0], log_snr[1] - 2 * np.log(2), atol=1e-9)
+    np.testing.assert_allclose(flow.time_of(np.sqrt(1 / abar[0] - 1)), 1 - (np.arange(1000) + 0.5) / 1000, atol=1e-9)
+    for sampler in FLOW_SAMPLERS:
+        drawn = [
+            sample_flow(
+                lambda x, s, a=a: a * jnp.sin(x / a),
+                x0,
+                of,
+                lambda k: jnp.cos(k + noise),
+                sampler=sampler,
+                num_steps=7,
+            )
+            for a, of in ((2.0, flow), (1.0, plain))
+        ]
+        np.testing.assert_allclose(drawn[0], 2 * drawn[1], atol=1e-13)
+
+
+def perfect(flow):
+    return perfect_image(flow) if flow.predicts_x0 else perfect_velocity(flow)
 
 
 def sampled_moments(flow, num_steps, **settings):
@@ -155,15 +249,17 @@ def sampled_moments(flow, num_steps, **settings):
     basis = jnp.arange(num_steps + 2)
     noise = lambda k: (basis == k).astype(float).reshape(-1, 1, 1, 1)  # noqa: E731
     start = (basis == num_steps).astype(float).reshape(-1, 1, 1, 1)
-    out = sample_flow(perfect_velocity(flow), start, flow, noise, num_steps=num_steps, **settings).squeeze()
+    out = sample_flow(perfect(flow), start, flow, noise, num_steps=num_steps, **settings).squeeze()
     return float(out[-1]), float(jnp.sqrt(((out[:-1] - out[-1]) ** 2).sum()))
 
 
+# Whatever it is told by: a velocity or, without a clamp to speak of, an image; and with noise of another scale.
+@pytest.mark.parametrize("told", [{}, {"predicts_x0": True, "clamp": 1e-12}, {"noise_scale": 0.5}], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("sde", 1)])
-def test_order_of_convergence(path, sampler, order):
+def test_order_of_convergence(path, sampler, order, told):
     assert sampler in FLOW_SAMPLERS
-    flow = FlowMatching(path)
+    flow = FlowMatching(path, **told)
     errors = []
     # The sde's last step of 0.04 is an error of its own; below 25 steps it is one of the steps.
     counts = (6, 12, 24) if sampler == "sde" else (40, 80, 160)
@@ -177,8 +273,9 @@ def test_order_of_convergence(path, sampler, order):
         assert slope < order + 0.35, (errors, slope)
 
 
-def test_clipping_bounds_the_images():
-    flow = FlowMatching("linear")
+@pytest.mark.parametrize("predicts_x0", [False, True])
+def test_clipping_bounds_the_images(predicts_x0):
+    flow = FlowMatching("linear", predicts_x0=predicts_x0, clamp=0.01)
     x = 3 * jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
     for sampler in FLOW_SAMPLERS:
         out = sample_flow(lambda x, s: 10 * x, x, flow, jnp.zeros_like, sampler=sampler, num_steps=8, clip=True)

@@ -14,6 +14,7 @@ from speedit_jax.evaluation.during_training import Evaluation
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.metrics.statistics_file import Origin, read_statistics, write_statistics
+from speedit_jax.sampling.conditions import Labels
 from speedit_jax.sampling.sampler import FixedSamples
 
 COUNT = 50
@@ -24,7 +25,7 @@ def flat(split):
     return np.round((load_digits(split)[0] + 1) * 127.5).reshape(-1, 64) / 255
 
 
-def sampler(params, key, indices, labels):
+def sampler(params, key, indices, labels, null_text):
     """Where a network would draw, the parameters are the pictures."""
     assert (labels == indices % 10).all()
     return np.take(params, indices, axis=0, mode="wrap")
@@ -33,7 +34,7 @@ def sampler(params, key, indices, labels):
 def evaluation(autoencoder=None, sampling=None, source=None, **changes):
     config = tiny.make_config(**({"data__source": "digits", "evaluation__batch_size": 7} | PIXELS | changes))
     mesh = tiny.make_mesh((2, 2, 2))
-    pictures = FixedSamples(sampler, autoencoder, 10, jax.random.key(0), config.evaluation.num_images, 4)
+    pictures = FixedSamples(sampler, autoencoder, Labels(np.arange(10)), jax.random.key(0), config.evaluation.num_images, 4)
     return Evaluation(config, source or open_source(config.data), pictures, sampling or {}, mesh)
 
 

@@ -109,7 +109,7 @@ def output_and_gradients(inputs, d_out, **kwargs):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(("dtype", "tolerance", "gate_tolerance"), [(jnp.float32, 1e-6, 1e-5), (jnp.bfloat16, 6e-3, 1.5e-2)])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("implementation", map(on_devices, IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", [on_devices(name) for name in IMPLEMENTATIONS])
 def test_against_the_definition(implementation, gate, dtype, tolerance, gate_tolerance, reverse):
     inputs, d_out = make_inputs(gate, TOKENS[implementation], dtype)
     reference, reference_grads = definition(inputs, d_out, reverse)

@@ -19,6 +19,11 @@ def make(image_shape=(8, 8, 3), num_classes=5, learned_variance=True, platform="
     return build(config, image_shape=image_shape, num_classes=num_classes, learned_variance=learned_variance, platform=platform)
 
 
+# What DiT may have besides the published parts, each of them alone and all together.
+PARTS = ({"rope": True}, {"mlp": "swiglu"}, {"norm": "rms"}, {"patch_bottleneck": 4})
+PIXELS = {key: value for part in PARTS for key, value in part.items()}
+
+
 def initial(model, seed=0):
     return jax.jit(model.init)(jax.random.key(seed))
 
@@ -66,6 +71,7 @@ def test_parameters_of_the_papers_models(name, parameters):
         {},
         {"image_shape": (4, 12, 1), "name": "DiT-tiny/4", "learned_variance": False},
         {"image_shape": (6, 2, 4), "name": "DiT-tiny/1", "num_classes": 0},
+        {"image_shape": (16, 16, 3), "name": "DiT-tiny/16", **PIXELS},
     ],
 )
 def test_at_initialisation_the_output_is_zero(keys):
@@ -101,8 +107,9 @@ def test_initialisation_is_a_function_of_the_key():
     assert (first["patch"]["kernel"] != other["patch"]["kernel"]).any()
 
 
-def test_every_parameter_is_used_and_every_axis_named():
-    model = make()
+@pytest.mark.parametrize("keys", [{}, PIXELS], ids=["published", "pixels"])
+def test_every_parameter_is_used_and_every_axis_named(keys):
+    model = make(**keys)
     params = trained(model)
     gradients = jax.jit(jax.grad(lambda p: (model.apply(p, *inputs(model, 6)) ** 2).sum()))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
@@ -182,7 +189,7 @@ def outputs_and_gradients(**keys):
 DIG = {"name": "DiG-tiny/2", "directions": 2, "depth": 3}
 
 
-@pytest.mark.parametrize("name", [{}, DIG], ids=["DiT", "DiG"])
+@pytest.mark.parametrize("name", [{}, PIXELS, DIG], ids=["DiT", "pixels", "DiG"])
 @pytest.mark.parametrize("keys", [{"remat": "lean"}, {"remat": "full"}, {"scan_unroll": 2}], ids=str)
 def test_how_it_is_computed_changes_nothing(name, keys):
     def close(a, b):
@@ -250,6 +257,11 @@ def test_names(name, parsed):
         ({"attention": "pallas"}, r"model\.attention=pallas"),
         ({"mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0"),
         ({"heads": -2}, r"model\.heads=-2"),
+        ({"mlp": "relu"}, r"model\.mlp 'relu'.*gelu, swiglu"),
+        ({"norm": "batch"}, r"model\.norm 'batch'.*layer, rms"),
+        ({"rope": True, "width": 36, "heads": 6}, r"model\.rope wants .* multiple of 4, not 6"),
+        ({"rope": True, "name": "DiG-tiny/2"}, r"model\.rope .* for DiT"),
+        ({"patch_bottleneck": -1}, r"model\.patch_bottleneck=-1"),
     ],
 )
 def test_user_errors_name_the_key(keys, message):
@@ -264,6 +276,37 @@ def test_user_errors_name_the_key(keys, message):
 def test_flops_are_the_papers(name, gflops):
     model = make((32, 32, 4), 1000, name=name, width=0, depth=0, heads=0)
     assert model.forward_flops / 2e9 == pytest.approx(gflops, rel=0.02)
+
+
+@pytest.mark.parametrize("keys", PARTS, ids=str)
+def test_a_part_alone_is_another_network(keys):
+    """The parts that it shares with the published one at the same weights."""
+    model, plain = make(**keys), make()
+    params, published = trained(model), trained(plain)
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (params, published)]
+    assert (shapes[0] == shapes[1]) == ("rope" in keys)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(published):
+        where = params
+        for key in path[:-1]:
+            where = where.get(key.key, {})
+        if where.get(path[-1].key, leaf[:0]).shape == leaf.shape:
+            where[path[-1].key] = leaf
+    out, expected = run(model, params, *inputs(model)), run(plain, published, *inputs(plain))
+    assert out.shape == expected.shape and np.abs(out - expected).max() > 0.01
+
+
+def test_a_bottleneck_of_full_rank_is_a_plain_patch():
+    model, plain = make(patch_bottleneck=12), make()  # 2 x 2 x 3 numbers
+    params = trained(plain)
+    wide = params | {"patch_bottleneck": {"kernel": np.eye(12, dtype=np.float32)}}
+    np.testing.assert_array_equal(run(model, wide, *inputs(model)), run(plain, params, *inputs(plain)))
+
+
+def test_swiglu_has_as_many_weights():
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(initial(make(width=48, mlp=mlp))["blocks"]["mlp"])) for mlp in ("gelu", "swiglu")
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])

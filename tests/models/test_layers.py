@@ -25,6 +25,23 @@ def test_position_table(height, width, dim):
     assert len(np.unique(table.round(6), axis=0)) == height * width
 
 
+def test_rotary_logits_depend_on_differences_of_positions():
+    """In float64: moving query and key by the same rows and columns changes no logit; moving one of them does."""
+    with jax.enable_x64(True):
+        q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 2, 12))
+
+        def logits(at, to):
+            table = layers.rope_angles((9, 7), 12).reshape(9, 7, 6)
+            turned = [layers.rotate(x, jnp.asarray(table[place])[None]) for x, place in ((q, at), (k, to))]
+            return np.asarray((turned[0] * turned[1]).sum(-1))
+
+        first = logits((1, 2), (4, 3))
+        np.testing.assert_allclose(logits((5, 5), (8, 6)), first, atol=1e-13)
+        for other in ((4, 4), (5, 3), (3, 4)):
+            assert np.abs(logits((1, 2), other) - first).max() > 1e-2
+        np.testing.assert_array_equal(layers.rotate(q, jnp.zeros((1, 6))), q)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_timestep_features(shift):
     t = np.array([0, 1, 17, 999])
@@ -94,7 +111,7 @@ RECOMPUTED = {
     "gelu": (dit.gelu, [(2, 5, 24)]),
     "gate": (dig._log_gate, [(2, 5, 3, 8)]),
     "swish": (dig._swish_times, [(2, 5, 3, 8), (2, 5, 3, 8)]),
-    "swiglu": (dig._swiglu, [(2, 5, 2, 24)]),
+    "swiglu": (layers._swiglu, [(2, 5, 2, 24)]),
     "convolution": (dig._shifted_products, [(2, 4, 6, 24), (3, 3, 24), (24,)]),
 }
 

@@ -121,7 +121,7 @@ def test_settings_come_from_the_config():
     config = tiny.make_config(sampling__num_steps=7, sampling__guidance_channels=3).sampling
     guided = tiny.make_trainer().model
     assert Settings.from_config(config, guided) == Settings("auto", 7, 0.0, 1.5, 3, True)
-    unguided = dataclasses.replace(guided, null_label=None)
+    unguided = dataclasses.replace(guided, null_label=None, guidable=False)
     assert Settings.from_config(config, unguided) == Settings("auto", 7, 0.0, 1.0, 3, True)
     assert Settings.from_config(config, unguided, guided).guidance_scale == 1.5
 
@@ -182,7 +182,7 @@ def test_guidance_needs_a_null_label():
     assert trainer.model.null_label is None
     with pytest.raises(
         UserError,
-        match=r"guidance_scale=2.0 needs a model trained with classes and model.label_dropout > 0; use guidance_scale=1",
+        match=r"guidance_scale=2.0 needs a model trained with classes or text and model.label_dropout > 0; use guidance_scale=1",
     ):
         make_sampler(trainer.model, trainer.diffusion, SETTINGS, trainer.mesh)
     make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, guidance_scale=1.0), trainer.mesh)

@@ -5,7 +5,30 @@ import pytest
 import tiny
 
 from speedit_jax.diffusion.gaussian import PREDICTIONS
+from speedit_jax.errors import UserError
 from speedit_jax.training import assembly
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_what_a_flow_predicts(prediction):
+    config = tiny.make_config(diffusion__prediction=prediction, diffusion__path="gvp", diffusion__noise_scale=2.0)
+    flow = assembly.make_diffusion(config)
+    assert (flow.predicts_x0, flow.clamp, flow.noise_scale) == (prediction == "x0", 0.05, 2.0)
+    assert flow.prediction == ("gvp x0" if prediction == "x0" else "gvp velocity")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"diffusion__noise_scale": 2.0}, r"diffusion\.noise_scale=2\.0 is for flows"),
+        ({"diffusion__noise_scale": 0.0, "diffusion__path": "linear"}, r"diffusion\.noise_scale=0\.0: must be positive"),
+        ({"diffusion__x0_clamp": 0.0, "diffusion__path": "linear", "diffusion__prediction": "x0"}, r"diffusion\.x0_clamp=0\.0"),
+        ({"diffusion__prediction": "score", "diffusion__path": "linear"}, r"diffusion\.prediction 'score'.*epsilon, x0, v"),
+    ],
+)
+def test_impossible_flows(changes, message):
+    with pytest.raises(UserError, match=message):
+        assembly.make_diffusion(tiny.make_config(**changes))
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

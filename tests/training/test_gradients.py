@@ -12,14 +12,14 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import BATCH, CLASSES, IMAGE, MESHES, ONE
+from tiny import BATCH, CLASSES, IMAGE, MESHES, ONE, TEXTS
 
 from speedit_jax import sharding
 from speedit_jax.training.step import make_gradient, make_loss
 
 
 @functools.cache
-def gradient(shape, x64: bool, accumulation: int = 1, **changes):
+def gradient(shape, x64: bool, accumulation: int = 1, text: bool = False, **changes):
     """(gradient, loss, metrics, per_example) on a mesh, on the host."""
     dtype = np.float64 if x64 else np.float32
     rng = np.random.default_rng(1)
@@ -31,8 +31,13 @@ def gradient(shape, x64: bool, accumulation: int = 1, **changes):
         "importance": rng.uniform(0.5, 1.5, BATCH).astype(dtype),
         "y": rng.integers(0, CLASSES + 1, BATCH).astype(np.int32),
     }
+    if changes.get("diffusion__path", "vp") != "vp":
+        batch["t"] = rng.uniform(0.02, 0.98, BATCH).astype(dtype)
+    if text:
+        length = rng.integers(1, TEXTS.length + 1, BATCH).astype(np.int32)
+        batch["y"] = {"tokens": rng.normal(size=(BATCH, TEXTS.length, TEXTS.width)).astype(dtype), "length": length}
     with jax.enable_x64(x64):
-        trainer = tiny.make_trainer(shape, **changes)
+        trainer = tiny.make_trainer(shape, texts=TEXTS if text else None, **changes)
         params = jax.device_put(tiny.random_like(trainer.shapes.params, dtype=dtype), trainer.shardings.params)
         function = jax.jit(
             make_gradient(make_loss(trainer.model, trainer.diffusion), accumulation),
@@ -72,6 +77,59 @@ def test_every_leaf_of_dig_on_every_mesh(shape):
     errors = tiny.relative_errors(gradient(shape, True, **dig)[0], gradient(ONE, True, **dig)[0])
     assert len(errors) == 5 * 15 + 11
     assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
+
+
+# As configs/pixels.py.
+PIXELS = {
+    "diffusion__path": "linear",
+    "diffusion__prediction": "x0",
+    "diffusion__noise_scale": 2.0,
+    "diffusion__variance": "fixed_small",
+    "model__qk_norm": True,
+    "model__rope": True,
+    "model__mlp": "swiglu",
+    "model__norm": "rms",
+    "model__patch_bottleneck": 4,
+}
+
+
+TEXT = {
+    "DiT": {},
+    "DiT, pooled, adaLN-single": {"model__text": "pooled", "model__adaln": "single"},
+    "DiG": {"model__name": "DiG-tiny/2", "model__directions": 1},
+}
+
+
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
+def test_every_leaf_of_a_flow_on_pixels_on_every_mesh(shape):
+    grads, reference = gradient(shape, True, **PIXELS)[0], gradient(ONE, True, **PIXELS)[0]
+    errors = tiny.relative_errors(grads, reference)
+    assert len(errors) == 21 + 6
+    # Those of the weights of q_norm and k_norm are 1e-5: random weights of 0.1 make logits of nearly zero.
+    assert all(np.linalg.norm(leaf) > 1e-6 for leaf in jax.tree.leaves(reference)), "a gradient that is zero tests nothing"
+    assert max(errors.values()) < 1e-11, {name: error for name, error in errors.items() if error >= 1e-11}
+
+
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
+@pytest.mark.parametrize("changes", TEXT.values(), ids=TEXT)
+def test_every_leaf_with_text(shape, changes):
+    grads, _, _ = gradient(shape, True, text=True, **changes)
+    reference = gradient(ONE, True, text=True, **changes)[0]
+    errors = tiny.relative_errors(grads, reference)
+    assert all(np.linalg.norm(leaf) > 1e-8 for leaf in jax.tree.leaves(reference)), "a gradient that is zero tests nothing"
+    assert max(errors.values()) < 1e-10, {name: error for name, error in errors.items() if error >= 1e-10}
+
+
+@pytest.mark.parametrize("shape", MOST_IS_SLOW)
+def test_every_leaf_with_text_in_float32(shape):
+    errors = tiny.relative_errors(gradient(shape, False, text=True)[0], gradient(ONE, False, text=True)[0])
+    assert max(errors.values()) < 1e-5, {name: error for name, error in errors.items() if error >= 1e-5}
+
+
+def test_accumulation_with_text_changes_only_the_rounding():
+    # Lengths and tokens are dealt out together with the images.
+    errors = tiny.relative_errors(gradient((2, 2, 2), True, 4, text=True)[0], gradient(ONE, True, text=True)[0])
+    assert max(errors.values()) < 1e-12, errors
 
 
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -152,7 +210,7 @@ def test_layout_of_two_kernels(record_property):
 
 
 def test_kernels_are_column_parallel_in_and_row_parallel_out():
-    trainer = tiny.make_trainer()
+    trainer = tiny.make_trainer(texts=TEXTS)
     specs = {
         jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec(names)
         for path, names in jax.tree_util.tree_leaves_with_path(trainer.model.axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -161,6 +219,11 @@ def test_kernels_are_column_parallel_in_and_row_parallel_out():
     assert over_tensor == {
         "blocks/attention/qkv/kernel": P(None, "fsdp", None, "tensor", None),
         "blocks/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+        "blocks/cross/q/kernel": P(None, "fsdp", "tensor", None),
+        "blocks/cross/kv/kernel": P(None, "fsdp", None, "tensor", None),
+        "blocks/cross/out/kernel": P(None, "tensor", None, "fsdp"),
+        "text/hidden/kernel": P("fsdp", "tensor"),
+        "text/out/kernel": P("tensor", "fsdp"),
         "blocks/mlp/up/kernel": P(None, "fsdp", "tensor"),
         "blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
     }

@@ -126,6 +126,16 @@ def test_a_key_younger_than_the_run_has_its_default(tmp_path):
         run.claim(tmp_path, describe(model__qk_norm=True))
 
 
+def test_a_key_that_did_nothing_then():
+    """Older flows predicted the velocity and older DiTs had layer norms, whatever their configs say."""
+    saved = {"model": {"name": "DiT-S/2", "norm": "rms"}, "diffusion": {"path": "linear", "prediction": "x0"}}
+    older, younger = complete(saved), complete({**saved, "diffusion": {**saved["diffusion"], "x0_clamp": 0.05}})
+    assert (older.diffusion.prediction, older.model.norm) == ("epsilon", "layer")
+    assert (younger.diffusion.prediction, younger.model.norm) == ("x0", "rms")
+    kept = complete({"model": {"name": "DiG-S/2", "norm": "rms"}, "diffusion": {"path": "vp", "prediction": "x0"}})
+    assert (kept.diffusion.prediction, kept.model.norm) == ("x0", "rms")
+
+
 def test_the_two_ways_on_are_named(workdir):
     with pytest.raises(
         UserError, match="or --continue_with_changes to resume from step 7 with these, or start a new run"

@@ -16,7 +16,7 @@ from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
 from speedit_jax.training.state import learning_rate
-from speedit_jax.training.step import by_quarter, drop_labels, ema_decay, make_loss, microbatches, stream
+from speedit_jax.training.step import by_quarter, drop_conditions, ema_decay, make_loss, microbatches, stream
 
 KEY = jax.random.key(7)
 
@@ -108,7 +108,7 @@ def test_dropped_labels_become_the_null_label():
 def test_drop_labels_rate():
     y = jnp.arange(100_000) % 10
     for rate in (0.0, 0.1, 0.5):
-        out = np.asarray(drop_labels(KEY, y, rate, 10))
+        out = np.asarray(drop_conditions(KEY, y, rate, 10))
         dropped = out == 10
         # Five standard deviations of a binomial.
         assert abs(dropped.mean() - rate) <= 5 * (rate * (1 - rate) / len(y)) ** 0.5
@@ -117,7 +117,7 @@ def test_drop_labels_rate():
 
 def test_drop_labels_without_a_null_label():
     y = jnp.arange(5)
-    assert drop_labels(KEY, y, 0.5, None) is y
+    assert drop_conditions(KEY, y, 0.5, None) is y
 
 
 def test_streams_are_distinct_and_unknown_names_fail():

@@ -1,0 +1,151 @@
+"""What the launch scripts do with real processes: their exit codes, and those of a slice that the test's `gcloud` plays here."""
+
+import os
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SECONDS = 60  # for what takes a moment
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def run(cwd: Path, name: str, *flags: str, **env: str) -> str:
+    done = subprocess.run([LAUNCH / name, *flags], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def wait(condition) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def status(cwd: Path) -> str:
+    return run(cwd, "detached.sh", "status").strip()
+
+
+def test_detached_run(tmp_path):
+    assert status(tmp_path) == "none"
+    run(tmp_path, "detached.sh", "run", "--", "bash", "-c", "echo 'it runs'; until [ -e go ]; do sleep 0.1; done; exit 3")
+    assert status(tmp_path) == "running"
+    again = subprocess.run([LAUNCH / "detached.sh", "run", "--", "true"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1 and "already runs here" in again.stderr
+    (tmp_path / "go").touch()
+    wait(lambda: status(tmp_path) == "3")
+    assert run(tmp_path, "detached.sh", "logs") == "it runs\n"
+
+
+def test_stop_waits_for_what_is_saved(tmp_path):
+    code = "trap 'sleep 1; touch saved; exit 130' TERM; touch started; while :; do sleep 0.1; done"
+    run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", code)
+    wait((tmp_path / "started").exists)
+    run(tmp_path, "detached.sh", "stop")
+    wait(lambda: status(tmp_path) == "stopped")
+    assert (tmp_path / "saved").exists() and (tmp_path / ".launch/run/exit").read_text() == "130\n"
+
+
+def test_restart_after_75_alone(tmp_path):
+    command = "echo >>starts; (($(wc -l <starts) < 3)) && exit 75; exit 1"
+    run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", command)
+    wait(lambda: status(tmp_path) == "1")
+    assert (tmp_path / "starts").read_text().count("\n") == 3
+
+
+# `srun` of the test: two tasks of which the second ends with the code in FIRST at the first start, and the other one with 75 if
+# that is not 0; as SLURM's, it gives the highest.
+SRUN = """
+until [[ $1 == bash ]]; do shift; done
+"$@" & one=$!
+PEER=1 "$@" & two=$!
+wait $one; a=$?
+wait $two; b=$?
+exit $((a > b ? a : b))
+"""
+TASK = 'if [[ ${PEER:-} ]]; then exit "$FIRST"; elif ((FIRST)); then exit 75; fi'
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "expected", "requeued"),
+    [(0, 0, 0, False), (1, 0, 1, False), (75, 0, 75, True), (130, 3, 130, True), (137, 9, 137, True), (137, 10, 137, False)],
+)
+def test_slurm_job_comes_back_unless_it_is_complete_or_mistaken(tmp_path, code, restarts, expected, requeued):
+    for name, text in {"srun": SRUN, "python": TASK, "scontrol": "echo scontrol $@"}.items():
+        script(tmp_path / "bin" / name, text)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "FIRST": str(code), "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_RESTART_COUNT": str(restarts)}
+    command = [LAUNCH / "slurm.sbatch", "--in_the_job", "--config=c"]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == expected, done
+    assert ("scontrol requeue 7" in done.stdout) == requeued
+
+
+# A slice of one host, whose home is $CLOUD/host, if it is there. Installing makes a Python that ends with the next code in
+# $CLOUD/codes; "preempted" takes the host away.
+GCLOUD = """
+echo "$4" >>"$CLOUD/calls"
+case $4 in
+  create) mkdir "$CLOUD/host" ;;
+  delete) rm -rf "$CLOUD/host" "$CLOUD/preempted" ;;
+  list) if [[ -e $CLOUD/preempted ]]; then echo "pod PREEMPTED"; elif [[ -e $CLOUD/host ]]; then echo "pod READY"; fi ;;
+  scp) cp "$5" "$CLOUD/host/${6#pod:}" ;;
+  ssh)
+    [[ -e $CLOUD/preempted ]] && exit 255
+    for word; do case $word in --command=*) command=${word#*=} ;; esac; done
+    cd "$CLOUD/host"
+    if [[ $command == *uv* ]]; then
+      mkdir -p speedit_jax/.venv/bin && cp -r "$LAUNCH" speedit_jax && cp "$CLOUD/python" speedit_jax/.venv/bin
+    else
+      bash -c "$command"
+    fi
+    ;;
+esac
+"""
+PYTHON = """
+code=$(head -n 1 "$CLOUD/codes")
+sed -i 1d "$CLOUD/codes"
+if [[ $code == preempted ]]; then touch "$CLOUD/preempted"; sleep 100; fi
+exit "$code"
+"""
+
+
+def babysit(tmp_path: Path, *codes: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """(the babysitter at its end, gcloud's commands that change something) of a run whose starts end with `codes`."""
+    script(tmp_path / "bin" / "gcloud", GCLOUD)
+    script(tmp_path / "python", PYTHON)
+    (tmp_path / "codes").write_text("\n".join(codes) + "\n")
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "LAUNCH": str(LAUNCH)}
+    flags = ["--tpu=pod", "--zone=z", "--type=t", "--version=v", "--poll=1", "--in_this_process", "--", "--config=c"]
+    command = [LAUNCH / "tpu_vm.sh", "babysit", *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS)
+    calls = (tmp_path / "calls").read_text().split()
+    return done, [call for call in calls if call in ("create", "delete")]
+
+
+def test_babysitter_reruns_and_makes_a_preempted_slice_again(tmp_path):
+    done, calls = babysit(tmp_path, "75", "preempted", "137", "130", "0")
+    assert done.returncode == 0, done
+    assert calls == ["create", "delete", "create"]
+    assert (tmp_path / "codes").read_text() == ""
+    assert "The slice is PREEMPTED" in done.stdout and "The run ended with 75" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("The run is complete. The slice still costs money: delete it.")
+
+
+def test_babysitter_gives_up_after_a_mistake(tmp_path):
+    done, calls = babysit(tmp_path, "1", "0")
+    assert done.returncode == 1 and calls == ["create"] and "ended with a mistake" in done.stdout
+
+
+def test_babysitter_gives_up_after_five_short_runs(tmp_path):
+    done, _ = babysit(tmp_path, *["139"] * 6)
+    assert done.returncode == 1 and "the last time with 139" in done.stdout and (tmp_path / "codes").read_text() == "139\n"
