@@ -6,14 +6,14 @@ import json
 import object_stores
 import pytest
 
-from speedit_jax import storage
+from speedit_jax import object_store, storage
 from speedit_jax.errors import UserError
 
 
 @pytest.fixture(scope="module", params=["gcs", "s3"])
 def bucket(request):
     with getattr(object_stores, request.param)() as url:
-        storage._file_system.cache_clear()
+        object_store.file_system.cache_clear()
         yield url
 
 
