@@ -126,7 +126,7 @@ class Subject:
         except UserError:
             return "WRONG"
         aside = self.checkpoint.with_name(f"{set_aside.PREFIX}{NEWER}")
-        right = set_aside.steps(self.workdir) == [OLDER] and len(lines) == 1 and aside.is_dir()
+        right = integrity.steps(self.workdir) == [OLDER] and len(lines) == 1 and aside.is_dir()
         if aside.is_dir():
             aside.rename(self.checkpoint)
         return "refused" if right else "WRONG"

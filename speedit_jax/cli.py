@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from speedit_jax import peers, recipes
+from speedit_jax import object_store, peers, recipes
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
@@ -109,6 +109,8 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
                 watch.blame(e)
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
                 fail(f"{e.strerror}; free some disk space and run the same command again")
+            if problem := object_store.failure(e):
+                fail(problem)
             if jax.distributed.is_initialized():
                 traceback.print_exc()
                 _leave_others()

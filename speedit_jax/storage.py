@@ -1,35 +1,29 @@
 """Files, on disks and in object stores: atomic, lasting writes, JSON, checksums, and the one line that an error has to say.
 
-A path on a disk is pathlib's. One that starts with gs:// or s3:// is etils.epath's, over fsspec: it has the same names and the
-methods that both kinds of storage can offer; the functions here do the rest. In an object store a file appears whole or not at
-all, when its upload ends, and a directory is only a common beginning of names: it needs no making, and cannot be renamed.
+A path on a disk is pathlib's, one in an object store is object_store.py's, with the same names and the methods that both kinds of
+storage can offer; the functions here do the rest.
 """
 
 import atexit
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import xxhash
 
+from speedit_jax import object_store
 from speedit_jax.errors import UserError
-
-# TensorFlow, where it is installed, would read gs:// by itself and knows no s3://: one way is enough.
-os.environ.setdefault("EPATH_USE_TF", "false")
-from etils import epath
-
-_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec needs for it
-_EXTRAS = {"gs": "gcs", "s3": "s3"}
+from speedit_jax.object_store import is_remote, store
 
 
 def path(where: str | os.PathLike[str]) -> Path:
@@ -41,34 +35,7 @@ def path(where: str | os.PathLike[str]) -> Path:
       UserError: it starts with another scheme, names no bucket, or its package is not installed.
     """
     text = os.fspath(where)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Path(text).expanduser()
-    if scheme not in _PACKAGES:
-        raise UserError(f"{text}: unknown storage {scheme}://; give a path on a disk, gs://BUCKET/PATH or s3://BUCKET/PATH")
-    if not rest.strip("/"):
-        raise UserError(f"{text}: the bucket is missing; give {scheme}://BUCKET/PATH")
-    if importlib.util.find_spec(_PACKAGES[scheme]) is None:
-        raise UserError(f"{text} needs the package {_PACKAGES[scheme]}: pip install -e '.[{_EXTRAS[scheme]}]'")
-    _file_system(scheme)
-    return epath.Path(text)
-
-
-def is_remote(path: Path) -> bool:
-    """Whether a path is in an object store."""
-    return os.fspath(path).partition("://")[0] in _PACKAGES
-
-
-@functools.cache
-def _file_system(scheme: str) -> fsspec.AbstractFileSystem:
-    # A listing that is kept for later would not show what tensorstore and other processes write.
-    for name in {scheme, "gcs"} if scheme == "gs" else {scheme}:
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
-    return fsspec.filesystem(scheme)
-
-
-def _store(path: Path) -> fsspec.AbstractFileSystem:
-    return _file_system(os.fspath(path).partition("://")[0])
+    return object_store.open_path(text) if "://" in text else Path(text).expanduser()
 
 
 @contextlib.contextmanager
@@ -82,21 +49,36 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
       shared: several processes may write `path` at once. Each gets a name of its own, PATH.XXXXXXXX.partial, so that none spoils
         another's; what a kill leaves behind stays.
     """
+    with another_name(path, shared) as partial:
+        yield partial
+        publish(partial, path)
+
+
+@contextlib.contextmanager
+def another_name(path: Path, shared: bool = False) -> Iterator[Path]:
+    """As `replacing`, but only `publish` gives what is written its name; without it, it is removed."""
     if is_remote(path):
         with tempfile.TemporaryDirectory() as scratch:
-            yield (local := Path(scratch, path.name))
-            upload(local, path)
+            yield Path(scratch, path.name)
         return
     partial = unique_name(path) if shared else path.with_name(f"{path.name}.partial")
     remove(partial)
     try:
         yield partial
-        sync(partial)
-        os.replace(partial, path)
-        sync_names(path.parent)
     except Exception:
         remove(partial)
         raise
+    remove(partial)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives what was written under `another_name` its name, and has that last."""
+    if is_remote(path):
+        upload(partial, path)
+        return
+    sync(partial)
+    os.replace(partial, path)
+    sync_names(path.parent)
 
 
 def unique_name(path: Path) -> Path:
@@ -129,6 +111,22 @@ def sync_names(directory: Path) -> None:
         os.close(descriptor)
 
 
+def resolved(path: Path) -> Path:
+    """A path without links, "." and ".."."""
+    return path if is_remote(path) else path.resolve()
+
+
+def is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
+
+
+def scan(directory: Path) -> contextlib.AbstractContextManager[Iterator[os.DirEntry]]:
+    """As os.scandir."""
+    if not is_remote(directory):
+        return os.scandir(directory)
+    return contextlib.nullcontext(map(object_store.Entry, store(directory).ls(os.fspath(directory), detail=True)))
+
+
 def absolute(path: Path) -> Path:
     """A path that the current directory does not change."""
     return path if is_remote(path) else path.absolute()
@@ -144,7 +142,7 @@ def remove(path: Path) -> None:
     """A file or a whole directory, if there is one."""
     if is_remote(path):
         with contextlib.suppress(FileNotFoundError):
-            _store(path).rm(os.fspath(path), recursive=True)
+            store(path).rm(os.fspath(path), recursive=True)
     elif path.is_dir():
         shutil.rmtree(path)
     else:
@@ -154,16 +152,29 @@ def remove(path: Path) -> None:
 def replace(path: Path, target: Path) -> None:
     """Renames a file, over another if need be; an object is copied, which is atomic, and then removed."""
     if is_remote(path):
-        _store(path).copy(os.fspath(path), os.fspath(target))
-        _store(path).rm_file(os.fspath(path))
+        store(path).copy(os.fspath(path), os.fspath(target))
+        store(path).rm_file(os.fspath(path))
     else:
         os.replace(path, target)
+
+
+def move_directory(path: Path, target: Path, first: str) -> None:
+    """Renames a directory. In an object store all files are copied, `first` last, and then removed, `first` first."""
+    if not is_remote(path):
+        os.rename(path, target)
+        sync_names(path.parent)
+        return
+    found = files(path)
+    for file in sorted(found, key=lambda file: file == path / first):
+        store(path).copy(os.fspath(file), os.fspath(target / file.relative_to(path)))
+    for file in sorted(found, key=lambda file: file != path / first):
+        store(path).rm_file(os.fspath(file))
 
 
 def files(directory: Path) -> list[Path]:
     """All files below a directory, sorted."""
     if is_remote(directory):
-        return sorted(epath.Path(f"{directory.parts[1]}://{name}") for name in _store(directory).find(os.fspath(directory)))
+        return object_store.files(directory)
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
@@ -174,13 +185,34 @@ def size(path: Path) -> int:
 
 def modified(path: Path) -> float:
     """When a file was written, in seconds."""
-    return path.stat().mtime if is_remote(path) else path.stat().st_mtime
+    return store(path).modified(os.fspath(path)).timestamp() if is_remote(path) else path.stat().st_mtime
+
+
+def mark(path: Path) -> None:
+    """Makes now the time at which a small file was written."""
+    if is_remote(path):
+        store(path).pipe_file(os.fspath(path), path.read_bytes())
+    else:
+        os.utime(path)
+
+
+def create(path: Path, text: str) -> None:
+    """Writes a small file; of several processes that do so at once, one succeeds.
+
+    Raises:
+      FileExistsError: to the others.
+    """
+    if is_remote(path):
+        store(path).pipe_file(os.fspath(path), text.encode(), mode="create")
+    else:
+        with path.open("x") as file:
+            file.write(text)
 
 
 def upload(local: Path, path: Path) -> None:
     """A file of this machine, or every file of a directory, to an object store; each appears when it is whole."""
     for file in files(local) if local.is_dir() else [local]:
-        _store(path).put_file(os.fspath(file), os.fspath(path / file.relative_to(local)))
+        store(path).put_file(os.fspath(file), os.fspath(path / file.relative_to(local)))
 
 
 @functools.cache
@@ -197,8 +229,58 @@ def fetched(path: Path) -> Path:
     for file in [path] if path.is_file() else files(path):
         to = local / file.relative_to(path)
         to.parent.mkdir(parents=True, exist_ok=True)
-        _store(path).get_file(os.fspath(file), os.fspath(to))
+        store(path).get_file(os.fspath(file), os.fspath(to))
     return local
+
+
+def cached(path: Path, digest: str) -> Path:
+    """A file on a disk: itself, or a copy of what is in an object store that later processes find, too.
+
+    The copies are in $SPEEDIT_CACHE, by default ~/.cache/speedit_jax.
+
+    Args:
+      digest: the file's SHA-256, in hexadecimal.
+
+    Raises:
+      UserError: the file has another one.
+    """
+    if not is_remote(path):
+        return path
+    copy = Path(os.environ.get("SPEEDIT_CACHE", "~/.cache/speedit_jax")).expanduser() / f"{digest}{path.suffix}"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy, shared=True) as partial:
+            store(path).get_file(os.fspath(path), os.fspath(partial))
+            if sha256(partial) != digest:
+                raise UserError(f"{path} does not hold what was written; its SHA-256 is not {digest[:16]}...")
+    return copy
+
+
+class Mirror:
+    """A directory on a disk for files that grow, which objects cannot: the place itself, or what `update` uploads to it.
+
+    Attributes:
+      directory: to write to.
+    """
+
+    def __init__(self, place: Path):
+        self.directory, self._place = place, place
+        self._uploaded: dict[Path, int] = {}
+        self._time = -math.inf
+        if is_remote(place):
+            scratch = tempfile.TemporaryDirectory()
+            atexit.register(scratch.cleanup)
+            self.directory = Path(scratch.name)
+
+    def update(self, every: float = 0.0) -> None:
+        """Uploads the files that have grown, unless that was done in the last `every` seconds."""
+        if self.directory == self._place or time.monotonic() < self._time + every:
+            return
+        self._time = time.monotonic()
+        for file in files(self.directory):
+            if self._uploaded.get(file) != (length := size(file)):
+                upload(file, self._place / file.relative_to(self.directory))
+                self._uploaded[file] = length
 
 
 def write_text(path: Path, text: str, shared: bool = False) -> None:
@@ -236,8 +318,8 @@ def check_writable(path: Path) -> None:
         make_directory(path.parent)
         if is_remote(path):
             probe = unique_name(path)
-            _store(path).pipe_file(os.fspath(probe), b"")
-            _store(path).rm_file(os.fspath(probe))
+            store(path).pipe_file(os.fspath(probe), b"")
+            store(path).rm_file(os.fspath(probe))
         else:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as e:

@@ -81,7 +81,7 @@ def verify() -> int:
     out = storage.path(_OUT.value) if _OUT.value else None
     if out:
         storage.check_writable(out)
-    names = [str(step) for step in sorted(set_aside.steps(workdir))]
+    names = [str(step) for step in sorted(integrity.steps(workdir))]
     names += sorted(path.name for path in (workdir / "checkpoints").glob(f"{set_aside.PREFIX}*"))
     if not names and not (workdir / run.NAME).exists():
         raise UserError(f"{workdir} holds no run (no {run.NAME}, no checkpoints); name the --workdir of a training run")

@@ -13,15 +13,16 @@ ROOT = Path(speedit_jax.__file__).parent
 FLOORS = (
     {"testing": 8, "evaluation": 6, "reporting": 5, "sampling": 5, "training": 4, "encoders": 3, "conversion": 6, "models": 2}
     | dict.fromkeys(("diffusion", "kernels", "data", "metrics", "interop"), 1)
-    | {"sharding": 0.3, "watchdog": 0.4, "peers": 0.3, "storage": 0.2, "recipes": 0.2, "config": 0.1, "errors": 0}
+    | dict.fromkeys(("storage", "recipes"), 0.2)
+    | {"sharding": 0.3, "watchdog": 0.4, "peers": 0.3, "object_store": 0.1, "config": 0.1, "errors": 0}
 )
 COMMANDS = 7
 # Library -> the only places that may import it.
 OWNERS = {
     "flax": ("speedit_jax.models",),
-    "orbax": ("speedit_jax.training.checkpoint",),
-    "etils": ("speedit_jax.storage",),
-    "fsspec": ("speedit_jax.storage",),
+    "orbax": ("speedit_jax.training.checkpoint", "speedit_jax.training.s3"),
+    "etils": ("speedit_jax.object_store",),
+    "fsspec": ("speedit_jax.object_store",),
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),

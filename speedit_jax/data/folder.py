@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from speedit_jax import storage
 from speedit_jax.data import dataset_json
 from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.identity import fingerprints
@@ -154,7 +155,7 @@ def open_folder(
 def _no_directory(root: Path) -> str:
     if not root.is_file():
         return "no such directory"
-    if zipfile.is_zipfile(root) or tarfile.is_tarfile(root):
+    if not storage.is_remote(root) and (zipfile.is_zipfile(root) or tarfile.is_tarfile(root)):
         return "an archive; unpack it, and give the directory"
     return "a file; give the directory that holds the images"
 

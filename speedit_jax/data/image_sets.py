@@ -110,6 +110,8 @@ def fingerprint(images: NpzImages | SourceImages) -> str:
     """Equal for equal images, as far as can be told without reading them all."""
     if isinstance(images, SourceImages):
         return images.source.fingerprint
+    if storage.is_remote(images.path):
+        return f"{images.path} {storage.size(images.path)} {storage.modified(images.path)}"
     stat = images.path.stat()
     return f"{images.path.absolute()} {stat.st_size} {stat.st_mtime_ns}"
 

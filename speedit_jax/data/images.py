@@ -1,14 +1,16 @@
 """From image files of any kind and size to arrays of one shape."""
 
 import functools
+import io
 import math
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
+from speedit_jax import storage
 from speedit_jax.data.names import printable
 from speedit_jax.data.pixels import MODES, WHITE, flatten
 from speedit_jax.data.profiles import warn_once
@@ -52,6 +54,8 @@ def open_image(file: Path | BinaryIO) -> ImageFile.ImageFile:
       ValueError: it is none of them.
       Exception: its header is damaged.
     """
+    if isinstance(file, PurePath) and storage.is_remote(file):
+        file = io.BytesIO(file.read_bytes())
     try:
         return Image.open(file, formats=_formats())
     except UnidentifiedImageError as e:

@@ -200,7 +200,8 @@ def verify(directory: Path) -> dict[str, Any]:
     bad = shards.damaged(directory, header)
     if bad:
         raise UserError(f"{directory}: {shards.listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")
-    found = {shard["name"]: _first_infinite(directory / shard["name"]) for shard in header["shards"]}
+    paths = {shard["name"]: storage.cached(directory / shard["name"], shard["sha256"]) for shard in header["shards"]}
+    found = {name: _first_infinite(path) for name, path in paths.items()}
     infinite = [f"{name} (record {index})" for name, index in found.items() if index is not None]
     if infinite:
         raise UserError(_remove_infinite(directory, infinite))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from speedit_jax import storage
 from speedit_jax.data.images import suffixes
 from speedit_jax.data.names import printable
 from speedit_jax.errors import UserError
@@ -73,17 +74,17 @@ class Scan:
 
     def _entries(self, name: str) -> Iterator[os.DirEntry]:
         try:
-            with os.scandir(self.root / name) as entries:
+            with storage.scan(self.root / name) as entries:
                 for entry in entries:
                     self._bar.update()
                     if not entry.name.startswith("."):
                         yield entry
         except OSError as e:
-            raise UserError(f"cannot list the directory {printable(self.root / name)}: {e.strerror}") from e
+            raise UserError(f"cannot list the directory {printable(self.root / name)}: {storage.reason(e)}") from e
 
     def below(self, name: str = "") -> list[str]:
         """All images below a directory, sorted. Links are followed, and each directory is entered once."""
-        start = (self.root / name).resolve()
+        start = storage.resolved(self.root / name)
         # What contains it would be a loop.
         entered = {_identity(directory) for directory in start.parents}
         found, todo, links = [], [name], []
@@ -96,7 +97,7 @@ class Scan:
             directories, images, _ = self.directory(current)
             found += images
             for directory in directories:
-                (links if (self.root / directory).is_symlink() else todo).append(directory)
+                (links if storage.is_link(self.root / directory) else todo).append(directory)
             links.sort()
         return sorted(found, key=lambda path: path.split("/"))
 
@@ -108,7 +109,9 @@ def _kind(entry: os.DirEntry) -> str:
         return _NO_FILE
 
 
-def _identity(directory: Path) -> tuple[int, int]:
+def _identity(directory: Path) -> tuple[int, int] | str:
+    if storage.is_remote(directory):
+        return str(directory)
     stat = os.stat(directory)
     return stat.st_dev, stat.st_ino
 

@@ -7,9 +7,9 @@ header.json                   describes the whole set; written when every shard 
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from speedit_jax import storage
 from speedit_jax.errors import UserError
 
 HEADER, CLAIM = "header.json", "encoding.json"
+_DOWNLOADS = 8  # shards at the same time: records are read in any order, far too often for an object store
 _ONE_BY_ONE = "group_size:1,uncompressed"  # random access reads what it asked for; floats do not compress
 
 
@@ -49,16 +50,12 @@ def write_shard(path: Path, write: Callable[[Path], tuple[int, dict[str, Any]]])
     Returns:
       What the shard's JSON holds: records, sha256, and the further facts.
     """
-    partial = storage.unique_name(path)
-    try:
+    with storage.another_name(path, shared=True) as partial:
         count, further = write(partial)
         if finished := finished_shard(path):  # by another process, meanwhile
             return finished
         facts = {"records": count, "sha256": storage.sha256(partial)} | further
-        storage.sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        storage.publish(partial, path)
     storage.write_json(path.with_suffix(".json"), facts, shared=True)
     return facts
 
@@ -160,6 +157,8 @@ def open_records(directory: Path, header: dict[str, Any], count: int, command: s
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing; run {command} again to write the missing shards")
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        paths = list(pool.map(storage.cached, paths, (shard["sha256"] for shard in header["shards"])))
     try:
         records = grain.sources.ArrayRecordDataSource([str(path) for path in paths])
         found = len(records)

@@ -125,7 +125,7 @@ def _open(where: str) -> _Network:
         return HubNetwork(name)
     directory = storage.path(where)
     if (directory / "config.json").is_file():
-        return BertNetwork(directory)
+        return BertNetwork(storage.fetched(directory))
     raise UserError(
         f"unknown text encoder {where!r}; choose words, minilm, hf:NAME or a directory with config.json, model.safetensors and"
         " vocab.txt of a BERT"

@@ -52,7 +52,7 @@ def page(workdir: Path) -> str:
     sessions = read_environment(workdir)
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     values = {
-        "title": f"{_whole(workdir).name}: {config.model.name}",
+        "title": f"{storage.resolved(workdir).name}: {config.model.name}",
         "status": status(config, step, metrics, sessions),
         "key_numbers": key_numbers(metrics, sessions),
         "curves": curves(metrics),
@@ -64,10 +64,6 @@ def page(workdir: Path) -> str:
         "made": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
     return string.Template(template).substitute({name: join([value]) for name, value in values.items()})
-
-
-def _whole(workdir: Path) -> Path:
-    return workdir if storage.is_remote(workdir) else workdir.resolve()
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -333,7 +329,7 @@ def identity(workdir: Path, meta: dict[str, Any], config: ml_collections.ConfigD
     names = meta.get("class_names") or []
     shape, latents, text = meta.get("image_shape"), meta.get("latents"), meta.get("text")
     shown = [
-        ("directory", str(_whole(workdir))),
+        ("directory", str(storage.resolved(workdir))),
         ("model", config.model.name),
         ("timesteps", strategy),
         ("data", config.data.source),

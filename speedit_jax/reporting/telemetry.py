@@ -19,7 +19,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from speedit_jax.reporting.wandb_board import WandbBoard
-from speedit_jax.storage import write_text
+from speedit_jax.storage import Mirror, fetched, make_directory, write_text
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 
+_UPLOAD_EVERY = 30.0  # seconds, of metrics.jsonl and TensorBoard's files to an object store
+
 _QUARTER = re.compile(r"_q[1-4]$")
 
 
@@ -44,13 +46,13 @@ class Profiler:
     """A trace of `steps` steps from step `first` on (0 is never), for TensorBoard's profile plugin and for Perfetto."""
 
     def __init__(self, workdir: Path, first: int, steps: int):
-        self._directory, self._first, self._last = workdir / "tensorboard", first, first + steps
+        self._mirror, self._first, self._last = Mirror(workdir / "tensorboard"), first, first + steps
         self._running = False
 
     def before(self, step: int) -> None:
         """Call before step number `step` (from 0)."""
         if self._first and step == self._first:
-            jax.profiler.start_trace(str(self._directory))
+            jax.profiler.start_trace(str(self._mirror.directory))
             self._running = True
 
     def after(self, step: int, metrics: Any) -> None:
@@ -63,6 +65,7 @@ class Profiler:
         """Writes what there is."""
         if self._running:
             jax.profiler.stop_trace()
+            self._mirror.update()
             self._running = False
 
 
@@ -107,11 +110,12 @@ class Telemetry:
         self._spent = _Spent()
         if not self._active:
             return
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        self._spent = _truncate(self._path, first_step)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        make_directory(workdir)
+        self._mirror = Mirror(workdir)
+        path = self._mirror.directory / "metrics.jsonl"
+        self._spent = _truncate(workdir / "metrics.jsonl", path, first_step)
+        self._file = path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(self._mirror.directory / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
@@ -138,7 +142,7 @@ class Telemetry:
         Returns:
           What was written, with its step, or None. Reading a value waits for the device: one hand-over late, the wait is over.
         """
-        written = self.flush()
+        written = self._write()
         self._pending = (step, values)
         return written
 
@@ -149,6 +153,13 @@ class Telemetry:
 
     def flush(self) -> dict[str, float] | None:
         """Writes what is pending, waiting for the device; call before anything that a resumed run starts from."""
+        written = self._write()
+        if self._active:
+            self._board.flush()
+            self._mirror.update()
+        return written
+
+    def _write(self) -> dict[str, float] | None:
         if self._pending is None:
             return None
         step, values = self._pending
@@ -189,6 +200,7 @@ class Telemetry:
             if values.get("skipped"):
                 shown["skipped"] = f"{values['skipped']:.0f}"
             self._bar.set_postfix(shown)
+            self._mirror.update(_UPLOAD_EVERY)
         return {"step": step} | values
 
     def grid(self, step: int, grid: np.ndarray, path: Path) -> None:
@@ -197,7 +209,7 @@ class Telemetry:
             return
         self._board.add_image("samples", grid[..., :3] if grid.shape[-1] >= 3 else grid[..., :1], step, dataformats="HWC")
         if self._wandb:
-            self._wandb.image(step, path)
+            self._wandb.image(step, fetched(path))
 
     def paused(self, since: float) -> None:
         """Leaves the time from `since` (time.perf_counter()) to now out of the throughput."""
@@ -218,6 +230,7 @@ class Telemetry:
                 if self._wandb:
                     self._wandb.close()
                 self._file.close()
+                self._mirror.update()
 
 
 @dataclasses.dataclass
@@ -228,8 +241,8 @@ class _Spent:
     useful: float = 0.0
 
 
-def _truncate(path: Path, last_step: int) -> _Spent:
-    """Drops the lines of metrics.jsonl beyond a step, and those that a kill cut short or that are damaged.
+def _truncate(path: Path, to: Path, last_step: int) -> _Spent:
+    """Writes metrics.jsonl without the lines beyond a step, and those that a kill cut short or that are damaged.
 
     Returns:
       What was spent: in all, with the lines dropped, whose steps are taken again.
@@ -238,7 +251,7 @@ def _truncate(path: Path, last_step: int) -> _Spent:
     if not path.exists():
         return spent
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
         try:
             record: dict[str, Any] = json.loads(line)
             step = record["step"]
@@ -248,5 +261,5 @@ def _truncate(path: Path, last_step: int) -> _Spent:
         if step <= last_step and line.endswith("\n"):
             kept.append(line)
             spent.useful = record["time_goodput"] * spent.total if "time_goodput" in record else spent.useful
-    write_text(path, "".join(kept))
+    write_text(to, "".join(kept))
     return spent

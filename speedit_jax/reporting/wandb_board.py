@@ -11,7 +11,7 @@ import jax
 from tqdm import tqdm
 
 from speedit_jax.errors import UserError
-from speedit_jax.storage import first_line
+from speedit_jax.storage import Mirror, first_line
 
 
 class WandbBoard:
@@ -35,7 +35,7 @@ class WandbBoard:
             id=path.read_text().strip(),
             resume="allow",
             name=workdir.name,
-            dir=workdir,
+            dir=Mirror(workdir).directory,
             config=config,
             # Not the console, whose progress bar is of no use there; and no reports in ours.
             settings=wandb.Settings(console="off", silent=True),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from speedit_jax import storage
 from speedit_jax.data.images import parse_background, read_whole, suffixes
 from speedit_jax.data.names import printable
 from speedit_jax.diffusion.inverse import Plan, latent_mask
@@ -110,13 +111,13 @@ def read_pictures(
     Raises:
       UserError: a file cannot be read, is not of this size, or is no mask.
     """
-    where = Path(image).expanduser()
+    where = storage.path(image)
     files = _files(where, "--image")
     pictures = np.stack([_read(path, shape, background) for path in files])
     if mask is None:
         return pictures, None
-    masks = _files(Path(mask).expanduser(), "--mask")
-    if where.is_dir() and Path(mask).expanduser().is_dir():
+    masks = _files(storage.path(mask), "--mask")
+    if where.is_dir() and storage.path(mask).is_dir():
         named = {path.stem: path for path in masks}
         missing = [path.name for path in files if path.stem not in named]
         if missing:

@@ -2,14 +2,15 @@
 
 A checkpoint is the directory WORKDIR/checkpoints/STEP with two items: `state`, every array of the train state, and
 `meta`, JSON with the whole config, the data's fingerprint and class names, the versions that wrote it, and its own
-evaluation, if it had one; and checksums of their files. Orbax writes to a temporary name and renames when all is on disk, and
-renames again what is to go, so a checkpoint that is listed is whole; the checksums tell whether it still is.
+evaluation, if it had one; and checksums of their files. On a disk, orbax writes to a temporary name and renames when all is
+there, and renames again what is to go. In an object store, which cannot rename, the file commit_success.txt is written last and
+removed first. Either way a checkpoint that is listed is whole; the checksums tell whether it still is.
 """
 
 import contextlib
 import dataclasses
 import json
-import shutil
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
-from speedit_jax.training import integrity
+from speedit_jax.training import integrity, s3
 from speedit_jax.training.state import TrainState
 
 _RAW = "params"
@@ -107,14 +108,21 @@ class Checkpoints:
         self._evaluations: dict[int, dict[str, Any]] = {}
         self._saving: int | None = None
         policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        self._policy = keep.AnyPreservationPolicy(policies)
+        self._remote = storage.is_remote(self.directory)
+        if self._remote:
+            s3.teach_orbax()
+        commits = ocp.options.AtomicityMode.COMMIT_FILE if self._remote else ocp.options.AtomicityMode.AUTO
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep.AnyPreservationPolicy(policies),
+                # In an object store orbax would remove the files of a checkpoint in any order: `_remove` does it there.
+                preservation_policy=keep.PreserveAll() if self._remote else self._policy,
                 create=create,
                 # What a killed run left half-written would otherwise stay and eat space.
                 cleanup_tmp_directories=create,
-                todelete_subdir=_REMOVED,
+                todelete_subdir=None if self._remote else _REMOVED,
+                atomicity_options=ocp.options.AtomicityOptions(mode=commits),
                 # Called by one process, when all have written and before the directory gets its name.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
@@ -122,8 +130,8 @@ class Checkpoints:
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
         if create:
-            self._remove()
             self._evaluations |= self._read_evaluations()
+            self._remove()
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -186,7 +194,9 @@ class Checkpoints:
             self._manager.save(step, args=items)
 
     def _seal(self) -> None:
-        (unnamed,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        unnamed = self.directory / str(self._saving)
+        if not self._remote:
+            (unnamed,) = self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*")
         integrity.seal(unnamed, _ITEMS)
 
     def wait(self) -> None:
@@ -200,7 +210,18 @@ class Checkpoints:
         self._remove()
 
     def _remove(self) -> None:
-        if jax.process_index() == 0:
+        """Removes what is not kept."""
+        if self._remote:
+            steps = sorted(self._manager.all_steps())
+            kept = self._policy.should_preserve(
+                [types.SimpleNamespace(step=step) for step in steps], context=keep.PreservationContext()
+            )
+            for step in (step for step, keeps in zip(steps, kept, strict=True) if not keeps):
+                if jax.process_index() == 0:
+                    storage.remove(self.directory / str(step) / integrity.COMMIT)
+                    storage.remove(self.directory / str(step))
+                self._manager.delete(step)
+        elif jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 storage.remove(self.directory / _REMOVED)
 
@@ -279,11 +300,11 @@ def peek(workdir: Path) -> tuple[int, dict[str, Any]] | None:
 
     A CheckpointManager would wait for the other processes of a run.
     """
-    directories = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
-    for path in sorted(directories, key=lambda path: -int(path.name)):
+    for step in integrity.steps(workdir):
+        path = workdir / "checkpoints" / str(step)
         with contextlib.suppress(OSError, ValueError):
             if not integrity.damage_of_meta(path):
-                return int(path.name), json.loads((path / integrity.META).read_text())
+                return step, json.loads((path / integrity.META).read_text())
     return None
 
 
@@ -294,7 +315,8 @@ def _named_failure(directory: Path):
         yield
     except (OSError, ValueError, RuntimeError) as e:
         for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                storage.remove(partial)
         # What orbax had begun to write is dropped with its coroutines, of which Python would warn after our line.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         text, way = first_line(e), "mend that"

@@ -17,9 +17,18 @@ from speedit_jax import storage
 
 NAME = "checksums.json"
 META = "meta/metadata"  # the JSON that a checkpoint carries
+COMMIT = "commit_success.txt"  # orbax's, written last to a checkpoint in an object store
 
 _THREADS = 8  # files read at the same time
 _NONE = np.iinfo(np.int32).max
+
+
+def steps(workdir: Path) -> list[int]:
+    """Of the finished checkpoints, newest first."""
+    directories = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+    if storage.is_remote(workdir):
+        directories = [path for path in directories if (path / COMMIT).exists()]
+    return sorted((int(path.name) for path in directories), reverse=True)
 
 
 def seal(checkpoint: Path, items: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
 """One trainer at a time in a workdir: two would remove each other's checkpoints.
 
 lock.json says who trains. A kill leaves it behind, and the next start takes it over when its owner is gone: on the same host by
-asking for the process, of another host by watching whether the owner still marks the file, as it does every few seconds.
+asking for the process, of another host by watching whether the owner still marks the file, as it does every few seconds. In an
+object store, which has no locks, of two that take over at once the second to write wins, and the first sees that in time.
 """
 
 import contextlib
@@ -17,12 +18,14 @@ from typing import Any
 
 import jax
 
+from speedit_jax import storage
 from speedit_jax.errors import UserError
 
 NAME = "lock.json"
 MARK_EVERY = 15.0  # seconds
 WATCH = 90.0  # seconds; network file systems show changes of a file's time up to a minute late
 _LOOK_EVERY = 1.0
+_SETTLE = 2.0  # seconds, until another that has seen the same dead owner has written, too
 
 
 @contextlib.contextmanager
@@ -38,12 +41,12 @@ def held(workdir: Path) -> Iterator[None]:
     path = workdir / NAME
     made = not workdir.exists()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(workdir)
         owner = _acquire(path)
     except OSError as e:
-        raise UserError(f"cannot write to --workdir={workdir}: {e.strerror}") from e
+        raise UserError(f"cannot write to --workdir={workdir}: {storage.reason(e)}") from e
     done = threading.Event()
-    threading.Thread(target=_mark, args=(path, done), daemon=True).start()
+    threading.Thread(target=_mark, args=(path, owner, done), daemon=True).start()
     try:
         yield
     finally:
@@ -51,37 +54,52 @@ def held(workdir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # where nothing can be written any more, the next start takes it over
             if _read(path) == owner:  # and nobody has taken it over
                 path.unlink(missing_ok=True)
-        if made:
+        if made and not storage.is_remote(workdir):
             with contextlib.suppress(OSError):  # it holds a run
                 workdir.rmdir()
 
 
-def _mark(path: Path, done: threading.Event) -> None:
+def _mark(path: Path, owner: dict[str, Any], done: threading.Event) -> None:
     while not done.wait(MARK_EVERY):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        with contextlib.suppress(Exception):  # an object store's client has many of its own
+            if _read(path) == owner:
+                storage.mark(path)
 
 
 def _acquire(path: Path) -> dict[str, Any]:
     """Makes the lock this process's; returns what it says."""
     with _alone(path.parent):
-        if path.exists():
+        succeeds = path.exists()
+        if succeeds:
             owner = _read(path)
             if _lives(owner, path):
-                raise UserError(
-                    f"process {owner.get('pid')} on {owner.get('host')} trains in {path.parent}; wait for it, stop it, or name"
-                    f" another --workdir (if there is no such process, remove {path})"
-                )
+                raise _taken(path, owner)
             path.unlink(missing_ok=True)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        with path.open("x") as file:
-            json.dump(mine, file)
+        try:
+            storage.create(path, json.dumps(mine))
+        except FileExistsError:
+            raise _taken(path, _read(path)) from None
+        if succeeds and storage.is_remote(path):
+            time.sleep(_SETTLE)
+            if (owner := _read(path)) != mine:
+                raise _taken(path, owner)
         return mine
+
+
+def _taken(path: Path, owner: dict[str, Any]) -> UserError:
+    return UserError(
+        f"process {owner.get('pid')} on {owner.get('host')} trains in {path.parent}; wait for it, stop it, or name"
+        f" another --workdir (if there is no such process, remove {path})"
+    )
 
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Keeps others of this host from looking and taking over at the same time, where the file system can."""
+    if storage.is_remote(directory):
+        yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -105,11 +123,11 @@ def _lives(owner: dict[str, Any], path: Path) -> bool:
     if owner.get("host") == socket.gethostname():
         return _started(owner.get("pid")) == owner.get("started") is not None
     print(f"Looking if process {owner.get('pid')} on {owner.get('host')} still trains in {path.parent}", flush=True)
-    seen, until = path.stat().st_mtime_ns, time.monotonic() + WATCH
+    seen, until = storage.modified(path), time.monotonic() + WATCH
     while time.monotonic() < until:
         time.sleep(_LOOK_EVERY)
         try:
-            if path.stat().st_mtime_ns != seen:
+            if storage.modified(path) != seen:
                 return True
         except FileNotFoundError:  # it has ended meanwhile
             return False

@@ -1,7 +1,6 @@
 """Damaged checkpoints are put where nobody takes them for whole, and a run goes on from the newest that is."""
 
 import itertools
-import os
 from pathlib import Path
 
 import jax
@@ -12,11 +11,6 @@ from speedit_jax.errors import UserError
 from speedit_jax.training import integrity
 
 PREFIX = "damaged-"
-
-
-def steps(workdir: Path) -> list[int]:
-    """Of the finished checkpoints, newest first."""
-    return sorted((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()), reverse=True)
 
 
 def set_aside_damaged(workdir: Path, strict: bool = False) -> list[str]:
@@ -35,7 +29,7 @@ def set_aside_damaged(workdir: Path, strict: bool = False) -> list[str]:
     """
     directory = workdir / "checkpoints"
     damaged, whole = {}, False
-    for step in steps(workdir):
+    for step in integrity.steps(workdir):
         look = integrity.damage_of_meta if whole else integrity.damage
         if problem := look(directory / str(step)):
             damaged[step] = problem
@@ -52,10 +46,9 @@ def set_aside_damaged(workdir: Path, strict: bool = False) -> list[str]:
         lines.append(f"{line}: set aside as {to.name}")
         if jax.process_index() == 0:
             try:
-                os.rename(directory / str(step), to)
-                storage.sync_names(directory)
+                storage.move_directory(directory / str(step), to, integrity.COMMIT)
             except OSError as e:
-                raise UserError(f"{line} and cannot be renamed: {e.strerror}") from e
+                raise UserError(f"{line} and cannot be renamed: {storage.reason(e)}") from e
     if damaged and jax.process_count() > 1:
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     return lines

@@ -1,0 +1,91 @@
+"""Object stores, gs:// and s3://: which client serves a path, and what a failure of that client means.
+
+A path is etils.epath's, over fsspec, and has pathlib's names. In a store a file appears whole or not at all, when its upload
+ends, and a directory is only a common beginning of names: it needs no making, and cannot be renamed.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from speedit_jax.errors import UserError
+
+# TensorFlow, where it is installed, would read gs:// by itself and knows no s3://: one way is enough.
+os.environ.setdefault("EPATH_USE_TF", "false")
+from etils import epath
+
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> what fsspec needs for it
+_EXTRAS = {"gs": "gcs", "s3": "s3"}
+# The packages whose exceptions a failing client raises: its own, and those for credentials and the network.
+_RAISERS = {"gcsfs": "gs", "google": "gs", "s3fs": "s3", "botocore": "s3", "aiobotocore": "s3", "aiohttp": ""}
+
+
+def open_path(text: str) -> Path:
+    """The path of gs://BUCKET/... or s3://BUCKET/...
+
+    Raises:
+      UserError: it starts with another scheme, names no bucket, or its package is not installed.
+    """
+    scheme, _, rest = text.partition("://")
+    if scheme not in _PACKAGES:
+        raise UserError(f"{text}: unknown storage {scheme}://; give a path on a disk, gs://BUCKET/PATH or s3://BUCKET/PATH")
+    if not rest.strip("/"):
+        raise UserError(f"{text}: the bucket is missing; give {scheme}://BUCKET/PATH")
+    if importlib.util.find_spec(_PACKAGES[scheme]) is None:
+        raise UserError(f"{text} needs the package {_PACKAGES[scheme]}: pip install -e '.[{_EXTRAS[scheme]}]'")
+    file_system(scheme)
+    return epath.Path(text)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is in an object store."""
+    return os.fspath(path).partition("://")[0] in _PACKAGES
+
+
+@functools.cache
+def file_system(scheme: str) -> fsspec.AbstractFileSystem:
+    """The client for "gs" or "s3"."""
+    # A listing that is kept for later would not show what tensorstore and other processes write.
+    for name in {scheme, "gcs"} if scheme == "gs" else {scheme}:
+        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    return fsspec.filesystem(scheme)
+
+
+def store(path: Path) -> fsspec.AbstractFileSystem:
+    """The client for a path."""
+    return file_system(os.fspath(path).partition("://")[0])
+
+
+def files(directory: Path) -> list[Path]:
+    """All files below a directory, sorted."""
+    scheme = os.fspath(directory).partition("://")[0]
+    return sorted(epath.Path(f"{scheme}://{name}") for name in store(directory).find(os.fspath(directory)))
+
+
+class Entry:
+    """As os.DirEntry."""
+
+    def __init__(self, info: dict[str, Any]):
+        self.name = info["name"].rstrip("/").rpartition("/")[2]
+        self._kind = info["type"]
+
+    def is_dir(self) -> bool:
+        return self._kind == "directory"
+
+    def is_file(self) -> bool:
+        return self._kind == "file"
+
+
+def failure(error: BaseException) -> str | None:
+    """One line for an exception of a store's client: no network, no credentials, no such bucket; None for any other exception."""
+    package = type(error).__module__.partition(".")[0]
+    if package not in _RAISERS:
+        return None
+    scheme = _RAISERS[package]
+    name = f"{scheme}://" if scheme else "the object store"
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"{name} cannot be used ({text}); check the credentials, the name of the bucket and the network (docs/storage.md)"

@@ -1,0 +1,102 @@
+"""Files in object stores that speak the protocols of Google Cloud Storage and of S3."""
+
+import hashlib
+import json
+
+import object_stores
+import pytest
+
+from speedit_jax import object_store, storage
+from speedit_jax.errors import UserError
+
+
+@pytest.fixture(scope="module", params=["gcs", "s3"])
+def bucket(request):
+    with getattr(object_stores, request.param)() as url:
+        object_store.file_system.cache_clear()
+        yield url
+
+
+@pytest.fixture
+def place(bucket, request):
+    return storage.path(f"{bucket}/{request.node.name.partition('[')[0]}")
+
+
+def names(directory):
+    return sorted(path.relative_to(directory).as_posix() for path in storage.files(directory))
+
+
+def test_a_path_keeps_its_two_slashes(place):
+    assert str(place / "a" / "b.txt").partition("://")[0] in ("gs", "s3")
+    assert (place / "a" / "b.txt").parent == place / "a" and storage.absolute(place) == place
+
+
+def test_a_file_is_whole_or_not_there(place):
+    path = place / "a.json"
+    assert not path.exists()
+    storage.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="no"), storage.replacing(path) as partial:
+        partial.write_text("half")
+        raise ValueError("no")
+    assert json.loads(path.read_text()) == {"x": 1} and names(place) == ["a.json"]
+
+
+def test_what_paths_of_both_kinds_do(place, tmp_path):
+    content = bytes(range(256)) * 40_000  # more than one part of an upload
+    with storage.replacing(place / "d" / "big") as partial:
+        partial.write_bytes(content)
+    assert storage.size(place / "d" / "big") == len(content) and storage.modified(place / "d" / "big") > 1e9
+    assert storage.sha256(place / "d" / "big") == hashlib.sha256(content).hexdigest()
+    with (place / "d" / "big").open("rb") as file:
+        file.seek(-3, 2)
+        assert file.read() == content[-3:]
+    with storage.replacing(place / "d2") as partial:
+        (partial / "sub").mkdir(parents=True)
+        (partial / "sub" / "x").write_text("x")
+    assert names(place) == ["d/big", "d2/sub/x"]
+    assert (storage.fetched(place / "d2") / "sub" / "x").read_text() == "x"
+    storage.replace(place / "d" / "big", place / "big")
+    storage.move_directory(place / "d2", place / "d3", "x")
+    assert names(place) == ["big", "d3/sub/x"]
+    with storage.scan(place) as entries:
+        assert sorted((entry.name, entry.is_dir()) for entry in entries) == [("big", False), ("d3", True)]
+    storage.remove(place / "d3")
+    storage.remove(place / "d3")
+    assert names(place) == ["big"]
+    storage.check_writable(place / "out" / "x.json")
+    assert names(place) == ["big"]
+
+
+def test_one_of_several_creates_a_file(place):
+    storage.create(place / "lock.json", "mine")
+    with pytest.raises(FileExistsError):
+        storage.create(place / "lock.json", "theirs")
+    assert (place / "lock.json").read_text() == "mine"
+    storage.mark(place / "lock.json")
+    assert (place / "lock.json").read_text() == "mine"
+
+
+def test_what_grows_is_uploaded_as_it_grows(place):
+    mirror = storage.Mirror(place)
+    (mirror.directory / "metrics.jsonl").write_text("1\n")
+    mirror.update()
+    with (mirror.directory / "metrics.jsonl").open("a") as file:
+        file.write("2\n")
+    mirror.update(every=3600.0)
+    assert (place / "metrics.jsonl").read_text() == "1\n"
+    mirror.update()
+    assert (place / "metrics.jsonl").read_text() == "1\n2\n" and names(place) == ["metrics.jsonl"]
+
+
+def test_a_copy_of_a_file_stays_for_later_processes(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDIT_CACHE", str(tmp_path))
+    storage.write_text(place / "a.txt", "a")
+    digest = hashlib.sha256(b"a").hexdigest()
+    copy = storage.cached(place / "a.txt", digest)
+    storage.remove(place / "a.txt")
+    assert copy.read_text() == "a" and storage.cached(place / "a.txt", digest) == copy
+    storage.write_text(place / "a.txt", "b")
+    copy.unlink()
+    with pytest.raises(UserError, match=r"a\.txt does not hold what was written"):
+        storage.cached(place / "a.txt", digest)
+    assert list(tmp_path.iterdir()) == []
