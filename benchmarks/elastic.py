@@ -30,7 +30,7 @@ from speedit_jax.training.assembly import assemble
 from speedit_jax.training.checkpoint import arrays
 from speedit_jax.training.run import open_run
 
-EACH = 10  # steps of a stage
+EACH = 12  # steps of a stage
 # Of each stage: processes, devices of each, mesh.fsdp.
 CHAINS = {
     "4, 2, 8, then 1 device": [(1, 4, 2), (1, 2, 2), (1, 8, 4), (1, 1, 1)],
