@@ -38,6 +38,7 @@ def signals_kept():
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
 
 
 @pytest.fixture(scope="module")
