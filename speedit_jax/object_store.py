@@ -6,6 +6,7 @@ ends, and a directory is only a common beginning of names: it needs no making, a
 
 import functools
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def is_remote(path: Path) -> bool:
 @functools.cache
 def file_system(scheme: str) -> fsspec.AbstractFileSystem:
     """The client for "gs" or "s3"."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs as a traceback what it also raises
     # A listing that is kept for later would not show what tensorstore and other processes write.
     for name in {scheme, "gcs"} if scheme == "gs" else {scheme}:
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)

@@ -16,7 +16,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,9 +84,9 @@ def serve() -> None:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[Callable[..., Result]]:
-    """run(command, *flags, xla_flags="") -> Result."""
-    env = ONE_DEVICE | {"PYTHONPATH": str(ROOT)}
+def server(env: Mapping[str, str] = ONE_DEVICE) -> Iterator[Callable[..., Result]]:
+    """run(command, *flags, xla_flags="") -> Result; `env` is the commands' environment."""
+    env = env | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__]
     with subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
 
