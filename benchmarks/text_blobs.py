@@ -1,6 +1,6 @@
 """Does a network with text draw what it is told, also pairs of words that it never saw together?
 
-  python -m benchmarks.text_blobs --out=docs/results/text_blobs.json [--model=DiT-tiny/4] [--steps=1000] [--seeds=0]
+  python -m benchmarks.text_blobs --out=docs/results/text_blobs.json [--model=DiT-tiny/4] [--steps=3000] [--seeds=0]
 
 Trains configs/blobs.py on the 45 pairs of its training split, with each timestep strategy for as many steps, draws ten images of
 each of the nine held-out pairs and looks for the nearest of the 54 undisturbed blobs. Chance is 1 in 54. Each strategy goes
@@ -81,20 +81,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="DiT-tiny/4")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     found = []
+    record = {"model": args.model, "steps": args.steps, "drawings_a_pair": DRAWINGS, "held_out_pairs": len(pairs("held_out"))}
+    record |= {"cpus": os.cpu_count(), "versions": {"speedit_jax": __version__, "jax": jax.__version__}, "runs": found}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in args.seeds:
             for strategy in STRATEGIES:
                 values = measure(Path(scratch), strategy, args.model, args.steps, seed)
                 found.append({"strategy": strategy, "seed": seed, **values})
                 print(json.dumps(found[-1]), flush=True)
-    record = {"model": args.model, "steps": args.steps, "drawings_a_pair": DRAWINGS, "held_out_pairs": len(pairs("held_out"))}
-    record |= {"cpus": os.cpu_count(), "versions": {"speedit_jax": __version__, "jax": jax.__version__}, "runs": found}
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+                if args.out:
+                    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -138,11 +138,11 @@ def test_prompts_for_a_run_on_classes(run, trained, tmp_path):
 
 
 def test_from_classes_to_text(run, captions, tmp_path):
-    """Attention to the text starts with nothing, so the first loss is that of the weights without it."""
+    """That attention to the text adds nothing at first is tests/models/test_text.py's."""
     start = [*TINY, "--config.training.sample_every=0", "--config.model.label_dropout=0.0"]
     assert_works(run("train", *start, "--config.data.text=", f"--workdir={tmp_path / 'classes'}"))
     flags = [*start, f"--config.data.text={captions}", f"--config.init_from={tmp_path / 'classes'}"]
-    result = run("train", *flags, f"--workdir={tmp_path / 'text'}", "--config.training.num_steps=1")
+    result = run("train", *flags, f"--workdir={tmp_path / 'text'}", "--config.training.num_steps=3")
     assert_works(result)
     names = "blocks/cross/kv, blocks/cross/out, blocks/cross/q, text/hidden, text/out"
     assert f"text: {names} start anew, without the label table" in result.out

@@ -20,7 +20,14 @@ KeyPath = tuple[Any, ...]  # of a leaf, as jax.tree_util gives it
 _SHOWN = 3  # names of parameters in one message
 
 # What no array shows: the same weights would mean something else.
-_MEANING = ("model.time_freq_shift", "model.rope", "diffusion.path", "diffusion.num_steps", "diffusion.noise_scale")
+_MEANING = (
+    "model.time_freq_shift",
+    "model.position_scale",
+    "model.rope",
+    "diffusion.path",
+    "diffusion.num_steps",
+    "diffusion.noise_scale",
+)
 _MEANING_OF_VP = ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end")
 
 

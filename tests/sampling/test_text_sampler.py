@@ -76,17 +76,33 @@ def test_dropped_captions_become_the_null_text():
         np.testing.assert_array_equal(np.asarray(out[name])[~dropped], Y[name][~dropped])
 
 
-@pytest.mark.parametrize("strategy", ["speedit", "loss_second_moment", "gradient_noise"])
-def test_a_step_with_text(strategy):
-    """Whole batches dropped: the text has no effect, and its network gets no other gradient."""
-    changes = {"timesteps__strategy": strategy, "training__batch_size": 64}
-    step = {}
+def test_a_step_does_not_see_dropped_captions():
+    """All of them are dropped, so that no two texts differ; without dropping they do."""
+    losses = {}
+    batch = {"image": np.zeros((tiny.BATCH, *tiny.IMAGE), np.float32), "label": np.zeros(tiny.BATCH, np.int32)}
     for rate in (0.0, 0.99999):
-        of = tiny.make_trainer(texts=tiny.TEXTS, model__label_dropout=rate, **changes)
-        batch = {"image": np.zeros((64, *tiny.IMAGE), np.float32), "label": np.zeros(64, np.int32)}
-        texts = [{"tokens": sign * np.ones((64, 8, 16), np.float16), "length": np.full(64, 5, np.int32)} for sign in (1, -1)]
+        of = tiny.make_trainer(texts=tiny.TEXTS, model__label_dropout=rate)
         run, state = of.train_step(), of.state(tiny.random_like(of.shapes.params))
-        losses = [float(run(state, batch | {"text": text}, jax.random.key(0))[1]["loss"]) for text in texts]
-        step[rate] = losses
-    assert step[0.0][0] != step[0.0][1]
-    assert step[0.99999][0] == step[0.99999][1]
+        texts = [{name: np.repeat(value[:1], tiny.BATCH, 0) for name, value in Y.items()} for _ in range(2)]
+        texts[1]["tokens"] = -texts[0]["tokens"]
+        losses[rate] = [float(run(state, batch | {"text": text}, KEY)[1]["loss"]) for text in texts]
+    assert losses[0.0][0] != losses[0.0][1]
+    assert losses[0.99999][0] == losses[0.99999][1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timesteps__strategy": "loss_second_moment"},
+        {"timesteps__strategy": "gradient_noise", "training__batch_size": 64},
+        {"diffusion__path": "linear", "timesteps__strategy": "logit_normal"},
+        {"training__accumulation": 2, "model__remat": "full", "model__name": "DiG-tiny/2"},
+    ],
+    ids=str,
+)
+def test_strategies_flows_and_accumulation_take_text(changes):
+    """The step is traced, not run."""
+    of = tiny.make_trainer(texts=tiny.TEXTS, **changes)
+    with jax.set_mesh(of.mesh):
+        state, metrics = jax.eval_shape(of.jit_step(), of.shapes, of.batch_shapes(), KEY)
+    assert metrics["loss"].shape == () and jax.tree.map(lambda s: s.shape, state) == jax.tree.map(lambda s: s.shape, of.shapes)
