@@ -21,8 +21,8 @@ from speedit_jax.models.build import Model
 from speedit_jax.sampling.conditions import Conditions, Labels
 from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
-from speedit_jax.sampling.labels import parse_labels
 from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, take_arrays
+from speedit_jax.sampling.labels import parse_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder
 from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
 from speedit_jax.training.run import Run, open_run

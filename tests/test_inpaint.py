@@ -81,7 +81,7 @@ def test_where_all_is_to_be_filled_it_is_plain_sampling(run, runs, files, tmp_pa
 
 
 def test_other_pictures_are_not_mixed_in(run, runs, files, tmp_path):
-    directory, pictures, mask = files
+    directory, pictures, _ = files
     flags = [f"--workdir={runs['vp']}", f"--out={tmp_path / 'x'}", "--num_images=2", f"--mask={directory / 'mask.png'}"]
     assert_works(run("sample", *flags, f"--image={directory / 'two' / 'a.png'}"))
     known = json.loads((tmp_path / "x.json").read_text())["known"]
