@@ -13,6 +13,7 @@ import numpy as np
 
 from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED
+from speedit_jax.diffusion.inverse import Plan
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.errors import UserError
@@ -20,6 +21,7 @@ from speedit_jax.models.build import Model
 from speedit_jax.sampling.conditions import Conditions, Labels
 from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
+from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, take_arrays
 from speedit_jax.sampling.labels import parse_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder
 from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
@@ -71,6 +73,12 @@ class LoadedRun:
         num_images: int | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
+        inpaint: str | None = None,
+        resample: int | None = None,
+        jump: int | None = None,
         **settings: Any,
     ) -> np.ndarray:
         """Draws images; image i of a seed is the same as in `python -m speedit_jax.sample`.
@@ -82,6 +90,9 @@ class LoadedRun:
           num_images: None is one of each label or prompt.
           seed: of the noise, 0 to 2^32 - 1.
           batch_size: images at a time, over all devices.
+          image: a picture to start from or to complete, uint8 [H, W, C]; of [n, H, W, C] sample i takes number i mod n.
+          mask: where to fill it, bool [H, W] or [n, H, W]; elsewhere its pixels stay.
+          strength, inpaint, resample, jump: how, as the flags of the command.
           settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale,
             guidance_channels, clip, ...
 
@@ -98,14 +109,29 @@ class LoadedRun:
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
         chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
-        if chosen not in self._samplers:
-            self._samplers[chosen] = make_sampler(self.model, self.diffusion, chosen, self.run.mesh)
+        if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):
+            raise UserError("mask, strength, inpaint, resample and jump need an image")
+        if image is not None:
+            pictures = self._pictures(image, mask, choose_plan(mask is not None, strength, inpaint, resample, jump))
+            sampler = make_sampler(self.model, self.diffusion, chosen, self.run.mesh, pictures=pictures)
+        else:
+            pictures, sampler = None, self._samplers.get(chosen)
+            sampler = self._samplers[chosen] = sampler or make_sampler(self.model, self.diffusion, chosen, self.run.mesh)
         batch = min(batch_size, count)
         batch += -batch % sharding.batch_devices(self.run.mesh)
         key = jax.random.key(seed)
-        drawn = draw_batches(self._samplers[chosen], self.params, key, conditions, count, batch, self.autoencoder)
+        drawn = draw_batches(sampler, self.params, key, conditions, count, batch, self.autoencoder)
         images = np.concatenate([images for _, images in drawn])[:count]
-        return images if self.run.draws_latents and not self.autoencoder else to_uint8(images)
+        if self.run.draws_latents and not self.autoencoder:
+            return images
+        return pictures.composite(0, to_uint8(images)) if pictures else to_uint8(images)
+
+    def _pictures(self, image: np.ndarray, mask: np.ndarray | None, plan: Plan) -> Pictures:
+        if self.run.draws_latents and not self.autoencoder:
+            raise UserError("image: this run draws latents; name the autoencoder that they are of, load(..., vae=DIR)")
+        shape = self.model.image_shape
+        drawn = self.autoencoder.image_shape(shape) if self.autoencoder else shape
+        return open_pictures(*take_arrays(image, mask, drawn), plan, shape, self.autoencoder)
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder | None:

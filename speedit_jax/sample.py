@@ -81,9 +81,7 @@ _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; ne
 _IMAGE = flags.DEFINE_string("image", None, "Start from this picture, or complete it: a file, or a directory of files in turn.")
 _MASK = flags.DEFINE_string("mask", None, "Fill where this picture is white, keep --image where it is black; or a directory.")
 _STRENGTH = flags.DEFINE_float("strength", None, "Share of the steps that are run from --image on; 1 ignores what is not kept.")
-_INPAINT = flags.DEFINE_enum(
-    "inpaint", None, METHODS, "How pixels are kept. Default: projection, or network for a run trained with data.mask."
-)
+_INPAINT = flags.DEFINE_enum("inpaint", None, METHODS, "How the pixels that are kept guide the others. Default: projection.")
 _RESAMPLE = flags.DEFINE_integer("resample", None, "How often each --jump steps are run. Default: 10 for repaint, else 1.")
 _JUMP = flags.DEFINE_integer("jump", None, "Sampling steps that --resample repeats. Default: 10.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
@@ -319,8 +317,7 @@ def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | Non
         return None
     if run.draws_latents and not autoencoder:
         raise UserError("--image: this run draws latents; name the autoencoder that they are of, --vae=DIR")
-    masked = _MASK.value is not None
-    plan = choose_plan(masked, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value, trained_with_masks=False)
+    plan = choose_plan(_MASK.value is not None, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value)
     shape = run.model.image_shape
     drawn = autoencoder.image_shape(shape) if autoencoder else shape
     return open_pictures(*read_pictures(_IMAGE.value, _MASK.value, drawn, run.config.data.background), plan, shape, autoencoder)

@@ -22,7 +22,7 @@ import numpy as np
 
 from speedit_jax.errors import UserError
 
-METHODS = ("projection", "repaint", "network")
+METHODS = ("projection", "repaint")
 
 # Streams of noise beside that of the steps, which counts their rows from 0.
 _TRAVEL, _REPLACE = 2**29, 2**30
@@ -33,7 +33,7 @@ class Plan:
     """How a known image enters a sampler.
 
     Attributes:
-      method: one of METHODS: eq. (1), eq. (2), or a network that is told the known pixels.
+      method: one of METHODS: eq. (1) or eq. (2).
       strength: the share of the sampling steps that is run, (0, 1]; 1 starts from pure noise.
       resample: how often each stretch of `jump` steps is run, eq. (3); 1 never goes back.
       jump: steps of a stretch.

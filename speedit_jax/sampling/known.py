@@ -58,35 +58,24 @@ class Pictures:
 
 
 def choose_plan(
-    masked: bool,
-    strength: float | None,
-    method: str | None,
-    resample: int | None,
-    jump: int | None,
-    *,
-    trained_with_masks: bool,
+    masked: bool, strength: float | None = None, inpaint: str | None = None, resample: int | None = None, jump: int | None = None
 ) -> Plan:
     """The plan of these choices, of which None is the default.
 
     Args:
       masked: there is a mask.
-      trained_with_masks: the network can be told the known pixels.
 
     Raises:
       UserError: they do not go together.
     """
     if not masked:
-        for name, value in (("inpaint", method), ("resample", resample), ("jump", jump)):
+        for name, value in (("inpaint", inpaint), ("resample", resample), ("jump", jump)):
             if value is not None:
                 raise UserError(f"{name}={value} is for inpainting and needs a mask")
         if strength is None or strength == 1:
             raise UserError("an image without a mask changes nothing at strength 1; give a mask, or a strength such as 0.6")
-    method = method or ("network" if trained_with_masks and masked else "projection")
-    if method == "network" and not trained_with_masks:
-        raise UserError("inpaint=network: this run was trained without data.mask; use projection or repaint")
+    method = inpaint or "projection"
     resample = _RESAMPLE.get(method, 1) if resample is None else resample
-    if method == "network" and resample > 1:
-        raise UserError(f"resample={resample}: the network knows the known pixels at every step; leave it out")
     return Plan(method, 1.0 if strength is None else strength, resample, Plan.jump if jump is None else jump)
 
 
@@ -171,6 +160,27 @@ def checked_mask(mask: np.ndarray, name: str) -> np.ndarray:
     if not mask.any():
         raise UserError(f"{name} is all black: there is nothing to fill")
     return mask == 0
+
+
+def take_arrays(image: Any, mask: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same of arrays: uint8 [H, W, C] or [n, H, W, C], and bool [H, W] or [n, H, W], True where to fill, or None.
+
+    Raises:
+      UserError: they have another form.
+    """
+    image = np.asarray(image)
+    pictures = image[None] if image.ndim == 3 else image
+    if pictures.dtype != np.uint8 or pictures.shape[1:] != tuple(shape) or not len(pictures):
+        raise UserError(f"image: {image.dtype} {list(image.shape)}, but uint8 {list(shape)} or [n, ...] is needed")
+    if mask is None:
+        return pictures, None
+    fill = np.asarray(mask)
+    if fill.dtype != bool or fill.shape not in (shape[:2], (len(pictures), *shape[:2])):
+        raise UserError(f"mask: {fill.dtype} {list(fill.shape)}, but bool {list(shape[:2])} is needed, True where to fill")
+    keep = np.broadcast_to(~fill[..., None], (*pictures.shape[:3], 1))
+    if keep.all(axis=(1, 2, 3)).any():
+        raise UserError("mask: it is False everywhere, so there is nothing to fill")
+    return pictures, keep
 
 
 def open_pictures(

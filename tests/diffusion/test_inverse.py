@@ -135,7 +135,7 @@ def test_how_far_each_method_is_from_the_posterior(name, settings, num_steps, of
     np.testing.assert_allclose(error, of_covariance, atol=5e-3 if of_covariance >= 0.3 else 2e-3)
 
 
-@pytest.mark.parametrize("method", ["projection", "repaint", "network"])
+@pytest.mark.parametrize("method", ["projection", "repaint"])
 @pytest.mark.parametrize(
     "settings, num_steps, variance",
     [
@@ -203,7 +203,6 @@ def perfect_eps(covariance):
         (Plan("repaint"), {"eta": None}),
         (Plan("repaint", resample=3, jump=2), {"eta": None}),
         (Plan("repaint", strength=0.6, resample=2, jump=1), {"eta": 0.0}),
-        (Plan("network"), {"eta": 0.0}),
     ],
     ids=str,
 )
