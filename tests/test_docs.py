@@ -108,7 +108,7 @@ def test_commands_on_the_pages_exist():
 
 def test_config_keys_on_the_pages_exist():
     names = re.compile(rf"(?:`|--config\.)((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?=[`=:])")
-    files = re.compile(r"\.(py|md|json|png|npz)$")
+    files = re.compile(r"\.(py|md|json|png|npz|safetensors)$")
     keys = {(page.name, key) for page in PAGES for key in names.findall(page.read_text()) if not files.search(key)}
     assert len(keys) > 80
     assert {(page, key) for page, key in keys if key not in KEYS} == set()
