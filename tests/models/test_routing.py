@@ -86,7 +86,7 @@ def test_against_a_dense_network_that_does_not_look(x64, keys):
             mask = seen if i < DEPTH - 1 else jnp.ones_like(seen)
             options = (keys.get("mlp", "gelu"), keys.get("norm", "layer"), (4, 4) if "rope" in keys else None)
             look = functools.partial(attention, mask=mask)
-            block = DiTBlock(HEADS, 4.0, "qk_norm" in keys, look, lambda x, names: x, None, *options)
+            block = DiTBlock(HEADS, 4.0, "qk_norm" in keys, look, None, lambda x, names: x, None, *options)
             out, _ = block.apply({"params": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])}, tokens, c)
             tokens = jnp.where(mask[..., None], out, tokens)
         return tokens
