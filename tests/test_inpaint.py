@@ -125,7 +125,7 @@ def test_from_python(runs, files):
     np.testing.assert_array_equal(images[:, mask == 0], pictures[[0, 1, 0]][:, mask == 0])
     for wrong, words in (
         ({"mask": mask == 255}, "need an image"),
-        ({"image": pictures[0]}, "image: uint8"),
+        ({"image": pictures[0], "strength": 0.5}, "image: uint8"),
         ({"image": pictures[..., None], "mask": mask}, "mask: uint8"),
     ):
         with pytest.raises(speedit_jax.errors.UserError, match=words):
