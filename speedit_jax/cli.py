@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from logging import getLogger
 
 import jax
 from absl import app, flags, logging
@@ -84,6 +85,9 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
         if logging.get_verbosity() == logging.INFO:
             # Orbax reports every save, warns of every read, and logs as a traceback what it also raises; --verbosity=1 shows it.
             logging.set_verbosity(logging.FATAL)
+            # So do its threads, of which a failed save leaves some behind.
+            getLogger("concurrent.futures").setLevel("CRITICAL")
+            getLogger("asyncio").setLevel("CRITICAL")
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8

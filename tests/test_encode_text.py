@@ -8,11 +8,12 @@ import sys
 
 import numpy as np
 import pytest
-from commands import ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, checksums, hosts
+from commands import ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, checksums
 from PIL import Image
 
 from speedit_jax.data.texts import open_texts
 from speedit_jax.encoders.text_encoder import TextEncoder
+from speedit_jax.testing.hosts import hosts
 
 IMAGES = 23  # and the null caption: five shards of 5, of which the last has 4
 

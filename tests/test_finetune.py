@@ -148,7 +148,8 @@ def test_what_weights_of_a_flow_mean():
 
     def different(old, new):
         configs = [make_config(diffusion__path="linear", **of) for of in (old, new)]
-        sides = [types.SimpleNamespace(config=of, encoded_by=None, diffusion=make_diffusion(of)) for of in configs]
+        others = {"encoded_by": None, "text_encoder": None, "texts": None}
+        sides = [types.SimpleNamespace(config=of, diffusion=make_diffusion(of), **others) for of in configs]
         return _differences(*sides)
 
     assert different({}, {"diffusion__prediction": "x0"}) == {"diffusion.prediction": ["epsilon", "x0"]}

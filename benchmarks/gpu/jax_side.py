@@ -113,7 +113,7 @@ class TimedSample:
         found = []
         for _ in range(rounds + 1):
             since = time.perf_counter()
-            self._compiled(params, jax.random.key(0), indices, indices).block_until_ready()
+            self._compiled(params, jax.random.key(0), indices, indices, None).block_until_ready()
             found.append(time.perf_counter() - since)
         return found[1:]
 
