@@ -8,6 +8,7 @@ from commands import TINY, assert_fails, assert_works
 from PIL import Image
 
 import speedit_jax
+from speedit_jax.testing.vae_weights import write_vae
 
 FLOW = ["--config.diffusion.path=linear", "--config.timesteps.strategy=uniform"]
 
@@ -130,3 +131,25 @@ def test_from_python(runs, files):
     ):
         with pytest.raises(speedit_jax.errors.UserError, match=words):
             loaded.sample(**wrong)
+
+
+def test_latents(run, tmp_path):
+    """Of a run on latents the picture is encoded, and its pixels are put back into what is decoded."""
+    vae = write_vae(tmp_path / "vae", "four")
+    size = ["--config.data.source=synthetic", *(f"--config.data.{key}" for key in ("height=16", "width=16", "channels=3"))]
+    assert_works(
+        run("train", *TINY, *size, f"--config.data.vae={vae}", "--config.sampling.clip=False", f"--workdir={tmp_path}/run")
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 10:] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = ["sample", f"--workdir={tmp_path}/run", f"--image={tmp_path}/picture.png", f"--out={tmp_path}/x", "--num_images=3"]
+    assert_works(run(*flags, f"--mask={tmp_path}/mask.png", "--batch_size=4", "--png_files"))
+    images = np.load(tmp_path / "x.npz")["arr_0"]
+    np.testing.assert_array_equal(images[:, mask == 0], np.broadcast_to(picture[mask == 0], (3, 160, 3)))
+    assert (images[:, mask == 255] != picture[mask == 255]).mean() > 0.5
+    assert (images[0] != images[1]).any()
+    assert len(list((tmp_path / "x").rglob("*.png"))) == 3
+    assert_fails(run(*flags, "--vae=none", "--strength=0.5", "--overwrite"), "--image: this run draws latents")
