@@ -84,10 +84,15 @@ class Entry:
 
 def failure(error: BaseException) -> str | None:
     """One line for an exception of a store's client: no network, no credentials, no such bucket; None for any other exception."""
-    package = type(error).__module__.partition(".")[0]
-    if package not in _RAISERS:
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    # Of a bucket that is not there gcsfs raises Python's own FileNotFoundError.
+    modules = [type(error).__module__] + ([trace.tb_frame.f_globals.get("__name__", "")] if trace else [])
+    packages = [package for package in (module.partition(".")[0] for module in modules) if package in _RAISERS]
+    if not packages:
         return None
-    scheme = _RAISERS[package]
+    scheme = _RAISERS[packages[0]]
     name = f"{scheme}://" if scheme else "the object store"
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return f"{name} cannot be used ({text}); check the credentials, the name of the bucket and the network (docs/storage.md)"
