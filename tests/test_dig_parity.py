@@ -109,7 +109,7 @@ def turned_tokens(params, x, t, y, depth, directions):
             return gla(q, k, v, log_g, implementation="reference")
 
         part, constrain = (lambda part, save_products: part), (lambda x, names: x)
-        module = dig.DiGBlock(2, grid, (False, False), "layer", "identity", causal, part, constrain, jnp.float32)
+        module = dig.DiGBlock(2, grid, (False, False), "layer", "identity", causal, None, part, constrain, jnp.float32)
         tokens, _ = module.apply({"params": block}, tokens, c)
         tokens = tokens[:, ::-1]
         if directions == 4 and i % 2:
