@@ -92,7 +92,10 @@ class LoadedRun:
           batch_size: images at a time, over all devices.
           image: a picture to start from or to complete, uint8 [H, W, C]; of [n, H, W, C] sample i takes number i mod n.
           mask: where to fill it, bool [H, W] or [n, H, W]; elsewhere its pixels stay.
-          strength, inpaint, resample, jump: how, as the flags of the command.
+          strength: the share of the sampling steps that is run from the picture on, (0, 1]; None is 1, pure noise.
+          inpaint: how pixels stay, "projection" or "repaint"; None is projection.
+          resample: how often each `jump` steps are run; None is 10 for repaint and 1 for projection.
+          jump: sampling steps that `resample` repeats; None is 10.
           settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale,
             guidance_channels, clip, ...
 
