@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
 from speedit_jax.data import latents, loader, shards
-from speedit_jax.data.sources import Source, open_source
+from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
 from speedit_jax.errors import UserError
 
@@ -89,8 +89,7 @@ def encode() -> None:
     older = getattr(source, "older_fingerprints", ())
     shards.claim(out, what, lambda saved: latents.check_same(out, saved, what, older))
 
-    total = -(-len(source) // _SHARD_SIZE.value)
-    paths = [out / shards.shard_name(i, total) for i in range(total)]
+    paths = shards.shard_paths(out, len(source), _SHARD_SIZE.value)
     mine = shards.share(paths)
     size = {i: min(_SHARD_SIZE.value, len(source) - i * _SHARD_SIZE.value) for i in mine}
     encoded, since = sum(size.values()), time.perf_counter()
@@ -98,26 +97,20 @@ def encode() -> None:
         for i in mine:
             first = i * _SHARD_SIZE.value
             moments = examples(source, autoencoder, first, first + size[i], bar)
-            latents.write_shard(paths[i], moments, lambda j, first=first: image_name(source, first + j))
+            latents.write_shard(paths[i], moments, lambda j, first=first: name_of(source, first + j))
     seconds = time.perf_counter() - since
     facts = shards.finished(paths)
     if jax.process_index() == 0:
         shards.remove_partial(out)
         header = latents.write_header(out, what, facts)
         rate = f", {encoded / seconds:.3g} images/s on this host" if encoded else ""
-        print(f"{header['count']} latents {tuple(header['shape'])} in {total} shards in {out}{rate}")
+        print(f"{header['count']} latents {tuple(header['shape'])} in {len(paths)} shards in {out}{rate}")
         mean, std = (np.round(values, 3).tolist() for values in scaled_statistics(header))
         print(f"per channel, scaled by {autoencoder.scale}: mean {mean}, std {std}")
         if warning := scale_warning(header):
             print(f"warning: {warning}", file=sys.stderr)
         print("Next: python -m speedit_jax.train --config=imagenet:DiT-S/2", end=" ")
         print(f"--config.data.source=latents:{out} --workdir=runs/mine")
-
-
-def image_name(source: Source, index: int) -> str:
-    files = getattr(source, "files", None)
-    # A name that is no text cannot be printed as it is.
-    return f"image {index}" + (f" ({str(files[index]).encode(errors='backslashreplace').decode()})" if files else "")
 
 
 def examples(source: Source, autoencoder: Autoencoder, first: int, last: int, bar: tqdm):

@@ -25,7 +25,7 @@ from speedit_jax import cli, storage
 from speedit_jax.config import get_config
 from speedit_jax.data import shards, texts
 from speedit_jax.data.captions import read_captions
-from speedit_jax.data.sources import Source, open_source
+from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.errors import UserError
 
@@ -83,15 +83,14 @@ def encode_text() -> None:
     }
     shards.claim(out, what, lambda saved: texts.check_same(out, saved, what))
     with_null = [*captions, [""]]
-    total = -(-len(with_null) // _SHARD_SIZE.value)
-    paths = [out / shards.shard_name(i, total) for i in range(total)]
+    paths = shards.shard_paths(out, len(with_null), _SHARD_SIZE.value)
     mine = shards.share(paths)
     parts = {i: with_null[i * _SHARD_SIZE.value : (i + 1) * _SHARD_SIZE.value] for i in mine}
     encoded, since = sum(len(record) for part in parts.values() for record in part), time.perf_counter()
     with tqdm(total=encoded, unit="caption", disable=jax.process_index() != 0 or not mine) as bar:
         for i, part in parts.items():
             first = i * _SHARD_SIZE.value
-            texts.write_shard(paths[i], records(encoder, part, bar), lambda j, first=first: record_name(source, first + j))
+            texts.write_shard(paths[i], records(encoder, part, bar), lambda j, first=first: name_of(source, first + j))
     seconds = time.perf_counter() - since
     facts = shards.finished(paths)
     if jax.process_index() != 0:
@@ -100,7 +99,7 @@ def encode_text() -> None:
     header = texts.write_header(out, what, captions, facts)
     rate = f", {encoded / seconds:.3g} captions/s on this host" if encoded else ""
     print(
-        f"{header['captions']:,} captions of {header['count']:,} images in {total} shards in {out}{rate}: up to"
+        f"{header['captions']:,} captions of {header['count']:,} images in {len(paths)} shards in {out}{rate}: up to"
         f" {header['longest']} tokens of {encoder.width}"
     )
     say_cut(encoder, captions)
@@ -122,10 +121,6 @@ def records(encoder: TextEncoder, captions: list[list[str]], bar: tqdm) -> Itera
             bar.update(len(batch))
         yield waiting[: len(record)]
         waiting = waiting[len(record) :]
-
-
-def record_name(source: Source, index: int) -> str:
-    return source.name_of(index) if hasattr(source, "name_of") and index < len(source) else f"image {index}"
 
 
 def say_cut(encoder: TextEncoder, captions: list[list[str]]) -> None:

@@ -31,6 +31,12 @@ def shard_name(index: int, total: int) -> str:
     return f"{index:05d}-of-{total:05d}.array_record"
 
 
+def shard_paths(directory: Path, count: int, size: int) -> list[Path]:
+    """Of `count` records, `size` in each shard."""
+    total = -(-count // size)
+    return [directory / shard_name(i, total) for i in range(total)]
+
+
 def open_writer(path: Path) -> ArrayRecordWriter:
     return ArrayRecordWriter(str(path), _ONE_BY_ONE)
 

@@ -154,6 +154,12 @@ def _say_left_out(source: FolderSource) -> None:
         tqdm.write(f"note: {printable(source.root)}: left out {counted}: not images that Pillow reads", file=sys.stderr)
 
 
+def name_of(source: Source, index: int) -> str:
+    """An image by its number and, where its source has one, by its name; of a number beyond the last image the number alone."""
+    named = index < len(source) and hasattr(source, "name_of")
+    return f"image {index}" + (f" ({source.name_of(index)})" if named else "")
+
+
 def open_source(config: ml_collections.ConfigDict) -> Source:
     """The source of `config`, the config's `data` section, in which `background` and `text` may be missing.
 
