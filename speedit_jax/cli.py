@@ -7,7 +7,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from logging import getLogger
 
 import jax
 from absl import app, flags, logging
@@ -61,6 +60,11 @@ def fail(message: str) -> None:
     sys.exit(1)
 
 
+def _without_closed_loops(hook: Callable) -> Callable:
+    """For sys.unraisablehook: tensorstore reports each write that outlives the event loop of a save that has failed."""
+    return lambda told: None if str(told.exc_value) == "Event loop is closed" else hook(told)
+
+
 def _end_soon() -> None:
     """Python waits for threads at its end, and orbax's wait for minutes for a directory that could not be made."""
     timer = threading.Timer(_LAST_SECONDS, os._exit, [1])
@@ -85,12 +89,10 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
         if logging.get_verbosity() == logging.INFO:
             # Orbax reports every save, warns of every read, and logs as a traceback what it also raises; --verbosity=1 shows it.
             logging.set_verbosity(logging.FATAL)
-            # So do its threads, of which a failed save leaves some behind.
-            getLogger("concurrent.futures").setLevel("CRITICAL")
-            getLogger("asyncio").setLevel("CRITICAL")
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}; flags are written --name=value")
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not UTF-8
+        sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
         # Ctrl-C ends the process, without a traceback; train.py takes it over when there is something to save.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         watch = None

@@ -10,7 +10,6 @@ removed first. Either way a checkpoint that is listed is whole; the checksums te
 import contextlib
 import dataclasses
 import json
-import threading
 import types
 import warnings
 from pathlib import Path
@@ -318,9 +317,8 @@ def _named_failure(directory: Path):
         for partial in directory.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
             with contextlib.suppress(OSError):
                 storage.remove(partial)
-        # What orbax had begun to write is dropped with its coroutines and threads, of which Python would tell after our line.
+        # What orbax had begun to write is dropped with its coroutines, of which Python would warn after our line.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        threading.excepthook = lambda _: None
         text, way = first_line(e), "mend that"
         # Orbax reports a full disk as a ValueError that quotes tensorstore's status.
         if "RESOURCE_EXHAUSTED" in str(e) or "No space left" in str(e):
