@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from pages import PAGES, ROOT, SHELL, blocks, commands
 
 from speedit_jax import config, recipes
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMAND = re.compile(r"(?:\S*python3?\s+-m\s+speedit_jax\.|(?<![\w/-])speedit\s+)([a-z_]+)(?=\s|$)")
 KEYS = frozenset(config.flatten(config.get_config().to_dict()))
 SECTIONS = sorted({key.partition(".")[0] for key in KEYS if "." in key})
@@ -67,10 +66,10 @@ def flags(command: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def blocks(text: str) -> list[str]:
-    """The lines of code blocks that run a command, whole."""
-    code = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    return [part for line in code.replace("\\\n", " ").splitlines() for part in line.split("&&") if COMMAND.search(part)]
+def lines(page: Path) -> list[str]:
+    """The commands in the blocks of code, whole."""
+    found = [line for block in blocks(page) if block.language in SHELL for line in commands(block)]
+    return [part for line in found for part in line.split("&&") if COMMAND.search(part)]
 
 
 def wrong_command(line: str) -> list[str]:
@@ -101,7 +100,7 @@ def test_links_and_names_exist(page):
 
 
 def test_commands_on_the_pages_exist():
-    found = {(page.name, line): wrong_command(line) for page in PAGES for line in blocks(page.read_text())}
+    found = {(page.name, line): wrong_command(line) for page in PAGES for line in lines(page)}
     assert len(found) > 40
     assert {where: wrong for where, wrong in found.items() if wrong} == {}
 
