@@ -41,6 +41,8 @@ WORDS = {
 }
 # Flags of commands that have no config; they too are replaced only where the page gives them.
 FLAGS = {"num_images": 16, "batch_size": 16, "num_steps": 4, "size": 32}
+# Of these commands, always.
+ALWAYS = {"likelihood": ["--num_images=16", "--num_steps=5"]}
 BENCHMARKS = {
     "emoji_text": [],
     "encode_throughput": ["--images=8", "--encoded=4", "--batch_size=2", "--steps=1", "--rounds=1"],
@@ -56,7 +58,7 @@ def shrunk(module: str, arguments: list[str]) -> list[str]:
     given = {name: value for name, value in FLAGS.items() if re.search(rf"--{name}=\d", line)}
     small = [f"--{name}={value}" for name, value in given.items()]
     if command not in ("train", "aot"):
-        return [*arguments, *small]
+        return [*arguments, *ALWAYS.get(command, []), *small]
     config = MODEL | (RUN if command == "train" else {})
     config |= {key: value for key, value in GIVEN.items() if f"--config.{key}=" in line}
     for word, more in WORDS.items():
