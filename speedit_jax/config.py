@@ -30,6 +30,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
     data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
+    # Random parts of each image that the network is told, so that it learns to fill the rest: boxes, strokes or mixed; "" trains
+    # on whole images alone: docs/inpainting.md
+    data.mask = ""
+    data.mask_all = 0.25  # share of the images of which nothing is told: keeps the drawing of whole images, as Stable Diffusion's
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
     data.threads = 4  # threads that decode images

@@ -104,7 +104,12 @@ def refuse_unpublished(workdir: Path, backbone: str, model: ml_collections.Confi
 
 
 def refuse_conditioning(config: ml_collections.ConfigDict, model: Model) -> None:
-    """Raises a UserError where no published format has the network's text, or its adaLN without text."""
+    """Raises a UserError where no published format has the network's masks, its text, or its adaLN without text."""
+    if model.hinted:
+        raise UserError(
+            "no published format holds the layer of a run with data.mask; for the network of whole images start a run from this"
+            " one without it (init_from, data.mask empty), and export that"
+        )
     single = config.model.adaln == "single"
     if model.text and not (single and config.model.text == "cross" and parse_name(config.model.name)[0] == "DiT"):
         raise UserError(

@@ -108,6 +108,7 @@ def make_model(
         platform=mesh.devices.flat[0].platform,
         text=text,
         tokens=config.tokens,
+        hinted=config.data.mask != "",
         constrain=sharding.constrain,
         batch_axes=sharding.BATCH_AXES,
         head_axis=sharding.HEAD_AXIS,

@@ -9,6 +9,7 @@ from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED, flatten
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.masks import KINDS
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 
@@ -62,6 +63,10 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for name, least in _LEAST.items():
         if values[name] < least:
             raise UserError(f"{name}={values[name]}: must be at least {least}")
+    if config.data.mask and config.data.mask not in KINDS:
+        raise UserError(f"unknown data.mask {config.data.mask!r}; choose one of {', '.join(KINDS)}, or none with an empty one")
+    if not 0 <= config.data.mask_all < 1:
+        raise UserError(f"data.mask_all={config.data.mask_all}: must lie in [0, 1)")
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

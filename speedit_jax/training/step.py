@@ -10,17 +10,28 @@ import ml_collections
 import optax
 
 from speedit_jax import sharding
-from speedit_jax.diffusion import regularizers
+from speedit_jax.diffusion import masks, regularizers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
-from speedit_jax.encoders.autoencoder import latents_of
+from speedit_jax.diffusion.inverse import latent_mask
+from speedit_jax.encoders.autoencoder import latents_of, pixels_of_latent
 from speedit_jax.models.build import Model
 from speedit_jax.models.condition import Condition, replaced
 from speedit_jax.models.routing import Route, draw_route
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {"timesteps": 0, "noise": 1, "label_dropout": 2, "posterior": 3, "time": 4, "probe": 5, "tokens": 6, "negatives": 7}
+_STREAMS = {
+    "timesteps": 0,
+    "noise": 1,
+    "label_dropout": 2,
+    "posterior": 3,
+    "time": 4,
+    "probe": 5,
+    "tokens": 6,
+    "negatives": 7,
+    "masks": 13,
+}
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -32,6 +43,22 @@ def drop_conditions(key: jax.Array, y: Condition, rate: float, null: Condition |
     if null is None:
         return y
     return replaced(y, null, jax.random.bernoulli(key, rate, jax.tree.leaves(y)[0].shape[:1]))
+
+
+def known_parts(
+    key: jax.Array, shape: tuple[int, ...], data: ml_collections.ConfigDict, encoded_by: dict[str, Any] | None
+) -> jax.Array:
+    """What the network is told of each example, bool [B, h, w, 1]; of latents as sampling does, from masks of their pixels.
+
+    Args:
+      shape: [B, h, w, C] of the examples.
+      data: the config's section.
+      encoded_by: as in `make_train_step`.
+    """
+    count, *size, _ = shape
+    ratio = pixels_of_latent(encoded_by) if encoded_by else 1
+    known = masks.draw_known(key, count, (size[0] * ratio, size[1] * ratio), data.mask, data.mask_all)
+    return latent_mask(known, size) if encoded_by else known
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
@@ -51,7 +78,8 @@ def make_loss(
 ) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
-    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks.
+    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks. With "known", bool
+    [B, H, W, 1], the network is told these parts of x0; the loss is that of the whole image all the same.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
     "dispersive", and "contrast" with the target of another example, "negative", in the batch.
@@ -61,6 +89,8 @@ def make_loss(
     def loss(params, batch):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         options = {"route": Route(batch["order"], batch["inverse"], model.kept)} if "order" in batch else {}
+        if "known" in batch:
+            options["hint"] = masks.hint(batch["x0"], batch["known"])
         if dispersive:
             options["taps"] = (regularizer.dispersive_depth,)
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
@@ -180,6 +210,8 @@ def make_train_step(
         if model.kept is not None:
             order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
             inputs |= {"order": order, "inverse": inverse}
+        if model.hinted:
+            inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)
         if config.regularizer.contrastive:
             target = diffusion.target(x0, inputs["t"], inputs["noise"])
             inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
