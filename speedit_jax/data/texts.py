@@ -186,7 +186,8 @@ class TextStore:
         captions = _unpacked(self.records[index], self.width)
         if not all(np.isfinite(tokens).all() for tokens in captions):
             raise UserError(
-                f"record {index} of {self.directory} is not finite; --verify names its shard: remove that and run {_COMMAND} again"
+                f"record {index} of {self.directory} is not finite; --verify names its shard: remove that and run {_COMMAND}"
+                " again"
             )
         return captions
 
