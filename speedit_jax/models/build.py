@@ -108,6 +108,11 @@ def parse_name(name: str) -> tuple[str, str, int]:
     return backbone, size, int(patch)
 
 
+def activations_dtype(name: str) -> jnp.dtype | None:
+    """Of a name in DTYPES. Under jax_enable_x64, where parameters may be float64, float32 is None: "the parameters' own"."""
+    return None if name == "float32" and jax.config.jax_enable_x64 else DTYPES[name]
+
+
 def _choose(key: str, value: Any, choices) -> Any:
     if value not in choices:
         raise UserError(f"unknown model.{key} {value!r}; choose one of {', '.join(map(str, choices))}")
@@ -155,8 +160,7 @@ def build(
         dtype_name = "float32" if platform == "cpu" else "bfloat16"
     if dtype_name not in DTYPES:
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
-    # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
-    dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    dtype = activations_dtype(dtype_name)
     mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
     num_classes = 0 if text else num_classes
     grid = (h // patch, w // patch)
