@@ -6,7 +6,6 @@ Block, with (shift, scale, gate) x 2 = W SiLU(c) + b, W and b zero at initialisa
   x <- x + gate_2 * MLP(modulate(LN(x), shift_2, scale_2))
 """
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -23,8 +22,6 @@ from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 MLPS = ("gelu", "swiglu")
-
-gelu = layers.recomputed(functools.partial(nn.gelu, approximate=True))
 
 
 class Attention(nn.Module):
@@ -62,8 +59,12 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         # Column-parallel in, row-parallel out: with both kernels sharded alike XLA:CPU returned wrong gradients.
         x = dense(self.hidden, layers.xavier, ("embed", "mlp"), ("mlp",), self.dtype, "up")(x)
-        x = gelu(x)
-        return dense(width, layers.xavier, ("mlp", "embed"), (None,), self.dtype, "down")(x)
+
+        def activated(mlp, x):
+            return dense(width, layers.xavier, ("mlp", "embed"), (None,), mlp.dtype, "down")(nn.gelu(x, approximate=True))
+
+        # The kernel's gradient needs GELU's result, which is computed again: only `up`'s result is kept.
+        return nn.remat(activated, prevent_cse=False)(self, x)
 
 
 class DiTBlock(nn.Module):
