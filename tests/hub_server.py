@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -63,6 +64,7 @@ class Hub:
       url: for HF_ENDPOINT.
       requests: "METHOD /path" of all so far.
       failing: answers 503 to what matches.
+      silent: takes requests and does not answer.
     """
 
     url: str = ""
@@ -70,15 +72,17 @@ class Hub:
     large: dict[str, bytes] = dataclasses.field(default_factory=dict)
     requests: list[str] = dataclasses.field(default_factory=list)
     failing: str = "$^"
+    silent: bool = False
 
-    def environment(self, home: Path, token: str = "") -> dict[str, str]:
-        """Of a process that uses this hub, with a cache of its own."""
-        variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        return variables | {"HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+    def environment(self, home: Path) -> dict[str, str]:
+        """Of a process that uses this hub: its cache and its token are in `home`."""
+        off = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        return off | {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_ETAG_TIMEOUT": "1"}
 
     def downloads(self) -> list[str]:
         """The files that were asked for."""
-        return [found[1] for line in self.requests if (found := re.fullmatch(r"GET /[^/]+/[^/]+/resolve/\w+/(.*)", line))]
+        asked = (re.fullmatch(r"HEAD /[^/]+/[^/]+/resolve/\w+/(.*)", line) for line in self.requests)
+        return sorted({match[1] for match in asked if match})
 
 
 @contextlib.contextmanager
@@ -119,6 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         else:
             body = self.rfile.read(length)
+        if self.hub.silent:
+            time.sleep(3)
+            self.close_connection = True
+            return
         try:
             if re.search(self.hub.failing, path):
                 raise _RefusedError(503, "", "Service unavailable")

@@ -26,7 +26,7 @@ OWNERS = {
     "grain": ("speedit_jax.data",),
     "tensorflow_datasets": ("speedit_jax.data",),
     "safetensors": ("speedit_jax.interop", "speedit_jax.testing"),
-    "huggingface_hub": ("speedit_jax.interop",),
+    "huggingface_hub": ("speedit_jax.interop.hub",),
     "transformers": ("speedit_jax.encoders.hub_text",),
     "torch": ("speedit_jax.interop", "speedit_jax.testing"),
     "tensorflow": (),

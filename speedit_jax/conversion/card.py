@@ -11,7 +11,7 @@ from speedit_jax.conversion.measured import Number
 from speedit_jax.conversion.public import place, shown
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.interop import hub
-from speedit_jax.models.build import parse_name
+from speedit_jax.models.build import SIZES, parse_name
 from speedit_jax.reporting.curves import read_metrics
 from speedit_jax.reporting.environment import read_environment
 from speedit_jax.reporting.markup import duration
@@ -75,12 +75,18 @@ def _front_matter(facts: Facts) -> str:
 def _what(facts: Facts) -> str:
     run = facts.run
     height, width, channels = run.model.image_shape
-    draws = f"{'latents' if run.draws_latents else 'images'} of {height} x {width} with {channels} channel{'s' * (channels > 1)}"
+    draws = f"{'latents' if run.draws_latents else 'images'} of {height} x {width} x {channels}"
     names = run.class_names
     given = "text" if run.model.text else f"{len(names)} classes" if names else "no classes: it is unconditional"
     kind = "flow matching" if isinstance(run.diffusion, FlowMatching) else "diffusion"
+    name = run.config.model.name
+    backbone, size, _ = parse_name(name)
+    sizes = (
+        run.config.model[key] or usual for key, usual in zip(("width", "depth", "heads"), SIZES[backbone][size], strict=True)
+    )
+    form = "width {}, {} layers, {} heads".format(*sizes)
     lines = [
-        f"A {run.config.model.name} of {facts.parameters:,} parameters that draws {draws}, trained by {kind} on {given}."
+        f"A {name} ({form}) of {facts.parameters:,} parameters that draws {draws}, trained by {kind} on {given}."
         f" These are its {facts.weights.replace('ema', 'EMA')} weights of step {run.step:,}."
     ]
     if names and not run.model.text:
@@ -93,6 +99,7 @@ def _what(facts: Facts) -> str:
 def _loading(facts: Facts) -> str:
     run, workdir = facts.run, f"runs/{facts.repository.partition('/')[2]}"
     flags, python, notes = [], [], []
+    drawn = "latents [16, H, W, C]" if run.draws_latents and not run.encoded_by else "uint8 [16, H, W, C]"
     if run.model.text:
         flags, python = ['--prompt="TEXT"'], ['prompts=["TEXT"]']
         encoder = place(run.text_encoder["encoder"])
@@ -100,7 +107,7 @@ def _loading(facts: Facts) -> str:
     if run.encoded_by:
         vae = place(run.encoded_by["vae"], of_hub=True)
         notes.append(f"Its latents are those of the autoencoder {vae}; name it with --vae=WHERE where it is elsewhere.")
-    names = "of the published code" if facts.published else "of speedit_jax's parameters"
+    names = "of the published PyTorch code" if facts.published else "of speedit_jax's parameters"
     command = " ".join(["speedit sample", f"--workdir={workdir}", *flags, "--num_images=16", "--out=samples.png"])
     return "\n\n".join(
         [
@@ -108,7 +115,7 @@ def _loading(facts: Facts) -> str:
             f"```\nspeedit convert --from=hf:{facts.repository} --workdir={workdir}\n{command}\n```",
             "Or in Python, after the first of these commands:",
             f'```python\nimport speedit_jax\n\nrun = speedit_jax.load("{workdir}")\n'
-            f"images = run.sample({', '.join([*python, 'num_images=16'])})  # [16, height, width, channels]\n```",
+            f"images = run.sample({', '.join([*python, 'num_images=16'])})  # {drawn}\n```",
             *notes,
             f"`model.safetensors` has the names {names}; `config.json` has all settings of the run.",
         ]

@@ -153,6 +153,7 @@ def fit_run(found: Weights, config: ml_collections.ConfigDict, given: Mapping[st
         raise UserError("--reverse_time is for weights of other programs; these are of speedit_jax")
     try:
         with config.ignore_type():
+            config.lock()  # a key that this version does not know is an error
             config.update(complete(saved["config"]))
         config.update_from_flattened_dict(dict(given))
     except (AttributeError, KeyError, TypeError, ValueError) as e:

@@ -102,7 +102,8 @@ def _evaluated(run: Run, weights: str, record: dict[str, Any]) -> list[Number]:
         f" guidance {sampled.get('guidance_scale')})"
     )
     if reference.get("from"):
-        of += f", against {reference.get('n') or 'an unknown number of'} of {place(reference['from'])}"
+        count = f"{reference['n']:,}" if reference.get("n") else "an unknown number"
+        of += f", against {count} of {place(reference['from'])}"
     features = str(record.get("features"))
     return [Number(name, value, run.step, _meaning(name, features), of) for name, value in record["metrics"].items()]
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,6 @@ def choose(names: Collection[str]) -> str:
     return next(iter(found.values()))
 
 
-def holds_weights(names: Iterable[str]) -> bool:
-    """Whether one of the names in a directory is one of those that `choose` knows."""
-    return any(re.fullmatch(rf"({_STEM}){_SUFFIX}(\.index\.json)?", name) or _VARIANT.fullmatch(name) for name in names)
-
-
 def shards(names: Iterable[str], index: str) -> list[str]:
     """The names of the shards that an index lists, as far as names tell; [] where `index` is no index."""
     match = _VARIANT.fullmatch(index) or re.fullmatch(rf"({_STEM}){_SUFFIX}\.index\.json", index)
@@ -108,3 +103,35 @@ def shards(names: Iterable[str], index: str) -> list[str]:
     suffix = next(suffix for suffix in _SUFFIXES if suffix in index)
     shard = re.compile(rf"{match[1]}({variant}{number}|{number}{variant}){re.escape(suffix)}")
     return [name for name in names if shard.fullmatch(name)]
+
+
+def weights_in(names: Sequence[str], folder: str) -> list[str]:
+    """The weights in a folder of a repository under diffusers' names, as `read` takes them, and config.json; [] without weights.
+
+    Args:
+      names: of all files of the repository, with "/" between folders.
+
+    Raises:
+      UserError: there are several variants, and nothing else.
+    """
+    here = [name for name in inside(names, folder) if "/" not in name]
+    if not any(re.fullmatch(rf"({_STEM}){_SUFFIX}(\.index\.json)?", name) or _VARIANT.fullmatch(name) for name in here):
+        return []
+    chosen = choose(here)
+    return existing(names, folder, (chosen, *shards(here, chosen), CONFIG))
+
+
+def inside(names: Sequence[str], folder: str) -> list[str]:
+    """What is below a folder, by its name from there."""
+    root = join(folder, "")
+    return [name.removeprefix(root) for name in names if name.startswith(root)]
+
+
+def existing(names: Sequence[str], folder: str, wanted: Sequence[str]) -> list[str]:
+    """Those of some names in a folder that there are."""
+    return [name for name in (join(folder, name) for name in wanted) if name in names]
+
+
+def join(folder: str, name: str) -> str:
+    """As paths are in a repository."""
+    return f"{folder}/{name}" if folder else name

@@ -7,6 +7,7 @@ HF_HUB_OFFLINE. Errors do not name the repository: whoever was given it does.
 import dataclasses
 import errno
 import glob
+import json
 import re
 import sys
 import types
@@ -21,7 +22,6 @@ from speedit_jax.storage import files
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SCHEME = "hf:"
 _PLACE = re.compile(rf"{SCHEME}(?P<name>{NAME.pattern})(@(?P<revision>refs/(pr|convert)/[^/@]+|[^/@]+))?(/(?P<path>[^@]+))?")
-_TIMEOUT = 10.0  # seconds, for the hub's first answer
 _LOG_IN = "log in with hf auth login, or set HF_TOKEN"
 
 # The names of the files in a repository -> (what is to be opened, the files that it needs).
@@ -55,7 +55,7 @@ def parse(where: str) -> Place:
     """
     match = _PLACE.fullmatch(where)
     if not match:
-        raise UserError(f"{where!r} is not hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE")
+        raise UserError("write it as hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE")
     return Place(match["name"], match["revision"], (match["path"] or "").strip("/"))
 
 
@@ -79,11 +79,12 @@ def download(place: Place, choose: Choose, cached_first: bool = False) -> tuple[
     if cached_first and (found := _cached(hub, place, choose)):
         return found
     try:
-        info = hub.HfApi().model_info(place.repository, revision=place.revision, timeout=_TIMEOUT)
+        info = hub.HfApi().model_info(place.repository, revision=place.revision, timeout=_patience(hub))
     except Exception as error:  # each way to fail has its class, and some are of the HTTP library
         found = None if _answered(error) else _cached(hub, place, choose)
         if not found:
-            raise UserError(_explained(hub, place, error)) from error
+            here = "" if _answered(error) else ", and the cache has not got it"
+            raise UserError(f"{_explained(hub, place, error)}{here}") from error
         print(f"note: the hub cannot be reached; {place} is taken from the cache, commit {found[1][:12]}")
         return found
     opened, wanted = choose([file.rfilename for file in info.siblings or ()])
@@ -128,7 +129,7 @@ def check_access(repository: str) -> bool | None:
     if not hub.get_token():
         raise UserError(f"this needs a token that may write: {_LOG_IN}")
     try:
-        return not hub.HfApi().model_info(repository, timeout=_TIMEOUT).private
+        return not hub.HfApi().model_info(repository, timeout=_patience(hub)).private
     except hub.errors.RepositoryNotFoundError:
         return None
     except Exception as error:
@@ -198,7 +199,8 @@ def _status(error: Exception) -> int | None:
 
 def _answered(error: Exception) -> bool:
     """Whether the hub did answer, so that a copy of its files must not take its place; a broken server did not."""
-    return isinstance(error, ValueError) or (_status(error) or 500) < 500
+    refused = isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return refused or (_status(error) or 500) < 500
 
 
 def _explained(hub: types.ModuleType, place: Place, error: Exception) -> str:
@@ -208,7 +210,7 @@ def _explained(hub: types.ModuleType, place: Place, error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"it is gated: ask for access on {at}/{place.repository}, then {_LOG_IN}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"there is no revision {place.revision!r} of it; name a branch, a tag or a commit"
+        return f"it has no revision {place.revision!r}; name a branch, a tag or a commit"
     if status == 401 and "credentials" in said:
         return f"the hub refuses the token of HF_TOKEN or hf auth login; make a new one on {at}/settings/tokens"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
@@ -218,7 +220,14 @@ def _explained(hub: types.ModuleType, place: Place, error: Exception) -> str:
     if status:
         return f"the hub at {at} answers {status} ({said}); try again later"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the hub is not asked, and the cache has not got it; unset HF_HUB_OFFLINE"
+        return "HF_HUB_OFFLINE forbids asking the hub"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{at} does not answer as a hub does; check HF_ENDPOINT, and whether the network wants a login"
     if isinstance(error, ValueError):  # a name that the library refuses, or a model card that the hub refuses
         return said
     return f"no connection to the hub at {at} ({said or type(error).__name__}); check the network and HF_ENDPOINT"
+
+
+def _patience(hub: types.ModuleType) -> float:
+    """Seconds for the hub's first answer: 10, or the library's setting HF_HUB_ETAG_TIMEOUT."""
+    return float(hub.constants.HF_HUB_ETAG_TIMEOUT)

@@ -27,24 +27,24 @@ class Weights:
     Attributes:
       raw, ema: name -> array; the same mapping where there is only one.
       diffusers: config.json of diffusers' DiT or PixArt, whose names the tensors then have; {} for those of the published codes.
-      run: config.json of a run, as interop/own.py describes it; {} for the weights of other programs.
       around: the pipeline around it.
       num_classes, label_dropout: of training, where the file tells; None where it does not.
       path: config.diffusion.path.
       reversed_time: whether a flow's time is 1 at noise; None where the file does not tell.
       notes: what the user ought to know.
+      run: config.json of a run, as interop/own.py describes it; {} for the weights of other programs.
     """
 
     raw: Mapping[str, np.ndarray]
     ema: Mapping[str, np.ndarray]
     diffusers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     around: pipeline.Surroundings = dataclasses.field(default_factory=pipeline.Surroundings)
     num_classes: int | None = None
     label_dropout: float | None = None
     path: str = "vp"
     reversed_time: bool | None = None
     notes: tuple[str, ...] = ()
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def time_freq_shift(self) -> int:
