@@ -84,12 +84,12 @@ def _what(facts: Facts) -> str:
     sizes = (
         run.config.model[key] or usual for key, usual in zip(("width", "depth", "heads"), SIZES[backbone][size], strict=True)
     )
-    form = "width {}, {} layers, {} heads".format(*sizes)
+    form = "width {}, depth {}, heads {}".format(*sizes)
     lines = [
         f"A {name} ({form}) of {facts.parameters:,} parameters that draws {draws}, trained by {kind} on {given}."
         f" These are its {facts.weights.replace('ema', 'EMA')} weights of step {run.step:,}."
     ]
-    if names and not run.model.text:
+    if not run.model.text and names != [str(number) for number in range(len(names))]:
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         lines.append(f"Classes, by number from 0: {', '.join(map(_plain, names[:_LISTED]))}{more}.")
     lines.append(f"Licence of the weights: {facts.licence}.")

@@ -82,7 +82,8 @@ def _during_training(run: Run, weights: str) -> list[Number]:
             continue
         step, value, metric = int(steps[here[-1]]), float(values[here[-1]]), name.removeprefix(kind)
         if kind == "eval_":
-            found.append(Number(metric, value, step, _meaning(metric, section.features), drawn))
+            features = section.features
+            found.append(Number(_name(metric, features), value, step, _meaning(metric, features), drawn))
         elif metric == "mse":
             meaning = "mean squared error of the prediction, without the weights of the loss; lower is better"
             found.append(Number("held-out mse", value, step, meaning, f"{section.loss_images:,} examples of {source}"))
@@ -92,10 +93,11 @@ def _during_training(run: Run, weights: str) -> list[Number]:
 def _evaluated(run: Run, weights: str, record: dict[str, Any]) -> list[Number]:
     """Of a file that evaluate wrote, where its images were sampled from these weights into this directory."""
     images, reference = record.get("images") or {}, record.get("reference") or {}
-    drawn = Path(str(images.get("from")))
+    drawn = storage.path(str(images.get("from")))
+    if drawn.exists() and storage.resolved(drawn).parent != storage.resolved(run.workdir):
+        return []  # of another run
     sampled = _read(run.workdir / drawn.with_suffix(".json").name)
-    here = drawn.parent.name == storage.resolved(run.workdir).name
-    if not here or (sampled.get("checkpoint_step"), sampled.get("weights")) != (run.step, weights):
+    if (sampled.get("checkpoint_step"), sampled.get("weights")) != (run.step, weights):
         return []
     of = (
         f"{images.get('n'):,} samples ({sampled.get('sampler')}, {sampled.get('num_steps')} steps,"
@@ -105,13 +107,19 @@ def _evaluated(run: Run, weights: str, record: dict[str, Any]) -> list[Number]:
         count = f"{reference['n']:,}" if reference.get("n") else "an unknown number"
         of += f", against {count} of {place(reference['from'])}"
     features = str(record.get("features"))
-    return [Number(name, value, run.step, _meaning(name, features), of) for name, value in record["metrics"].items()]
+    return [
+        Number(_name(name, features), value, run.step, _meaning(name, features), of) for name, value in record["metrics"].items()
+    ]
 
 
 def _bound(run: Run, record: dict[str, Any]) -> Number:
     images = record.get("images") or {}
     of = f"{images.get('n'):,} images of {place(str(images.get('from')))} ({images.get('split')})"
     return Number("bits per dimension", record["total_bpd"], run.step, "at most, by the variational bound; lower is better", of)
+
+
+def _name(metric: str, features: str) -> str:
+    return metric if features == "inception" else f"{metric} ({features})"
 
 
 def _meaning(metric: str, features: str) -> str:

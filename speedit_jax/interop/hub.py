@@ -95,7 +95,12 @@ def download(place: Place, choose: Choose, cached_first: bool = False) -> tuple[
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"the download broke off: {_explained(hub, place, error)}; the same command continues it") from error
+        if isinstance(error, hub.errors.LocalEntryNotFoundError) and error.__cause__:
+            error = error.__cause__  # why the library then looked in the cache
+        reason = _explained(hub, place, error)
+        if not _answered(error):
+            reason = f"the download broke off: {reason}; the same command continues it"
+        raise UserError(reason) from error
     return Path(folder, opened), Path(folder).name
 
 

@@ -65,7 +65,7 @@ def test_a_run_becomes_a_repository_in_one_commit(pushed, trained):
         assert fact in card
     numbers = {number["name"]: number for number in json.loads(pushed.files["metrics.json"])}
     logged = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert numbers["fid"]["value"] == [line["eval_fid"] for line in logged if "eval_fid" in line][-1]
+    assert numbers["fid (pixels)"]["value"] == [line["eval_fid"] for line in logged if "eval_fid" in line][-1]
     assert not any(
         str(trained.parent) in content.decode() for name, content in pushed.files.items() if name.endswith((".json", ".md"))
     )

@@ -30,29 +30,31 @@ def test_each_number_with_what_it_is_of(workdir):
     numbers = measured.numbers(open_run(workdir, 6, one_device()), "ema")
     record = json.loads((workdir / "numbers.json").read_text())["metrics"]
     bits = json.loads((workdir / "bits.json").read_text())["total_bpd"]
-    trained = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval_fid" in line]
-    found = [(number.name, number.value, number.step) for number in numbers]
-    assert sorted(found) == sorted(
-        [("fid", trained[-1]["eval_fid"], 6), ("held-out mse", 0.5, 6), ("bits per dimension", bits, 6)]
-        + [(name, value, 6) for name, value in record.items()]
-    )
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval_fid" in line]
+    expected = [("fid (pixels)", logged[-1]["eval_fid"]), ("held-out mse", 0.5), ("bits per dimension", bits)]
+    expected += [(f"{name} (pixels)", value) for name, value in record.items()]
+    assert sorted((number.name, number.value) for number in numbers) == sorted(expected)
+    assert {number.step for number in numbers} == {6}
     for number in numbers:
-        assert ("not of Inception's features" in number.meaning) == (number.name == "fid")
+        assert ("not of Inception's features" in number.meaning) == (number.name == "fid (pixels)")
         assert "digits" in number.of and str(workdir) not in number.of
-    assert {number.of for number in numbers if number.name == "recall"} == {
-        "16 samples (ddim, 3 steps, guidance 1.25), against 1,797 of digits"
-    }
+    (of,) = {number.of for number in numbers if number.name == "recall (pixels)"}
+    assert of == "16 samples (ddim, 3 steps, guidance 1.25), against 1,442 of digits"
 
 
 def test_other_weights_have_other_numbers(workdir):
     newest = open_run(workdir, 6, one_device())
     assert [(number.name, number.value) for number in measured.numbers(newest, "raw")] == [("held-out mse", 0.75)]
     earlier = open_run(workdir, 3, one_device())
-    assert {(number.name, number.step) for number in measured.numbers(earlier, "ema")} == {("fid", 3)}
+    assert {(number.name, number.step) for number in measured.numbers(earlier, "ema")} == {("fid (pixels)", 3)}
     assert measured.newest_grid(earlier) is None and "6" in measured.newest_grid(newest).stem
 
 
 def test_numbers_of_another_run_are_left_out(workdir, tmp_path):
-    moved = tmp_path / "other"
-    shutil.copytree(workdir, moved)
-    assert "recall" not in {number.name for number in measured.numbers(open_run(moved, 6, one_device()), "ema")}
+    def names(directory):
+        return {number.name for number in measured.numbers(open_run(directory, 6, one_device()), "ema")}
+
+    shutil.copytree(workdir, tmp_path / "other")
+    assert "recall (pixels)" in names(workdir) - names(tmp_path / "other")
+    (workdir / "new.npz").unlink()  # as if the run had been moved
+    assert "recall (pixels)" in names(tmp_path / "other")
