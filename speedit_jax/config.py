@@ -30,6 +30,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
     data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
+    # Random parts of each image that the network is told, so that it learns to fill the rest: boxes, strokes or mixed; "" trains
+    # on whole images alone: docs/inpainting.md
+    data.mask = ""
+    data.mask_all = 0.25  # share of the images of which nothing is told: keeps the drawing of whole images, as Stable Diffusion's
     data.flip = False  # mirror half of the images: not for digits or text
     data.max_broken = 0  # how many undecodable files of a folder are reported and replaced by the next image
     data.threads = 4  # threads that decode images
@@ -92,6 +96,13 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     regularizer.dispersive_group = 16  # examples that drive each other apart; divides batch_size / accumulation
     # Weight of contrastive flow matching (flows that predict the velocity; arXiv 2506.05350): 0.05; 0 is off.
     regularizer.contrastive = 0.0
+    # Weight of a loss that pulls early hidden states to later ones of the EMA network on a less noisy image (DiT; SRA, arXiv
+    # 2505.02831): 0.5 with cosine, 0.2 with smooth_l1; 0 is off.
+    regularizer.align = 0.0
+    regularizer.align_loss = "cosine"  # over channels; or smooth_l1, the paper's, which grows with the states' norms
+    regularizer.align_depth = 4  # blocks before the hidden state; 8 for L and XL
+    regularizer.align_teacher_depth = 8  # blocks before the EMA network's; 20 of flows, or 16, for L and XL
+    regularizer.align_time_gap = 0.2  # the EMA network's image is less noisy by a random part of this share of the schedule
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or

@@ -23,7 +23,7 @@ from speedit_jax.conversion.exporting import export_weights
 from speedit_jax.conversion.importing import import_weights
 from speedit_jax.conversion.publishing import publish_weights
 from speedit_jax.errors import UserError
-from speedit_jax.interop import hub
+from speedit_jax.interop import model_hub
 
 _FROM = flags.DEFINE_string(
     "from", None, "Import: FILE.pt, FILE.safetensors, a diffusers directory, or hf:OWNER/NAME[@REVISION][/FILE]."
@@ -71,7 +71,7 @@ def convert() -> None:
         raise UserError("--reverse_time is only for --from")
     if given:
         raise UserError(f"--config.{next(iter(given))} is only for --from: a run already has its config")
-    if _TO.value.startswith(hub.SCHEME):
+    if _TO.value.startswith(model_hub.SCHEME):
         if _VAE.value:
             raise UserError("--vae is only for diffusers directories: on the hub, a model card names the autoencoder")
         publish_weights(workdir, _TO.value, _WEIGHTS.value, _CHECKPOINT_STEP.value, _LICENSE.value, _PUBLIC.value)

@@ -115,7 +115,8 @@ class LoadedRun:
         if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):
             raise UserError("mask, strength, inpaint, resample and jump need an image")
         if image is not None:
-            pictures = self._pictures(image, mask, choose_plan(mask is not None, strength, inpaint, resample, jump))
+            plan = choose_plan(mask is not None, self.model.hinted, strength, inpaint, resample, jump)
+            pictures = self._pictures(image, mask, plan)
             sampler = make_sampler(self.model, self.diffusion, chosen, self.run.mesh, pictures=pictures)
         else:
             pictures, sampler = None, self._samplers.get(chosen)

@@ -1,4 +1,4 @@
-"""Evaluates images against a reference set: FID, sFID, Inception Score, KID, precision and recall, and match of texts.
+"""Evaluates images: FID, sFID, KID, precision and recall, match of texts, and without a reference Inception and CLIP score.
 
   python -m speedit_jax.evaluate --images=runs/digits/new.npz --reference=digits --features=pixels
   python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=fid.json
@@ -16,16 +16,19 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from speedit_jax import __version__, cli, sharding, storage
 from speedit_jax.config import LARGEST_SEED
 from speedit_jax.data.image_sets import KINDS, Images, open_images
+from speedit_jax.encoders.clip import ClipEncoder
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.comparison import (
     FEATURES,
     METRICS,
     NO_REFERENCE,
+    ON_TEXT,
     Extractor,
     Options,
     Reference,
@@ -34,9 +37,10 @@ from speedit_jax.evaluation.comparison import (
     extract_features,
     make_extractor,
     measure,
+    measure_clip,
     open_reference,
 )
-from speedit_jax.evaluation.matching import read_texts
+from speedit_jax.evaluation.matching import Texts, read_texts
 from speedit_jax.metrics.statistics_file import STATISTICS, write_statistics
 
 _IMAGES = flags.DEFINE_string(
@@ -46,12 +50,13 @@ _REFERENCE = flags.DEFINE_string("reference", None, "What to compare with: image
 _METRICS = flags.DEFINE_list(
     "metrics",
     None,
-    "Any of fid, sfid, is, kid, pr and match, separated by commas. Default: all but match that the features and the reference"
-    " allow.",
+    "Any of fid, sfid, is, kid, pr, match and clip, separated by commas. Default: all but match and clip that the features and"
+    " the reference allow.",
 )
 _CAPTIONS = flags.DEFINE_string(
     "captions", "auto", "For match, where the captions of --reference are: auto, metadata, a suffix, or a table or COCO's JSON."
 )
+_CLIP = flags.DEFINE_string("clip", None, "For clip, a directory of a CLIP as transformers stores it.")
 _FEATURES = flags.DEFINE_enum("features", "inception", FEATURES, "inception, or pixels for tiny images (needs no weights).")
 _INCEPTION = flags.DEFINE_string("inception", None, "Weights of FID's Inception-v3: .pth, .safetensors or .npz.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers and all settings, JSON.")
@@ -81,7 +86,7 @@ _PR_NEIGHBOURS = flags.DEFINE_integer("pr_neighbours", Options.pr_neighbours, "k
 
 def evaluate() -> None:
     if not _REFERENCE.value and (_SAVE_STATISTICS.value or any(METRICS[name].compares for name in asked_metrics())):
-        raise UserError("--reference is missing; --help has examples, and --metrics=is needs none")
+        raise UserError("--reference is missing; --help has examples, and --metrics=is or clip needs none")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
     out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
@@ -92,19 +97,21 @@ def evaluate() -> None:
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)
     names, texts = [], None
-    if images and "match" in (_METRICS.value or ()):
-        texts = read_texts(_IMAGES.value, images, reference.images, _CAPTIONS.value)
+    if images and set(ON_TEXT) & set(_METRICS.value or ()):
+        texts = read_texts(_METRICS.value, _IMAGES.value, images, reference.images, _CAPTIONS.value)
     if images:
         counted = ("--images", len(images))
         names = choose_metrics(_METRICS.value or (), counted, reference, _FEATURES.value, options, "--", texts)
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     shape = (images or reference.images).shape
-    extractor = make_extractor(_FEATURES.value, shape, _INCEPTION.value, reference, mesh, "--")
+    sizes = {"batch_size": _BATCH_SIZE.value, "threads": _THREADS.value}
+    clip = open_clip(mesh, texts) if "clip" in names else None
+    extractor = None
+    if names != ["clip"] or save:
+        extractor = make_extractor(_FEATURES.value, shape, _INCEPTION.value, reference, mesh, "--")
 
     def gathered(name, images, moments, arrays):
-        return extract_features(
-            name, images, extractor, mesh, moments, arrays, batch_size=_BATCH_SIZE.value, threads=_THREADS.value
-        )
+        return extract_features(name, images, extractor, mesh, moments, arrays, **sizes)
 
     metrics = [METRICS[name] for name in names]
     moments = {metric.moments for metric in metrics}
@@ -115,6 +122,7 @@ def evaluate() -> None:
         moments = moments | (extractor.outputs.keys() & STATISTICS)
     of_reference = gathered("reference", reference.images, moments, {metric.reference for metric in metrics})
     statistics = reference.statistics or {name: sums.gaussian() for name, sums in of_reference.moments.items()}
+    of_clip = measure_clip(clip, images, texts, mesh, **sizes) if clip else {}
     if jax.process_index() != 0:
         return
     if save:
@@ -123,8 +131,21 @@ def evaluate() -> None:
     if images:
         values = {}
         for name in tqdm(names, unit="metric", leave=False):
-            values |= measure(name, of_images, of_reference, statistics, options, texts)
-        report(values, images, reference, extractor, options, out, mesh.size)
+            values |= of_clip if name == "clip" else measure(name, of_images, of_reference, statistics, options, texts)
+        report(values, images, reference, extractor, clip, options, out, mesh.size)
+
+
+def open_clip(mesh: Mesh, texts: Texts) -> ClipEncoder:
+    """What --clip names, and a line of the prompts that are too long for it."""
+    if not _CLIP.value:
+        raise UserError("--metrics: clip needs --clip=DIR, a directory of a CLIP as transformers stores it")
+    try:
+        clip = ClipEncoder(_CLIP.value, mesh)
+    except UserError as e:
+        raise UserError(f"--clip={_CLIP.value}: {e}") from e
+    if cut := clip.too_long(texts.prompts):
+        print(f"note: {len(cut)} prompts are cut at CLIP's {clip.length} tokens, the first of them {cut[0]!r}")
+    return clip
 
 
 def asked_metrics() -> list[str]:
@@ -183,19 +204,21 @@ def report(
     values: dict[str, float],
     images: Images,
     reference: Reference,
-    extractor: Extractor,
+    extractor: Extractor | None,
+    clip: ClipEncoder | None,
     options: Options,
     out: Path | None,
     devices: int,
 ) -> None:
     """Prints a table, and writes --out."""
     count = "an unknown number of" if reference.count is None else reference.count
-    against = f"{reference.where}: {count} images; " if reference.where else ""
-    print(f"{_IMAGES.value}: {len(images)} images; {against}{extractor.name} features")
+    against = f"; {reference.where}: {count} images" if reference.where else ""
+    features = f"; {extractor.name} features" if extractor else ""
+    print(f"{_IMAGES.value}: {len(images)} images{against}{features}{f'; {_CLIP.value}' if clip else ''}")
     for name, value in values.items():
         print(f"  {name:<10} {value:.6g}")
-    dimension = extractor.outputs["pool"]
-    if {"fid", "sfid"} & values.keys() and min(len(images), reference.count or dimension + 1) <= dimension:
+    dimension = extractor.outputs["pool"] if {"fid", "sfid"} & values.keys() else 0
+    if min(len(images), reference.count or dimension + 1) <= dimension:
         print(
             f"note: with {dimension} images or fewer the Fréchet distance is biased upwards; compare only results with"
             " the same number of images"
@@ -217,8 +240,9 @@ def report(
             "images": len(reference.images) if reference.images else 0,
             "statistics": sorted(reference.statistics),
         },
-        "features": extractor.name,
-        "inception": extractor.identity,
+        "features": extractor and extractor.name,
+        "inception": extractor and extractor.identity,
+        "clip": clip and clip.identity,
         "metrics": values,
         "settings": settings,
         "devices": devices,

@@ -317,7 +317,7 @@ def choose_pictures(run: Run, autoencoder: Autoencoder | None) -> Pictures | Non
         return None
     if run.draws_latents and not autoencoder:
         raise UserError("--image: this run draws latents; name the autoencoder that they are of, --vae=DIR")
-    plan = choose_plan(_MASK.value is not None, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value)
+    plan = choose_plan(_MASK.value is not None, run.model.hinted, _STRENGTH.value, _INPAINT.value, _RESAMPLE.value, _JUMP.value)
     shape = run.model.image_shape
     drawn = autoencoder.image_shape(shape) if autoencoder else shape
     return open_pictures(*read_pictures(_IMAGE.value, _MASK.value, drawn, run.config.data.background), plan, shape, autoencoder)

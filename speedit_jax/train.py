@@ -7,6 +7,7 @@ After an interruption, run the same command again: it resumes from the last chec
 
 import contextlib
 import functools
+import math
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from speedit_jax.reporting.page import PROMPTS, write_report
 from speedit_jax.reporting.telemetry import PEAK_FLOPS, Profiler, Telemetry
 from speedit_jax.sampling.conditions import Labels, Prompts, stored_prompts
 from speedit_jax.sampling.draw import NotFiniteError
+from speedit_jax.sampling.examples import masked_examples
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
 from speedit_jax.training import lock, run, topologies
@@ -65,17 +67,24 @@ def make_drawings(parts: Assembly, source: Source, watchdog: Watchdog) -> tuple[
     settings = resolve(Settings.from_config(config.sampling, parts.model), parts.diffusion)
     sampler = make_sampler(parts.model, parts.diffusion, settings, mesh)
 
-    def samples(seed, count, conditions):
+    def samples(seed, count, conditions, sampler=sampler, pictures=None):
         devices = sharding.batch_devices(mesh)
         progress = functools.partial(watchdog.alive, "drawing samples")
-        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices, progress)
+        return FixedSamples(sampler, parts.autoencoder, conditions, jax.random.key(seed), count, devices, progress, pictures)
 
     def conditions(count):
         return stored_prompts(parts.texts, count) if parts.texts else Labels(np.arange(max(1, parts.model.num_classes)))
 
     images = config.sampling.grid_images
-    # A column for each prompt, as for each class.
-    grids = samples(config.seed, images, conditions(round(images**0.5))) if config.training.sample_every else None
+    if not config.training.sample_every:
+        grids = None
+    elif parts.model.hinted and (examples := masked_examples(parts, source, images)):
+        pictures, of_examples = examples
+        fill = make_sampler(parts.model, parts.diffusion, settings, mesh, pictures=pictures)
+        grids = samples(config.seed, len(pictures.pictures), of_examples, fill, pictures)
+    else:
+        # A column for each prompt, as for each class.
+        grids = samples(config.seed, images, conditions(round(images**0.5)))
     if not config.evaluation.every:
         return grids, None
     images = config.evaluation.num_images
@@ -107,7 +116,7 @@ def open_telemetry(parts: Assembly, workdir: Path, step: int, started: float) ->
         num_steps=config.training.num_steps,
         batch_size=config.training.batch_size,
         # The share of the peak that one image a second takes.
-        mfu_per_image=peak and parts.model.step_flops / (mesh.size * peak),
+        mfu_per_image=peak and parts.step_flops / (mesh.size * peak),
         started=started,
         wandb=wandb_board.open_board(workdir, config.training.wandb_project, config.to_dict()),
     )
@@ -126,9 +135,13 @@ def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, 
         return
     if jax.process_index() == 0:
         columns = grids.conditions.count if 1 < grids.conditions.count <= 16 else None
+        if grids.pictures:
+            # In pairs: what the network is told, and what it makes of it.
+            columns = 2 * math.ceil((len(images) / 2) ** 0.5)
+            images = np.stack([grids.pictures.told(), images], axis=1).reshape(-1, *images.shape[1:])
         path, grid = workdir / "samples" / f"step_{step:07d}.png", image_grid(images, columns)
         write_png(path, grid, magnification(images.shape[1]))
-        if isinstance(grids.conditions, Prompts):
+        if isinstance(grids.conditions, Prompts) and not grids.pictures:
             storage.write_json(path.with_name(PROMPTS), grids.conditions.texts)
         telemetry.grid(step, grid, path)
 
@@ -246,7 +259,7 @@ def go_on(
     stop = Stop()
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
-    step_flops = parts.model.step_flops * config.training.batch_size
+    step_flops = parts.step_flops * config.training.batch_size
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
     skips = Skips(parts, int(state.skipped))

@@ -52,6 +52,10 @@ class Result:
     err: str
 
 
+def without_waiting(descriptor: int) -> None:
+    """os.fsync of all tests: no test turns the power off, and the disk takes longer than the tests of many small files."""
+
+
 def child(module: str, args: list[str], xla_flags: str, out: str, err: str) -> None:
     """`python -m module args`, in a fork of the server."""
     os.environ["XLA_FLAGS"] = f"{COMPILATION} {xla_flags}"
@@ -74,6 +78,7 @@ def serve() -> None:
     from speedit_jax.sampling import sampler  # noqa: F401
     from speedit_jax.training import assembly, checkpoint, step  # noqa: F401
 
+    os.fsync = without_waiting
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as scratch:
             out, err = Path(scratch) / "out", Path(scratch) / "err"

@@ -25,8 +25,9 @@ def pytest_configure(config):
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("xla"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    from commands import COMPILATION, EIGHT_DEVICES  # a module that takes the environment as it is now
+    from commands import COMPILATION, EIGHT_DEVICES, without_waiting  # a module that takes the environment as it is now
 
+    os.fsync = without_waiting
     if config.option.markexpr not in ACCELERATORS:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"{COMPILATION} {EIGHT_DEVICES} {os.environ.get('XLA_FLAGS', '')}"

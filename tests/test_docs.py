@@ -7,12 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from pages import PAGES, ROOT, SHELL, blocks, commands
 
 from speedit_jax import config, recipes
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMAND = re.compile(r"(?:\S*python3?\s+-m\s+speedit_jax\.|(?<![\w/-])speedit\s+)([a-z_]+)(?=\s|$)")
+BENCHMARK = re.compile(r"python -m (benchmarks(?:\.\w+)+)(.*)")
 KEYS = frozenset(config.flatten(config.get_config().to_dict()))
 SECTIONS = sorted({key.partition(".")[0] for key in KEYS if "." in key})
 
@@ -67,10 +67,23 @@ def flags(command: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def blocks(text: str) -> list[str]:
-    """The lines of code blocks that run a command, whole."""
-    code = "".join(re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    return [part for line in code.replace("\\\n", " ").splitlines() for part in line.split("&&") if COMMAND.search(part)]
+def lines(page: Path) -> list[str]:
+    """The commands in the blocks of code, whole."""
+    found = [line for block in blocks(page) if block.language in SHELL for line in commands(block)]
+    return [part for line in found for part in line.split("&&") if COMMAND.search(part)]
+
+
+def wrong_benchmark(line: str) -> list[str]:
+    """The benchmark that does not exist, or its flags that neither it nor a benchmark that it imports names."""
+    module, rest = BENCHMARK.search(line).groups()
+    path = ROOT.joinpath(*module.split("."))
+    file = next(filter(Path.is_file, (path.with_suffix(".py"), path / "__main__.py")), None)
+    if not file:
+        return [module]
+    text = file.read_text()
+    for imported in re.findall(r"^from benchmarks\.(\w+) import", text, re.MULTILINE):
+        text += (ROOT / "benchmarks" / f"{imported}.py").read_text()
+    return [flag for flag in re.findall(r"(?<= --)\w+", rest.split(" #")[0]) if not re.search(f'"(--)?{flag}"', text)]
 
 
 def wrong_command(line: str) -> list[str]:
@@ -101,9 +114,18 @@ def test_links_and_names_exist(page):
 
 
 def test_commands_on_the_pages_exist():
-    found = {(page.name, line): wrong_command(line) for page in PAGES for line in blocks(page.read_text())}
+    found = {(page.name, line): wrong_command(line) for page in PAGES for line in lines(page)}
     assert len(found) > 40
     assert {where: wrong for where, wrong in found.items() if wrong} == {}
+
+
+def test_benchmarks_on_the_pages_exist():
+    shown = [line for page in PAGES for block in blocks(page) if block.language in SHELL for line in commands(block)]
+    found = {line: wrong_benchmark(line) for line in shown if BENCHMARK.search(line)}
+    assert len(found) > 20
+    assert {line: wrong for line, wrong in found.items() if wrong} == {}
+    assert wrong_benchmark("python -m benchmarks.faults --trials=3 --trails=3") == ["trails"]
+    assert wrong_benchmark("python -m benchmarks.fault --trials=3") == ["benchmarks.fault"]
 
 
 def test_config_keys_on_the_pages_exist():

@@ -2,10 +2,10 @@
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
+from emoji_package import picture, write_package
 from errors import assert_one_line
 from PIL import Image
 
@@ -14,42 +14,10 @@ from speedit_jax.config import get_config
 from speedit_jax.data.captions import read_captions
 from speedit_jax.data.sources import open_source
 
-TONES = list(emoji_text.TONES.items())
-BASES = ["1F44B", "1F91A", "1F590", "270B"]  # each has five tones; those of the last are all alike
-
-
-def picture(base, tone):
-    """One colour for a base, and darker with its tone."""
-    hue = 50 * BASES.index(base) if base in BASES else 250
-    image = Image.new("RGBA", (64, 64), (hue, 255 - hue, 40 * (0 if base == BASES[-1] else tone), 255))
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()
-
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    records, files = [], {}
-
-    def entry(base, tone, code):
-        name = f"{base}-{code}.png".lower().replace("-.", ".")
-        files[f"package/img/google/64/{name}"] = picture(base, tone)
-        return {"image": name, "has_img_google": True}
-
-    for base in BASES:
-        variants = {code: entry(base, i, code) for i, (code, _) in enumerate(TONES, 1)}
-        variants["1F3FB-1F3FD"] = entry(base, 6, "1F3FB-1F3FD")
-        names = {"name": f"HAND {base}", "short_names": ["some_hand", f"hand-{base.lower()}"], "unified": base}
-        records.append(entry(base, 0, "") | names | {"skin_variations": variants})
-    flag = {"name": "Flag", "short_names": ["flag"], "unified": "FLAG"}
-    records += [entry("FLAG", 0, "") | flag, entry("OLD", 0, "") | flag | {"unified": "OLD", "obsoleted_by": "FLAG"}]
-    path = tmp_path_factory.mktemp("package") / "package.tgz"
-    with tarfile.open(path, "w:gz") as opened:
-        for name, content in {"package/emoji.json": json.dumps(records).encode(), **files}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            opened.addfile(member, io.BytesIO(content))
-    return path
+    return write_package(tmp_path_factory.mktemp("package") / "package.tgz")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from speedit_jax import __version__
 from speedit_jax.conversion.measured import Number
 from speedit_jax.conversion.public import place, shown
 from speedit_jax.diffusion.flow import FlowMatching
-from speedit_jax.interop import hub
+from speedit_jax.interop import model_hub
 from speedit_jax.models.build import SIZES, parse_name
 from speedit_jax.reporting.curves import read_metrics
 from speedit_jax.reporting.environment import read_environment
@@ -64,7 +64,7 @@ def write(facts: Facts) -> str:
 
 def _front_matter(facts: Facts) -> str:
     backbone, diffusion = parse_name(facts.run.config.model.name)[0], facts.run.diffusion
-    return hub.front_matter(
+    return model_hub.front_matter(
         license=facts.licence,
         library_name="speedit_jax",
         pipeline_tag="text-to-image" if facts.run.model.text else "unconditional-image-generation",

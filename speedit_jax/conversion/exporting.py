@@ -112,6 +112,11 @@ def unpublished(run: Run) -> str:
     used = [f"model.{part}" for part, on in parts.items() if on]
     if used:
         return f"{run.workdir} was trained with {' and '.join(used)}, which no published format can store"
+    if run.model.hinted:
+        return (
+            "no published format holds the layer of a run with data.mask; for the network of whole images start a run from this"
+            " one without it (init_from, data.mask empty), and export that"
+        )
     single = model.adaln == "single"
     if run.model.text and not (single and model.text == "cross" and backbone == "DiT"):
         return (

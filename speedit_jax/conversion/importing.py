@@ -19,7 +19,7 @@ from speedit_jax.conversion.tables import check_positions, dig_notes, one_device
 from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dit, flow_time, hub, own, pixart, selection, weights
+from speedit_jax.interop import dit, flow_time, model_hub, own, pixart, selection, weights
 from speedit_jax.interop.containers import ANCHOR
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
@@ -105,11 +105,11 @@ def locate(where: str) -> tuple[Path, str]:
     Raises:
       UserError: the hub has not got it, or cannot be reached.
     """
-    if not where.startswith(hub.SCHEME):
+    if not where.startswith(model_hub.SCHEME):
         path = storage.path(where)
         return storage.fetched(path), str(path)
-    place = hub.parse(where)
-    path, commit = hub.download(place, lambda names: selection.needed(names, place.path))
+    place = model_hub.parse(where)
+    path, commit = model_hub.download(place, lambda names: selection.needed(names, place.path))
     return path, str(dataclasses.replace(place, revision=commit))
 
 

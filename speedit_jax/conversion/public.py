@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from speedit_jax import __version__, storage
-from speedit_jax.interop import hub, own
+from speedit_jax.interop import model_hub, own
 from speedit_jax.training.run import Run
 
-_ON_HUB = re.compile(rf"{hub.NAME.pattern}(/[\w.-]+)*")
+_ON_HUB = re.compile(rf"{model_hub.NAME.pattern}(/[\w.-]+)*")
 _NO_PLACES = ("model.name", "name", "class_names")  # DiT-S/2 is no path
 _AUTOENCODERS = ("data.vae", "vae")
 

@@ -11,7 +11,7 @@ from speedit_jax.conversion import card, measured, public
 from speedit_jax.conversion.exporting import file_state, gather, refuse_infinite, unpublished
 from speedit_jax.conversion.tables import one_device
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files, hub, own
+from speedit_jax.interop import files, model_hub, own
 from speedit_jax.training.run import Run, open_run
 
 WEIGHTS, SETTINGS, NUMBERS, GRID = "model.safetensors", "config.json", "metrics.json", "samples.png"
@@ -30,7 +30,7 @@ def publish_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, 
     Raises:
       UserError: there are no such weights, they are not finite, or the hub cannot be reached or refuses them.
     """
-    place = hub.parse(to)
+    place = model_hub.parse(to)
     if place.revision or place.path:
         raise UserError(f"--to={to}: give hf:OWNER/NAME; an export is a new commit of its main branch")
     if not licence:
@@ -39,19 +39,19 @@ def publish_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, 
             " as apache-2.0, mit or cc-by-nc-4.0, or other"
         )
     try:
-        was_public = hub.check_access(place.repository)
+        was_public = model_hub.check_access(place.repository)
         run = open_run(workdir, checkpoint_step, one_device())
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch), run, weights, place.repository, licence)
             message = f"{run.config.model.name}, {weights} weights of step {run.step}"
-            url, said = hub.publish(place.repository, Path(scratch), message, is_public)
+            url, said = model_hub.publish(place.repository, Path(scratch), message, is_public)
     except UserError as e:
         raise UserError(f"--to={to}: {e}") from e
     for line in said:
         print(f"note: {line}")
     visible = is_public if was_public is None else was_public
     how = "public" if visible else "private: read its card, then make it public in its settings"
-    print(f"{message} in {hub.address(place.repository)}\nThe repository is {how}\nCommit  {url}")
+    print(f"{message} in {model_hub.address(place.repository)}\nThe repository is {how}\nCommit  {url}")
 
 
 def write(directory: Path, run: Run, weights: str, repository: str, licence: str) -> None:

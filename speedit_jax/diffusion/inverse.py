@@ -1,4 +1,4 @@
-r"""Known pixels in a sampler: inpainting and image to image with a network that was not trained for it.
+r"""Known pixels in a sampler: inpainting and image to image, also with a network that was not trained for it.
 
 y is the known image, m is 1 where it is known. A step goes from a level with x = alpha x_0 + sigma eps to the next one, primed.
 
@@ -14,7 +14,7 @@ At the end x is y where m = 1. Levels count from the least noisy one, 0.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 
 from speedit_jax.errors import UserError
 
-METHODS = ("projection", "repaint")
+METHODS = ("projection", "repaint", "network")
 
 # Streams of noise beside that of the steps, which counts their rows from 0.
 _TRAVEL, _REPLACE = 2**29, 2**30
@@ -33,7 +33,7 @@ class Plan:
     """How a known image enters a sampler.
 
     Attributes:
-      method: one of METHODS: eq. (1) or eq. (2).
+      method: one of METHODS: eq. (1), eq. (2), or neither, for a network that is told what is known (masks.py).
       strength: the share of the sampling steps that is run, (0, 1]; 1 starts from pure noise.
       resample: how often each stretch of `jump` steps is run, eq. (3); 1 never goes back.
       jump: steps of a stretch.
@@ -151,7 +151,7 @@ class Known:
 NOTHING = Known()
 
 
-def latent_mask(mask: np.ndarray, latent_shape: tuple[int, ...]) -> np.ndarray:
+def latent_mask(mask: jax.Array | np.ndarray, latent_shape: Sequence[int]) -> jax.Array:
     """Which latents are known: those of cells with known pixels only, and with such cells all around them.
 
     An encoder looks beyond the pixels of a cell, so the latents next to a hole know of it.
@@ -166,5 +166,4 @@ def latent_mask(mask: np.ndarray, latent_shape: tuple[int, ...]) -> np.ndarray:
     n, height, width, _ = mask.shape
     h, w = latent_shape[:2]
     whole = mask.reshape(n, h, height // h, w, width // w).all(axis=(2, 4))
-    padded = np.pad(whole, ((0, 0), (1, 1), (1, 1)), constant_values=True)
-    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2)).all(axis=(-2, -1))[..., None]
+    return jax.lax.reduce_window(whole, np.True_, jax.lax.bitwise_and, (1, 3, 3), (1, 1, 1), "SAME")[..., None]

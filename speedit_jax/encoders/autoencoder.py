@@ -166,6 +166,11 @@ def latents_of(identity: dict[str, Any], key: jax.Array, moments: jax.Array) -> 
     return to_latents(VaeConfig.from_diffusers(identity["config"]), sample_posterior(key, moments))
 
 
+def pixels_of_latent(identity: dict[str, Any]) -> int:
+    """How many pixels, along one side, a latent of the autoencoder `identity` stands for."""
+    return VaeConfig.from_diffusers(identity["config"]).downsample
+
+
 def _scale(identity: dict[str, Any]) -> str:
     config = VaeConfig.from_diffusers(identity["config"])
     return f"scaling_factor={config.scaling_factor:g}, shift_factor={config.shift_factor:g}"

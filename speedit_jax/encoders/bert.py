@@ -10,6 +10,7 @@ import numpy as np
 
 from speedit_jax.data.texts import rounded
 from speedit_jax.interop import bert as files
+from speedit_jax.interop.hub import weights_file
 from speedit_jax.models.text import load_bert
 from speedit_jax.storage import sha256
 
@@ -29,7 +30,7 @@ class BertNetwork:
         self._pooling, self.width = config["pooling"], bert.config.hidden_size
         kept = {key: config[key] for key in ("model_type", "lower_case", "accents", "chinese", "pooling")}
         self.facts: dict[str, Any] = {
-            "weights": sha256(files.weights_file(directory)),
+            "weights": sha256(weights_file(directory)),
             "vocabulary": sha256(directory / files.VOCABULARY),
             "config": kept | dataclasses.asdict(bert.config),
             "length": config["longest"],

@@ -3,7 +3,8 @@
 import bisect
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,26 @@ from speedit_jax.storage import first_line
 
 _LONGEST = 300  # tokens, as PixArt-Sigma and SANA have; a tokenizer may set a smaller limit (CLIP 77)
 _CLIP = ("clip", "clip_text_model")
+
+
+def load_tokenizer(directory: Path) -> Callable[[list[str]], list[list[int]]]:
+    """The tokenizer in a directory of transformers: texts to the numbers of their tokens, special ones included, uncut.
+
+    Raises:
+      UserError: transformers is not installed, or it cannot load it.
+    """
+    try:
+        import transformers
+    except ImportError as e:
+        raise UserError("it needs transformers: pip install -e '.[text]'") from e
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # transformers makes up an empty one
+        raise UserError(f"{directory} holds no tokenizer.json, nor vocab.json and merges.txt")
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception as e:  # each fault of its files has a class of its own
+        raise UserError(f"{directory}: transformers cannot load its tokenizer ({first_line(e)})") from e
+    return lambda texts: tokenizer(texts)["input_ids"]
 
 
 def _load(name: str) -> tuple[Any, Any]:

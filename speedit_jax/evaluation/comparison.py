@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from speedit_jax import sharding, storage
 from speedit_jax.data.image_sets import Images, open_images
+from speedit_jax.encoders.clip import ClipEncoder
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.features import Collected, Inception, Pixels, collect
 from speedit_jax.evaluation.matching import Texts
@@ -20,7 +21,7 @@ from speedit_jax.metrics.frechet import Gaussian, frechet_distance
 from speedit_jax.metrics.inception_score import inception_score
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.metrics.precision_recall import precision_recall
-from speedit_jax.metrics.retrieval import caption_match
+from speedit_jax.metrics.retrieval import caption_match, clip_score
 from speedit_jax.metrics.statistics_file import Origin, read_statistics
 
 Extractor = Pixels | Inception
@@ -59,8 +60,9 @@ METRICS = {
     "kid": Metric(("kid", "kid_std"), images="pool", reference="pool"),
     "pr": Metric(("precision", "recall"), images="pool", reference="pool"),
     "match": Metric(("match", "match_error", "match_chance"), images="pool", reference="pool"),
+    "clip": Metric(("clip", "clip_error")),  # of a network of its own: `measure_clip`
 }
-ON_TEXT = ("match",)  # only where it is asked for, and with texts
+ON_TEXT = ("match", "clip")  # only where they are asked for, and with texts
 HIGH_IS_BETTER = ("is", "precision", "recall")
 
 
@@ -83,7 +85,8 @@ class Options:
 
     def least(self, metric: str) -> int:
         """How many images a metric needs."""
-        return {"is": self.is_splits, "kid": self.kid_subset_size or 2, "pr": self.pr_neighbours + 1}.get(metric, 2)
+        least = {"is": self.is_splits, "kid": self.kid_subset_size or 2, "pr": self.pr_neighbours + 1, "clip": 1}
+        return least.get(metric, 2)
 
     def subset_size(self, *counts: int) -> int:
         return self.kid_subset_size or min(1000, *counts)
@@ -234,7 +237,7 @@ def _obstacle(metric: Metric, reference: Reference, features: str, prefix: str) 
     """What a metric needs that is not there."""
     if metric.compares and reference.where is None:
         return f"{prefix}reference"
-    if features == "pixels" and metric.outputs != {"pool"}:
+    if features == "pixels" and metric.outputs - {"pool"}:
         return f"{prefix}features=inception"
     if metric.reference and not reference.images:
         return f"the reference's images, and {reference.where} holds only statistics"
@@ -246,7 +249,7 @@ def _obstacle(metric: Metric, reference: Reference, features: str, prefix: str) 
 def extract_features(
     name: str,
     images: Images | None,
-    extractor: Extractor,
+    extractor: Extractor | ClipEncoder,
     mesh: Mesh,
     moments: set[str | None],
     arrays: set[str | None],
@@ -268,6 +271,15 @@ def extract_features(
     bar = tqdm(total=len(images), desc=name, unit="image", disable=jax.process_index() != 0, delay=patience, leave=not patience)
     with bar:
         return collect(images, extractor, moments, arrays, batch_size=batch_size, threads=threads, bar=bar)
+
+
+def measure_clip(
+    clip: ClipEncoder, images: Images, texts: Texts, mesh: Mesh, *, batch_size: int, threads: int
+) -> dict[str, float]:
+    """The numbers of `clip`: CLIP score, and its standard error."""
+    found = extract_features("clip", images, clip, mesh, set(), {"clip"}, batch_size=batch_size, threads=threads)
+    values = clip_score(found.arrays["clip"], clip.of_texts(texts.prompts), texts.prompts)
+    return dict(zip(METRICS["clip"].values, values, strict=True))
 
 
 def measure(

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from speedit_jax import sharding, storage
 from speedit_jax.data.image_sets import Images
+from speedit_jax.encoders.clip import ClipEncoder
 from speedit_jax.errors import UserError
 from speedit_jax.metrics.frechet import Moments
 from speedit_jax.models.inception import OUTPUTS, load_inception
@@ -81,7 +82,7 @@ class Collected:
 
 def collect(
     images: Images,
-    extractor: Pixels | Inception,
+    extractor: Pixels | Inception | ClipEncoder,
     moments: Collection[str],
     arrays: Collection[str],
     *,

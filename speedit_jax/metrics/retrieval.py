@@ -1,4 +1,4 @@
-"""Whether an image shows what its text says: by the caption of the nearest reference image."""
+"""Whether an image shows what its text says: by the caption of the nearest reference image, and by CLIP."""
 
 from collections.abc import Sequence
 
@@ -37,14 +37,34 @@ def caption_match(
             having.setdefault(_plain(text), set()).add(number)
     if missing := [prompt for prompt in prompts if _plain(prompt) not in having]:
         raise ValueError(missing[0])
-    right: dict[str, list[bool]] = {}
-    for prompt, number in zip(map(_plain, prompts), nearest.tolist(), strict=True):
-        right.setdefault(prompt, []).append(number in having[prompt])
-    shares = np.array([np.mean(of_prompt) for of_prompt in right.values()])
-    weights = np.array([len(of_prompt) for of_prompt in right.values()]) / len(images)
-    chances = np.array([len(having[prompt]) for prompt in right]) / len(reference)
-    error = shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
-    return float(weights @ shares), float(error), float(weights @ chances)
+    prompts = [_plain(prompt) for prompt in prompts]
+    right = [number in having[prompt] for prompt, number in zip(prompts, nearest.tolist(), strict=True)]
+    chances = [len(having[prompt]) / len(reference) for prompt in prompts]
+    return (*_mean_and_error(right, prompts), float(np.mean(chances)))
+
+
+def clip_score(images: np.ndarray, texts: np.ndarray, prompts: Sequence[str]) -> tuple[float, float]:
+    """(mean of 100 max(cos, 0) over images, its standard error over prompts), as torchmetrics scales it.
+
+    CLIPScore (Hessel et al. 2021, arXiv 2104.08718) is the same with 2.5 for 100, and with "A photo depicts" before each text.
+
+    Args:
+      images: CLIP's vectors [n, D] of norm 1.
+      texts: CLIP's vectors [n, D] of what each was drawn of, of norm 1.
+      prompts: the texts, n.
+    """
+    cosines = (images.astype(np.float64) * texts).sum(axis=1)
+    return _mean_and_error(100 * np.maximum(cosines, 0), [_plain(prompt) for prompt in prompts])
+
+
+def _mean_and_error(values: Sequence[float], prompts: Sequence[str]) -> tuple[float, float]:
+    """The mean, and its standard error over prompts; of a single prompt that is 0."""
+    of_prompt: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, values, strict=True):
+        of_prompt.setdefault(prompt, []).append(value)
+    means = np.array([np.mean(found) for found in of_prompt.values()])
+    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return float(np.mean(values)), float(error)
 
 
 def _plain(text: str) -> str:

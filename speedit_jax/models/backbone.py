@@ -89,7 +89,13 @@ class Backbone(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: Condition, route: Route | None = None, taps: Sequence[int] = ()
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: Condition,
+        route: Route | None = None,
+        taps: Sequence[int] = (),
+        hint: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, list[jax.Array]]:
         """The network's output.
 
@@ -99,6 +105,8 @@ class Backbone(nn.Module):
           y: ignored when unconditional.
           route: the tokens that the middle blocks see; None: all.
           taps: numbers of blocks, rising, after which the tokens are returned, too.
+          hint: what is known of x0, [B, H, W, C + 1] as diffusion/masks.py says, of a network that is initialised with it; None:
+            nothing, as a hint of zeros.
 
         Returns:
           [B, H, W, out_channels] float32; with taps a pair, the second the list of the tokens [B, T or fewer, D] at each.
@@ -124,6 +132,9 @@ class Backbone(nn.Module):
         if self.patch_bottleneck:
             tokens = dense(self.patch_bottleneck, layers.xavier, (None, None), None, self.dtype, "patch_bottleneck")(tokens)
         tokens = dense(self.width, layers.xavier, (None, "embed"), (None,), self.dtype, "patch")(tokens)
+        if hint is not None:
+            told = layers.patchify(hint, self.patch).astype(self.dtype)
+            tokens = tokens + dense(self.width, layers.zeros, (None, "embed"), None, self.dtype, "hint")(told)
         positions = layers.sincos_position_table(*grid, self.width, self.position_scale)
         tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
 

@@ -37,8 +37,8 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=()) -> [B, H, W, C or 2C], as Backbone says; y is labels int [B],
-        or text as models/condition.py says.
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=(), hint=None) -> [B, H, W, C or 2C], as Backbone says; y is
+        labels int [B], or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
       num_classes: 0 is unconditional, or conditioned on text.
@@ -51,6 +51,7 @@ class Model:
       blocks: how many, of a model whose tokens can be looked at between them (`taps`); None of others.
       middle: the blocks (first, one after the last) that a route's tokens skip.
       kept: how many tokens they see in training; None where all blocks see all.
+      hinted: it takes what is known of an image, to fill the rest.
       forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
       step_flops: the same of one image in a training step: forward, and twice that backward.
       dtype: name of the activations' dtype.
@@ -71,6 +72,7 @@ class Model:
     blocks: int | None
     middle: tuple[int, int]
     kept: int | None
+    hinted: bool
     forward_flops: int
     step_flops: int
     dtype: str
@@ -78,6 +80,16 @@ class Model:
     def conditions(self, count: int) -> Any:
         """The shapes of the conditions of `count` images."""
         return text_rows(self.text, count) if self.text else jax.ShapeDtypeStruct((count,), jnp.int32)
+
+    def told(self, hint: jax.Array | None) -> "Model":
+        """This network with its hint [B, H, W, C + 1] filled in, also for the batches of guidance, of 2B; itself without one."""
+        if hint is None:
+            return self
+
+        def apply(params, x, t, y, **options):
+            return self.apply(params, x, t, y, hint=jnp.tile(hint, (len(x) // len(hint), 1, 1, 1)), **options)
+
+        return dataclasses.replace(self, apply=apply)
 
 
 def parse_name(name: str) -> tuple[str, str, int]:
@@ -96,6 +108,11 @@ def parse_name(name: str) -> tuple[str, str, int]:
     return backbone, size, int(patch)
 
 
+def activations_dtype(name: str) -> jnp.dtype | None:
+    """Of a name in DTYPES. Under jax_enable_x64, where parameters may be float64, float32 is None: "the parameters' own"."""
+    return None if name == "float32" and jax.config.jax_enable_x64 else DTYPES[name]
+
+
 def _choose(key: str, value: Any, choices) -> Any:
     if value not in choices:
         raise UserError(f"unknown model.{key} {value!r}; choose one of {', '.join(map(str, choices))}")
@@ -111,6 +128,7 @@ def build(
     platform: str,
     text: TextShape | None = None,
     tokens: ml_collections.ConfigDict | None = None,
+    hinted: bool = False,
     constrain: Callable = lambda x, names: x,
     batch_axes=None,
     head_axis=None,
@@ -124,6 +142,7 @@ def build(
       text: the form of the text that conditions it, instead of classes; None is no text.
       platform: "cpu", "gpu" or "tpu": decides what "auto" means.
       tokens: the config's section of that name; None: all blocks see all tokens.
+      hinted: it takes what is known of an image.
       constrain: shards activations, given their logical axes; the identity on one device.
       batch_axes, head_axis: the mesh axes of the batch and the heads, for kernels that XLA cannot partition.
 
@@ -141,8 +160,7 @@ def build(
         dtype_name = "float32" if platform == "cpu" else "bfloat16"
     if dtype_name not in DTYPES:
         raise UserError(f"unknown model.dtype {config.dtype!r}; choose auto, {', '.join(DTYPES)}")
-    # Under jax_enable_x64, where parameters may be float64, float32 means "the parameters' own".
-    dtype = None if dtype_name == "float32" and jax.config.jax_enable_x64 else DTYPES[dtype_name]
+    dtype = activations_dtype(dtype_name)
     mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
     num_classes = 0 if text else num_classes
     grid = (h // patch, w // patch)
@@ -176,7 +194,8 @@ def build(
         x = jnp.zeros((1, *image_shape))
         y = text_rows(text, 1) if text else jax.ShapeDtypeStruct((1,), jnp.int32)
         y = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), y)
-        return plain.init(key, x, jnp.zeros((1,), jnp.int32), y)["params"]
+        hint = jnp.zeros((1, h, w, c + 1)) if hinted else None
+        return plain.init(key, x, jnp.zeros((1,), jnp.int32), y, hint=hint)["params"]
 
     sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
@@ -204,6 +223,7 @@ def build(
         blocks=depth if backbone == "DiT" else None,
         middle=middle,
         kept=kept,
+        hinted=hinted,
         forward_flops=forward,
         step_flops=3 * (forward - skipped),
         dtype=dtype_name,

@@ -56,7 +56,7 @@ def page(workdir: Path) -> str:
         "status": status(config, step, metrics, sessions),
         "key_numbers": key_numbers(metrics, sessions),
         "curves": curves(metrics),
-        "grids": grids(workdir / "samples"),
+        "grids": grids(workdir / "samples", fills=config.data.mask != ""),
         "results": results(workdir),
         "settings": settings(config),
         "environment": environment(sessions),
@@ -144,8 +144,12 @@ def curves(metrics: panels.Metrics) -> Html:
     return tag("div", *drawn, class_="panels") if drawn else tag("p", "Nothing is logged yet.", class_="none")
 
 
-def grids(directory: Path) -> Html:
-    """The grids of training, all or evenly chosen ones; the page shows one at a time."""
+def grids(directory: Path, fills: bool) -> Html:
+    """The grids of training, all or evenly chosen ones; the page shows one at a time.
+
+    Args:
+      fills: they are of a run with data.mask.
+    """
     paths = sorted(directory.glob("step_*.png"))
     chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(_GRIDS, len(paths))).round().astype(int))]
     figures = []
@@ -160,7 +164,8 @@ def grids(directory: Path) -> Html:
         "input", type="range", min=0, max=len(figures) - 1, value=len(figures) - 1, step=1, aria_label="step of the grid"
     )
     left_out = f" {len(figures)} of {len(paths)} grids are shown." if len(paths) > len(figures) else ""
-    note = tag("p", "Of the EMA weights, always from the same noise." + left_out, class_="note")
+    pairs = " In pairs: an example with a part hidden, and filled." if fills else ""
+    note = tag("p", "Of the EMA weights, always from the same noise." + pairs + left_out, class_="note")
     return join([note, prompts(directory), tag("div", slider if len(figures) > 1 else "", *figures, class_="grids")])
 
 

@@ -47,6 +47,10 @@ class Pictures:
         which = np.arange(first, first + len(samples)) % len(self.pictures)
         return np.where(self.keep[which], self.pictures[which], samples)
 
+    def told(self) -> np.ndarray:
+        """The pictures with mid grey where they are to be filled, uint8 [n, H, W, C]."""
+        return np.where(self.keep, self.pictures, 127).astype(np.uint8)
+
     def describe(self) -> dict[str, Any]:
         """All that samples depend on, JSON."""
         return {
@@ -58,12 +62,18 @@ class Pictures:
 
 
 def choose_plan(
-    masked: bool, strength: float | None = None, inpaint: str | None = None, resample: int | None = None, jump: int | None = None
+    masked: bool,
+    hinted: bool,
+    strength: float | None = None,
+    inpaint: str | None = None,
+    resample: int | None = None,
+    jump: int | None = None,
 ) -> Plan:
     """The plan of these choices, of which None is the default.
 
     Args:
       masked: there is a mask.
+      hinted: the network takes what is known.
 
     Raises:
       UserError: they do not go together.
@@ -74,7 +84,9 @@ def choose_plan(
                 raise UserError(f"{name}={value} is for inpainting and needs a mask")
         if strength is None or strength == 1:
             raise UserError("an image without a mask changes nothing at strength 1; give a mask, or a strength such as 0.6")
-    method = inpaint or "projection"
+    if inpaint == "network" and not hinted:
+        raise UserError("inpaint=network needs a run that was trained with data.mask; projection works with every run")
+    method = inpaint or ("network" if hinted else "projection")
     resample = _RESAMPLE.get(method, 1) if resample is None else resample
     return Plan(method, 1.0 if strength is None else strength, resample, Plan.jump if jump is None else jump)
 
@@ -197,5 +209,5 @@ def open_pictures(
     images = (pictures.astype(np.float32) / 127.5 - 1).astype(np.float32)
     if autoencoder is None:
         return Pictures(pictures, keep, images, keep, plan)
-    known = None if keep is None else latent_mask(keep, latent_shape)
+    known = None if keep is None else np.asarray(latent_mask(keep, latent_shape))
     return Pictures(pictures, keep, autoencoder.encode(images), known, plan)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from speedit_jax import sharding
-from speedit_jax.diffusion import samplers
+from speedit_jax.diffusion import masks, samplers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.flow_samplers import FLOW_SAMPLERS, sample_flow
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
@@ -159,10 +159,12 @@ def _jitted_sampler(
 
     def sample(params, key, indices, y, null_text, images=None, mask=None):
         params, guide_params = params if guide else (params, None)
-        network, other = functools.partial(model.apply, params), guide and functools.partial(guide.apply, guide_params)
+        hint = None if mask is None else masks.hint(images, mask)
+        told, its = (m and m.told(hint if m.hinted else None) for m in (model, guide))
+        network, other = functools.partial(told.apply, params), its and functools.partial(its.apply, guide_params)
         if settings.sparse:
             rates = settings.sparse_strong, settings.sparse_weak
-            network, other = sparse_networks(model, params, rates, key, indices, diffusion.schedule_index)
+            network, other = sparse_networks(told, params, rates, key, indices, diffusion.schedule_index)
         denoise = samplers.guided(
             network,
             y,
@@ -269,6 +271,7 @@ class FixedSamples:
       key: of the noise.
       count: of images.
       devices: that share a batch.
+      pictures: that they fill, as the sampler knows; None where all is drawn.
       progress: called after each batch.
     """
 
@@ -279,10 +282,12 @@ class FixedSamples:
     count: int
     devices: int
     progress: Callable[[], None] = lambda: None
+    pictures: Pictures | None = None
 
     def draw(self, params, batch: int) -> Iterator[np.ndarray]:
         """uint8 [batch, H, W, C] each, the last one smaller; batches are rounded up to what the devices divide."""
         batch += -batch % self.devices
         for i, images in draw_batches(self.sampler, params, self.key, self.conditions, self.count, batch, self.autoencoder):
             self.progress()
-            yield to_uint8(images[: self.count - i * batch])
+            drawn = to_uint8(images[: self.count - i * batch])
+            yield self.pictures.composite(i * batch, drawn) if self.pictures else drawn

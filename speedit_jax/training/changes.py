@@ -32,6 +32,8 @@ KEYS = {
     "data.background": Kind.CHANGES,
     "data.vae": Kind.DATA,
     "data.text": Kind.DATA,
+    "data.mask": Kind.CHANGES,
+    "data.mask_all": Kind.CHANGES,
     "data.flip": Kind.CHANGES,
     "data.max_broken": Kind.FREE,
     "data.threads": Kind.FREE,
@@ -88,10 +90,12 @@ _AUTO = {"optim.decay_mask": "matrices"}
 
 # Key -> what of its value the form of an array depends on.
 _FORMS = {
+    "data.mask": lambda kind: kind != "",  # the layer that takes the known part
     "model.label_dropout": lambda rate: rate > 0,  # the null label's row
     "model.convolution": lambda start: start == "none",
     "diffusion.variance": lambda variance: variance == "learned_range",  # the last layer's width
     "optim.clip_norm": lambda norm: norm > 0,  # the optimizer's nesting
+    "regularizer.align": lambda weight: weight > 0,  # the head between the networks
 }
 
 

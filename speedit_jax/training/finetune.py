@@ -47,7 +47,8 @@ def starting_weights(
 
     Position tables are computed, so another resolution fits as it is. Rows of the label table are taken over by the names of the
     classes, and the null label's row; the others start anew. A run on text may start from one without: what its text needs starts
-    anew, with attention to it that adds nothing at first.
+    anew, with attention to it that adds nothing at first. So may a run with data.mask, whose layer for what is known adds nothing
+    at first; a run without it may start from one with it, and leaves this layer out.
 
     Args:
       where: a workdir of train or convert.
@@ -71,9 +72,11 @@ def starting_weights(
     lines = [f"{run.config.model.name} of {shape[0]} x {shape[1]}, EMA of step {run.step} in {where}"]
     saved, wanted = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (saved, parts.shapes.params))
     table = {path: leaf for path, leaf in saved.items() if path[0].key == "label"}
-    taken = {path: leaf for path, leaf in saved.items() if path not in table}
+    dropped = [path for path in saved if _is_of_masks(path)] if run.model.hinted and not parts.model.hinted else []
+    taken = {path: leaf for path, leaf in saved.items() if path not in table and path not in dropped}
     fresh = [path for path in wanted if _is_of_text(path)] if parts.model.text and not run.model.text else []
-    _check_arrays(where, taken, {path: leaf for path, leaf in wanted.items() if path[0].key != "label" and path not in fresh})
+    added = [path for path in wanted if _is_of_masks(path)] if parts.model.hinted and not run.model.hinted else []
+    _check_arrays(where, taken, {p: leaf for p, leaf in wanted.items() if p[0].key != "label" and p not in (*fresh, *added)})
     different = _differences(run, parts)
     if different and not with_changes:
         settings = " ".join(f"--config.{key}={old}" for key, (old, _) in different.items() if "." in key)
@@ -90,6 +93,10 @@ def starting_weights(
         lines.append(f"text: {', '.join(modules)} start anew{', without the label table' if table else ''}")
     elif parts.model.num_classes or run.model.num_classes:
         lines.append(_kept(run, class_names, new, parts.model.null_label))
+    if added:
+        lines.append("masks: the layer hint starts anew, from zero: at first the network is the one before")
+    if dropped:
+        lines.append("masks: the layer hint is left out: this run is told nothing of its images (data.mask)")
     taken |= {path: Rows(leaf, old, new) for path, leaf in table.items() if path in wanted}
     return taken, lines
 
@@ -113,6 +120,11 @@ def start_from(state: TrainState, weights: dict[KeyPath, jax.Array | Rows]) -> T
 def _is_of_text(path: KeyPath) -> bool:
     """Whether only a model with text has this parameter."""
     return path[0].key == "text" or any(key.key == "cross" for key in path)
+
+
+def _is_of_masks(path: KeyPath) -> bool:
+    """Whether only a model that is told what is known has this parameter."""
+    return path[0].key == "hint"
 
 
 def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -13,13 +13,12 @@ from speedit_jax.training.run import open_run
 
 @pytest.fixture(scope="module")
 def workdir(run, trained, tmp_path_factory):
-    """A run with samples of its weights in it, and what evaluate and likelihood say of them."""
+    """A run with samples of its weights in it, and what evaluate says of them."""
     workdir = tmp_path_factory.mktemp("measured") / "run"
     shutil.copytree(trained, workdir)
     assert_works(run("sample", f"--workdir={workdir}", "--num_images=16", f"--out={workdir}/new.png"))
     evaluate = ["evaluate", f"--images={workdir}/new.npz", "--reference=digits", "--features=pixels", "--metrics=fid,pr"]
     assert_works(run(*evaluate, f"--out={workdir}/numbers.json"))
-    assert_works(run("likelihood", f"--workdir={workdir}", "--num_images=8", "--num_steps=2", f"--out={workdir}/bits.json"))
     with (workdir / "metrics.jsonl").open("a") as file:
         later = {"heldout_mse": 0.5, "raw_heldout_mse": 0.75, "eval_kid": float("nan")}
         file.write(json.dumps({"step": 6} | later) + "\n" + json.dumps({"step": 9, "heldout_mse": 9.0}) + "\n")
@@ -29,9 +28,8 @@ def workdir(run, trained, tmp_path_factory):
 def test_each_number_with_what_it_is_of(workdir):
     numbers = measured.numbers(open_run(workdir, 6, one_device()), "ema")
     record = json.loads((workdir / "numbers.json").read_text())["metrics"]
-    bits = json.loads((workdir / "bits.json").read_text())["total_bpd"]
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval_fid" in line]
-    expected = [("fid (pixels)", logged[-1]["eval_fid"]), ("held-out mse", 0.5), ("bits per dimension", bits)]
+    expected = [("fid (pixels)", logged[-1]["eval_fid"]), ("held-out mse", 0.5)]
     expected += [(f"{name} (pixels)", value) for name, value in record.items()]
     assert sorted((number.name, number.value) for number in numbers) == sorted(expected)
     assert {number.step for number in numbers} == {6}

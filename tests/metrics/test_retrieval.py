@@ -1,10 +1,10 @@
-"""The match of captions: brute force, and sets whose match is known."""
+"""The match of captions: brute force, and sets whose match is known; CLIP score of known cosines."""
 
 import numpy as np
 import pytest
 
 from speedit_jax.metrics import precision_recall
-from speedit_jax.metrics.retrieval import caption_match
+from speedit_jax.metrics.retrieval import caption_match, clip_score
 
 REFERENCE = np.eye(4)
 CAPTIONS = [["a cat", "a pet"], ["a dog", "a pet"], ["a  House"], ["a tree"]]
@@ -43,3 +43,14 @@ def test_whatever_the_block(monkeypatch, block):
 def test_a_prompt_that_is_no_caption():
     with pytest.raises(ValueError, match=r"^a bird$"):
         caption_match(REFERENCE, ["a cat", "a bird", "a dog", "a cat"], REFERENCE, CAPTIONS)
+
+
+def test_clip_score_of_known_cosines():
+    angles = np.radians([60, 0, 90, 180])
+    images = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    texts = np.array([[1.0, 0.0]] * 4)
+    score, error = clip_score(images, texts, ["a cat", "a dog", "A  cat", "a bird"])
+    # 50, 100, 0 and, as no pair is below zero, 0; of prompts: 25, 100, 0.
+    assert score == pytest.approx(150 / 4)
+    assert error == pytest.approx(np.std([25, 100, 0], ddof=1) / 3**0.5)
+    assert clip_score(images[:1], texts[:1], ["a cat"])[1] == 0

@@ -5,8 +5,8 @@ import sys
 import pytest
 from errors import assert_one_line
 
-from speedit_jax.interop import hub
-from speedit_jax.interop.hub import Place
+from speedit_jax.interop import model_hub
+from speedit_jax.interop.model_hub import Place
 
 
 @pytest.mark.parametrize(
@@ -19,15 +19,15 @@ from speedit_jax.interop.hub import Place
     ],
 )
 def test_places(where, place):
-    assert hub.parse(where) == place and str(place) == where
+    assert model_hub.parse(where) == place and str(place) == where
 
 
 @pytest.mark.parametrize("where", ["hf:", "hf:name", "hf:/name", "hf:owner/", "hf:owner/name@", "hf://owner/name", "hf:o/n@v@w"])
 def test_what_is_no_place_is_one_line(where):
-    assert_one_line(lambda: hub.parse(where), "hf:OWNER/NAME")
+    assert_one_line(lambda: model_hub.parse(where), "hf:OWNER/NAME")
 
 
 def test_without_the_library_each_use_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for use in (lambda: hub.download(Place("owner/name"), None), lambda: hub.check_access("owner/name")):
+    for use in (lambda: model_hub.download(Place("owner/name"), None), lambda: model_hub.check_access("owner/name")):
         assert_one_line(use, "needs huggingface_hub", "pip install -e '.[hub]'")
