@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         return found
 
     def _may_write(self, name: str) -> None:
-        if self._token() != WRITES or name.partition("/")[0] != OWNER:
+        if self._token() != WRITES or name.partition("/")[0].lower() != OWNER:
             raise _RefusedError(
                 403, "", f"You don't have the rights to create a model under the namespace {name.partition('/')[0]!r}"
             )

@@ -4,9 +4,13 @@ Only what the run's directory says is written: no claim about what the model is 
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 
+import ml_collections
+
 from speedit_jax import __version__
+from speedit_jax.config import flatten, get_config
 from speedit_jax.conversion.measured import Number
 from speedit_jax.conversion.public import place, shown
 from speedit_jax.diffusion.flow import FlowMatching
@@ -153,7 +157,14 @@ def _making(facts: Facts) -> str:
         *_hardware(run),
         ("versions", ", ".join(f"{name} {version}" for name, version in run.meta["versions"].items())),
     ]
-    return _table(("", ""), ((name, value) for name, value in rows if value))
+    return f"{_table(('', ''), ((name, value) for name, value in rows if value))}\n\n{_settings(config)}"
+
+
+def _settings(config: ml_collections.ConfigDict) -> str:
+    """What no row says, of all that was chosen."""
+    defaults, chosen = flatten(get_config().to_dict()), flatten(shown(config.to_dict()))
+    changed = "\n".join(f"{key} = {json.dumps(value)}" for key, value in chosen.items() if value != defaults.get(key))
+    return f"All settings other than the defaults of speedit_jax {__version__}:\n\n```ini\n{changed}\n```"
 
 
 def _hardware(run: Run) -> Iterable[tuple[str, str]]:

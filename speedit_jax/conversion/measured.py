@@ -14,17 +14,19 @@ from speedit_jax.training.run import Run
 
 _OF_PIXELS = "of the pixels, not of Inception's features: it compares only with distances of pixels"
 _MEANINGS = {
-    "fid": {"inception": "Fréchet Inception distance, FID; lower is better", "pixels": f"Fréchet distance {_OF_PIXELS}"},
-    "sfid": {"inception": "Fréchet distance of Inception's spatial features, sFID; lower is better"},
+    "fid": {"inception": "Fréchet Inception distance; lower is better", "pixels": f"Fréchet distance {_OF_PIXELS}"},
+    "sfid": {"inception": "Fréchet distance of Inception's spatial features; lower is better"},
     "is": {"inception": "Inception Score; higher is better"},
     "is_std": {"inception": "standard deviation of the Inception Score over its splits"},
-    "kid": {"inception": "kernel Inception distance, KID; lower is better", "pixels": f"kernel distance {_OF_PIXELS}"},
+    "kid": {"inception": "kernel Inception distance; lower is better", "pixels": f"kernel distance {_OF_PIXELS}"},
     "kid_std": {"": "standard deviation of the kernel distance over its subsets"},
-    "precision": {"": "share of the samples that lie among the reference images, by {} features; higher is better"},
-    "recall": {"": "share of the reference images that lie among the samples, by {} features; higher is better"},
-    "match": {"": "share of the samples nearer to their own caption's picture than to others', by {} features; higher is better"},
+    "precision": {"": "share of the samples in the manifold of the reference, by {}; higher is better"},
+    "recall": {"": "share of the reference in the manifold of the samples, by {}; higher is better"},
+    "match": {"": "share of the samples whose nearest reference picture, by {}, has their prompt as a caption; higher is better"},
     "match_error": {"": "standard error of match"},
-    "match_chance": {"": "match of pictures that have nothing to do with their captions"},
+    "match_chance": {"": "match of pictures that have nothing to do with their prompts"},
+    "clip": {"": "CLIP score, 100 times the cosine of a sample and its prompt; higher is better"},
+    "clip_error": {"": "standard error of the CLIP score"},
 }
 
 
@@ -119,12 +121,13 @@ def _bound(run: Run, record: dict[str, Any]) -> Number:
 
 
 def _name(metric: str, features: str) -> str:
-    return metric if features == "inception" else f"{metric} ({features})"
+    of_features = features != "inception" and not metric.startswith("clip")
+    return f"{metric} ({features})" if of_features else metric
 
 
 def _meaning(metric: str, features: str) -> str:
-    meanings = _MEANINGS.get(metric, {})
-    return meanings.get(features) or meanings.get("", f"{metric} of {{}} features").format(features)
+    meanings, of = _MEANINGS.get(metric, {}), {"inception": "Inception's features"}.get(features, features)
+    return meanings.get(features) or meanings.get("", f"{metric}, by {{}}").format(of)
 
 
 def _read(path: Path) -> dict[str, Any]:
