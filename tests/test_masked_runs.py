@@ -91,8 +91,10 @@ def test_its_grid_shows_pairs(masked):
     [
         [],
         ["--inpaint=projection", "--guidance_scale=2", "--sampler=ddpm"],
-        ["--inpaint=repaint", "--num_steps=4", "--resample=2", "--jump=2", "--sampler=ddpm"],
-        ["--strength=0.7", "--resample=2", "--jump=1"],
+        pytest.param(
+            ["--inpaint=repaint", "--num_steps=4", "--resample=2", "--jump=2", "--sampler=ddpm"], marks=pytest.mark.slow
+        ),
+        pytest.param(["--strength=0.7", "--resample=2", "--jump=1"], marks=pytest.mark.slow),
         ["--guide_workdir=TRAINED", "--guidance_scale=2"],
     ],
     ids=str,
