@@ -30,6 +30,7 @@ CASES = {
     "DiT": ({"model__heads": 2}, {}, "x_embedder.proj.weight"),
     "DiG": ({"model__name": "DiG-tiny/2"}, {}, "x_embedder.proj.weight"),
     "JiT": (IMAGE_FLOW | PARTS, {}, "blocks.attention.qkv.kernel"),
+    "mask": ({"data__mask": "boxes"}, {}, "blocks.attention.qkv.kernel"),
     "text": ({"model__text": "cross"}, {"texts": TEXTS, "class_names": ()}, "blocks.cross.q.kernel"),
     "latents": (
         {"data__vae": "/home/jane/vaes/mine"},
