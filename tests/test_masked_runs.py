@@ -47,6 +47,7 @@ def losses(workdir):
 def test_the_first_loss_is_that_of_the_plain_run_to_the_bit(run, trained, masked, tmp_path):
     workdir, out = masked
     assert "masks: the layer hint starts anew, from zero" in out
+    assert "masks      mixed: " in out and "nothing of 25% of the images" in out
     flags = [*FAST, f"--config.init_from={trained}", "--config.training.num_steps=3"]
     assert_works(run("train", *TINY, *flags, f"--workdir={tmp_path / 'plain'}"))
     plain, told = losses(tmp_path / "plain"), losses(workdir)

@@ -36,9 +36,12 @@ def test_off_is_the_plain_step():
     "changes",
     [
         {},
-        {"model__name": "DiG-tiny/2", "model__depth": 4},
+        pytest.param({"model__name": "DiG-tiny/2", "model__depth": 4}, marks=pytest.mark.slow),
         {"diffusion__path": "linear", "timesteps__strategy": "uniform", "model__patch_bottleneck": 8},
-        {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4, "training__accumulation": 2},
+        pytest.param(
+            {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4, "training__accumulation": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dit", "dig", "flow", "route"],
 )
