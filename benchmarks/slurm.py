@@ -33,7 +33,7 @@ from absl import logging
 from benchmarks.kill_resume import ROOT, differences, evidence, train_command
 from speedit_jax import __version__, storage
 
-TIMEOUT = 900  # seconds for one job, on a machine that is busy with other things
+TIMEOUT = 2400  # seconds for one job, on a machine that is busy with other things
 CONFIG = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)

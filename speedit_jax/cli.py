@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from speedit_jax import object_store, peers, recipes
 from speedit_jax.errors import UserError
-from speedit_jax.storage import first_line
+from speedit_jax.storage import first_line, forbidden
 
 _LAST_SECONDS = 5.0  # that a process which has failed takes to end
 
@@ -115,6 +115,8 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
                 watch.blame(e)
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
                 fail(f"{e.strerror}; free some disk space and run the same command again")
+            if isinstance(e, PermissionError) and e.filename:
+                fail(str(forbidden(e.filename, e)))
             if problem := object_store.failure(e):
                 fail(problem)
             if jax.distributed.is_initialized():

@@ -83,8 +83,10 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
-    tokens.method = "none"  # none: all; route: some skip the middle blocks (DiT; TREAD, arXiv 2501.04765)
+    tokens.method = "none"  # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765)
     tokens.rate = 0.5  # share of an image's tokens that skip them
+    # Which they are: random (DiT), or cells: all but one of each cell of the grid, of 1 x 2 tokens (rate 0.5) or 2 x 2 (0.75).
+    tokens.pattern = "random"
     tokens.start = 2  # first blocks, which see all tokens
     tokens.tail = 3  # last blocks, which see all tokens again
 
@@ -96,6 +98,13 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     regularizer.dispersive_group = 16  # examples that drive each other apart; divides batch_size / accumulation
     # Weight of contrastive flow matching (flows that predict the velocity; arXiv 2506.05350): 0.05; 0 is off.
     regularizer.contrastive = 0.0
+    # Weight of a loss that pulls early hidden states to later ones of the EMA network on a less noisy image (DiT; SRA, arXiv
+    # 2505.02831): 0.5 with cosine, 0.2 with smooth_l1; 0 is off.
+    regularizer.align = 0.0
+    regularizer.align_loss = "cosine"  # over channels; or smooth_l1, the paper's, which grows with the states' norms
+    regularizer.align_depth = 4  # blocks before the hidden state; 8 for L and XL
+    regularizer.align_teacher_depth = 8  # blocks before the EMA network's; 20 of flows, or 16, for L and XL
+    regularizer.align_time_gap = 0.2  # the EMA network's image is less noisy by a random part of this share of the schedule
 
     c.timesteps = timesteps = ml_collections.ConfigDict()
     # uniform, p2, min_snr, lognormal, logit_normal, laplace, clts, loss_second_moment, gradient_noise, speedit or

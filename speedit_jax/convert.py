@@ -2,9 +2,13 @@
 
   python -m speedit_jax.convert --from=DiT-XL-2-256x256.pt --workdir=runs/dit_xl [--config.KEY=VALUE ...]
   python -m speedit_jax.convert --workdir=runs/mine --to=mine.safetensors [--weights=raw] [--checkpoint_step=N]
+  python -m speedit_jax.convert --from=hf:facebook/DiT-XL-2-256 --workdir=runs/dit_xl
+  python -m speedit_jax.convert --workdir=runs/mine --to=hf:OWNER/NAME --license=apache-2.0
 
 A file (.safetensors, or what torch.save writes) holds the names of the published PyTorch code of DiT (which fast-DiT, SpeeD, SiT
-and REPA share) or DiG; a directory is a diffusers DiTTransformer2DModel or DiTPipeline. docs/weights.md says what is exact.
+and REPA share) or DiG; a directory is a diffusers DiTTransformer2DModel or DiTPipeline. On the Hugging Face hub (hf:, which
+needs pip install -e '.[hub]') a repository holds one of these, or a run that --to=hf: uploaded. docs/weights.md says what is
+exact.
 """
 
 import sys
@@ -17,15 +21,27 @@ from ml_collections import config_flags
 from speedit_jax import cli, storage
 from speedit_jax.conversion.exporting import export_weights
 from speedit_jax.conversion.importing import import_weights
+from speedit_jax.conversion.publishing import publish_weights
 from speedit_jax.errors import UserError
+from speedit_jax.interop import model_hub
 
-_FROM = flags.DEFINE_string("from", None, "Import: FILE.pt, FILE.safetensors or a diffusers directory.")
+_FROM = flags.DEFINE_string(
+    "from", None, "Import: FILE.pt, FILE.safetensors, a diffusers directory, or hf:OWNER/NAME[@REVISION][/FILE]."
+)
 _REVERSE_TIME = flags.DEFINE_bool(
     "reverse_time",
     None,
     "Import of a flow: its time is 1 at noise, as in REPA and LFM, not 0 as in SiT. Default: what the file says.",
 )
-_TO = flags.DEFINE_string("to", None, "Export: OUT.pt, OUT.safetensors, or OUT/ for a diffusers directory.")
+_TO = flags.DEFINE_string(
+    "to", None, "Export: OUT.pt, OUT.safetensors, OUT/ for a diffusers directory, or hf:OWNER/NAME with a model card."
+)
+_LICENSE = flags.DEFINE_string(
+    "license", None, "Export to hf: the licence of the weights as the hub spells it, as apache-2.0, cc-by-nc-4.0 or other."
+)
+_PUBLIC = flags.DEFINE_bool(
+    "public", False, "Export to hf: a new repository is public. Default: private; an old one stays as it is."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Import: a new directory. Export: the directory of a run.")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "Export: ema, raw, or ema_DECAY for one of training.extra_ema_decays.")
 _CHECKPOINT_STEP = flags.DEFINE_string("checkpoint_step", "newest", "Export: newest, best, or a number.")
@@ -47,12 +63,21 @@ def convert() -> None:
     if _FROM.value:
         if _VAE.value:
             raise UserError("--vae is only for --to; for an import, use --config.data.vae=DIR")
-        import_weights(storage.path(_FROM.value), workdir, _CONFIG.value, given, _REVERSE_TIME.value)
+        if _LICENSE.value or _PUBLIC.value:
+            raise UserError("--license and --public are only for --to=hf:OWNER/NAME")
+        import_weights(_FROM.value, workdir, _CONFIG.value, given, _REVERSE_TIME.value)
         return
     if _REVERSE_TIME.value is not None:
         raise UserError("--reverse_time is only for --from")
     if given:
         raise UserError(f"--config.{next(iter(given))} is only for --from: a run already has its config")
+    if _TO.value.startswith(model_hub.SCHEME):
+        if _VAE.value:
+            raise UserError("--vae is only for diffusers directories: on the hub, a model card names the autoencoder")
+        publish_weights(workdir, _TO.value, _WEIGHTS.value, _CHECKPOINT_STEP.value, _LICENSE.value, _PUBLIC.value)
+        return
+    if _LICENSE.value or _PUBLIC.value:
+        raise UserError("--license and --public are only for --to=hf:OWNER/NAME")
     export_weights(workdir, _TO.value, _WEIGHTS.value, _CHECKPOINT_STEP.value, _VAE.value)
 
 

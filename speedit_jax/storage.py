@@ -346,3 +346,8 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 def reason(error: OSError) -> str:
     """What the system says of a failure, or an object store's client."""
     return error.strerror or first_line(error)
+
+
+def forbidden(path: Path | str, error: PermissionError) -> UserError:
+    """What is said where this user may not use a file, which may be whole."""
+    return UserError(f"{path}: {reason(error)}; run as the user it belongs to, or get the right to use it")

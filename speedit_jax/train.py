@@ -116,7 +116,7 @@ def open_telemetry(parts: Assembly, workdir: Path, step: int, started: float) ->
         num_steps=config.training.num_steps,
         batch_size=config.training.batch_size,
         # The share of the peak that one image a second takes.
-        mfu_per_image=peak and parts.model.step_flops / (mesh.size * peak),
+        mfu_per_image=peak and parts.step_flops / (mesh.size * peak),
         started=started,
         wandb=wandb_board.open_board(workdir, config.training.wandb_project, config.to_dict()),
     )
@@ -259,7 +259,7 @@ def go_on(
     stop = Stop()
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
-    step_flops = parts.model.step_flops * config.training.batch_size
+    step_flops = parts.step_flops * config.training.batch_size
     environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
     skips = Skips(parts, int(state.skipped))

@@ -51,6 +51,8 @@ def check_run(workdir: Path) -> Finding:
         run.read_run(path)
     except FileNotFoundError:
         return Finding(run.NAME, DAMAGED, "is missing; train writes it again from a checkpoint")
+    except PermissionError as e:
+        raise storage.forbidden(path, e) from e
     except (OSError, ValueError):
         return Finding(run.NAME, DAMAGED, "does not hold what was written; train writes it again from a checkpoint")
     return Finding(run.NAME, WHOLE, "")

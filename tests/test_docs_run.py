@@ -46,6 +46,8 @@ MODULES = {
     "diffusers import": "diffusers",
     "=gs://": "gcsfs",
     "=s3://": "s3fs",
+    "=hf:facebook": "huggingface_hub",
+    "=hf:OWNER": "huggingface_hub",
 }
 # In any page: text -> the file of page_files.py that takes its place.
 PLACES = {
@@ -196,6 +198,13 @@ def test_its_blocks_run(page, files, clone):
                 cwd=ROOT,
                 check=True,
             )
+        if name(page) == "docs/weights.md" and importlib.util.find_spec("huggingface_hub"):
+            import hub_server
+
+            hub = stack.enter_context(hub_server.serving())
+            hub.repositories["facebook/DiT-XL-2-256"] = hub_server.Repository()
+            hub.repositories["facebook/DiT-XL-2-256"].commit({"dit.pt": files.dit_weights.read_bytes()})
+            env |= hub.environment(files.directory / "hub") | {"HF_TOKEN": hub_server.WRITES}
         if name(page) == "docs/data.md":
             env["TFDS_DATA_DIR"] = str(files.tfds)
         for block in (block for block in blocks(page) if block.language not in TEXT):

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from commands import EIGHT_DEVICES, TINY, assert_fails, assert_works
 
+from speedit_jax.conversion import measured
+from speedit_jax.training.run import open_run
+
 NUM_STEPS = 60  # more than are done in one call
 
 
@@ -54,6 +57,15 @@ def test_the_terms_add_up(ten):
     assert ten["images"] == {"from": "digits", "split": "held_out", "n": 10, "of": 355}
     # The last level is nearly noise whatever the images are.
     assert 0 <= ten["prior_bpd"] < 1e-3
+
+
+def test_a_model_card_takes_it_for_these_weights(trained, ten, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "bits.json").write_text(json.dumps(ten))
+    of_card = {weights: measured.numbers(open_run(tmp_path / "run", 6), weights) for weights in ("ema", "raw")}
+    (bits,) = of_card["ema"]
+    assert (bits.name, bits.value, bits.of) == ("bits per dimension", ten["total_bpd"], "10 images of digits (held_out)")
+    assert not of_card["raw"]
 
 
 def test_batches_and_devices_do_not_matter(measure, ten):

@@ -5,6 +5,7 @@ benchmarks/fault_runs.py brings them about at random moments and compares the ru
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import time
 
 import numpy as np
 import pytest
-from commands import ONE_DEVICE, ROOT, TINY, assert_works, own_lines
+from commands import ONE_DEVICE, ROOT, TINY, assert_works, checksums, own_lines
 from PIL import Image
 
 from speedit_jax.peers import LOST
 from speedit_jax.training.checkpoint import peek
 
+LONGER = ["--config.optim.schedule=constant", "--continue_with_changes", "--config.training.num_steps=9"]  # than TINY
 LONG = ["--config.optim.schedule=constant", "--config.training.num_steps=1000000"]
 
 
@@ -76,6 +78,37 @@ def test_a_workdir_that_turns_read_only(tmp_path):
     # Where tensorstore is the first to notice, its status has another name.
     assert "Read-only file system" in said[-1] or "PERMISSION_DENIED" in said[-1], said
     assert peek(workdir)[0] >= saved
+
+
+def without_rights(argv: list[str]) -> tuple[int, list[str]]:
+    """(exit code, lines) of a command as a user whom the rights of files bind, which they do not bind root."""
+    drop = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv, of util-linux, or a user other than root")
+    done = subprocess.run([*drop, sys.executable, *argv], cwd=ROOT, env=ONE_DEVICE, capture_output=True, text=True, timeout=300)
+    return done.returncode, own_lines(done.stdout + done.stderr).splitlines()
+
+
+def test_a_checkpoint_that_this_user_may_not_read_is_not_damaged(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    file = workdir / "checkpoints" / "6" / "state" / "_METADATA"
+    file.chmod(0)
+    code, said = without_rights(["-m", "speedit_jax.train", *TINY, *LONGER, f"--workdir={workdir}"])
+    assert code == 1 and said[-1].startswith(f"error: {file}: Permission denied; "), said
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == before
+
+
+def test_a_workdir_that_this_user_may_not_write(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for path in (*workdir.rglob("*"), workdir):
+        path.chmod(path.stat().st_mode & 0o555)
+        if not os.geteuid():
+            os.chown(path, 65534, 65534)
+    before = checksums(workdir)
+    code, said = without_rights(["-m", "speedit_jax.train", *TINY, *LONGER, f"--workdir={workdir}"])
+    assert (code, said) == (1, [f"error: cannot write to --workdir={workdir}: Permission denied"])
+    assert checksums(workdir) == before
 
 
 def test_a_data_source_that_never_answers(tmp_path, digits):

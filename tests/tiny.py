@@ -67,15 +67,17 @@ class Trainer(Assembly):
     def state(self, params: Any) -> TrainState:
         """The state before the first step, but with these parameters."""
         zero = jnp.zeros((), jnp.int32)
+        heads = random_like(self.shapes.heads, seed=1, dtype=jax.tree.leaves(params)[0].dtype)
         state = TrainState(
             zero,
             params,
             params,
             dict.fromkeys(self.shapes.extra_ema, params),
-            self.optimizer.init(params),
+            self.optimizer.init(params | heads),
             self.strategy.init(),
             zero,
             zero,
+            heads,
         )
         return jax.device_put(state, self.shardings)
 

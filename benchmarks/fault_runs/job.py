@@ -17,7 +17,7 @@ from benchmarks.kill_resume import ROOT, evidence
 from speedit_jax.testing.hosts import hosts
 
 STEPS, LOG_EVERY, IMAGES = 120, 5, 200
-TIMEOUT = 600
+TIMEOUT = 1800
 OVERRIDES = {
     "data.height": 8,
     "data.width": 8,

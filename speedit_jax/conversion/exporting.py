@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 
 from speedit_jax import storage
@@ -19,7 +18,7 @@ from speedit_jax.interop import dig, dit, files, pipeline, pixart
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.tensors import check_finite
-from speedit_jax.models.build import Model, parse_name
+from speedit_jax.models.build import parse_name
 from speedit_jax.models.layers import sincos_position_table
 from speedit_jax.training.run import Run, open_run
 
@@ -64,60 +63,69 @@ def export_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, v
     if out.suffix == ".pt":
         files.need_torch()
     run = open_run(workdir, checkpoint_step, one_device())
-    config, model = run.config, run.model
-    backbone, _, patch = parse_name(config.model.name)
-    refuse_unpublished(workdir, backbone, config.model)
-    refuse_conditioning(config, model)
-    names = table(backbone, text=model.text is not None)
-    network = network_of(config, model, names.shapes(run.shapes, patch))
+    if reason := unpublished(run):
+        raise UserError(reason)
     if directory:
-        refuse_diffusers(config, model, network)
+        network = network_of(run)
+        refuse_diffusers(run.config, run.model, network)
         autoencoder, alone = None, "a PixArtAlphaPipeline also needs T5"
-        if not model.text:
+        if not run.model.text:
             autoencoder = open_autoencoder(vae, run.encoded_by, network.channels, run.mesh)
             alone = no_pipeline(autoencoder, run.class_names)
         refuse_prediction(run.diffusion.prediction, alone)
-    params = run.restore(weights)
-    state = names.to_torch(jax.device_get(params), patch)
-    try:
-        check_finite(state)
-    except UserError as e:
-        raise UserError(
-            f"the {weights} weights of step {run.step} of {workdir}: {e}; an earlier --checkpoint_step may be whole"
-        ) from e
-    origin = f"{weights} weights of step {run.step}"
-    exported = Exported(run, network, params, state, f"{origin} of {workdir.name}")
+    exported = gather(run, weights)
     if directory:
         write_diffusers(out, exported, None if alone else autoencoder.directory, alone)
     else:
         write_file(out, exported)
-    print(f"{origin} in {out}")
+    print(f"{weights} weights of step {run.step} in {out}")
 
 
-def refuse_unpublished(workdir: Path, backbone: str, model: ml_collections.ConfigDict) -> None:
-    """Raises a UserError for parts of a network that no published format can store."""
+def gather(run: Run, weights: str) -> Exported:
+    """The weights of a run whose network a published format can store, as `unpublished` says.
+
+    Raises:
+      UserError: there are no such weights, or they are not finite.
+    """
+    params = run.restore(weights)
+    backbone, _, patch = parse_name(run.config.model.name)
+    state = table(backbone, text=run.model.text is not None).to_torch(jax.device_get(params), patch)
+    refuse_infinite(state, run, weights)
+    return Exported(run, network_of(run), params, state, f"{weights} weights of step {run.step} of {run.workdir.name}")
+
+
+def refuse_infinite(state: Mapping[str, np.ndarray], run: Run, weights: str) -> None:
+    """Raises a UserError that names a tensor with numbers that are not finite."""
+    try:
+        check_finite(state)
+    except UserError as e:
+        raise UserError(
+            f"the {weights} weights of step {run.step} of {run.workdir}: {e}; an earlier --checkpoint_step may be whole"
+        ) from e
+
+
+def unpublished(run: Run) -> str:
+    """Why no published format can store a run's network; "" if one can."""
+    model, backbone = run.config.model, parse_name(run.config.model.name)[0]
     parts = {"qk_norm": model.qk_norm, "rope": model.rope, "patch_bottleneck": model.patch_bottleneck}
     parts |= {"mlp=swiglu": model.mlp == "swiglu", "norm=rms": backbone == "DiT" and model.norm == "rms"}
     used = [f"model.{part}" for part, on in parts.items() if on]
     if used:
-        raise UserError(f"{workdir} was trained with {' and '.join(used)}, which no published format can store")
-
-
-def refuse_conditioning(config: ml_collections.ConfigDict, model: Model) -> None:
-    """Raises a UserError where no published format has the network's masks, its text, or its adaLN without text."""
-    if model.hinted:
-        raise UserError(
+        return f"{run.workdir} was trained with {' and '.join(used)}, which no published format can store"
+    if run.model.hinted:
+        return (
             "no published format holds the layer of a run with data.mask; for the network of whole images start a run from this"
             " one without it (init_from, data.mask empty), and export that"
         )
-    single = config.model.adaln == "single"
-    if model.text and not (single and config.model.text == "cross" and parse_name(config.model.name)[0] == "DiT"):
-        raise UserError(
+    single = model.adaln == "single"
+    if run.model.text and not (single and model.text == "cross" and backbone == "DiT"):
+        return (
             "of networks with text, the published formats hold PixArt-alpha's alone: a DiT with model.text=cross and"
             " model.adaln=single"
         )
-    if not model.text and (single or config.model.position_scale != 1):
-        raise UserError("without text, no published format holds model.adaln=single or a model.position_scale other than 1")
+    if not run.model.text and (single or model.position_scale != 1):
+        return "without text, no published format holds model.adaln=single or a model.position_scale other than 1"
+    return ""
 
 
 def refuse_prediction(prediction: str, alone: str) -> None:
@@ -167,26 +175,32 @@ def write_diffusers(out: Path, exported: Exported, autoencoder: Path | None, alo
 
 def write_file(out: Path, exported: Exported) -> None:
     """A .pt or .safetensors of the published names."""
-    height, width, _ = exported.run.model.image_shape
-    network = exported.network
-    positions = sincos_position_table(height // network.patch, width // network.patch, network.width, network.position_scale)
-    positions = positions.astype(np.float32)
-    state = {COMPUTED: positions[None], **exported.state}
-    state = dig.with_aliases(state) if network.backbone == "DiG" else state
     write = files.write_pt if out.suffix == ".pt" else files.write_safetensors
-    storage.write_new(out, lambda partial: write(partial, state))
-    for note in dig_notes(exported.run.config, network.depth, (height, width)):
+    storage.write_new(out, lambda partial: write(partial, file_state(exported)))
+    height, width, _ = exported.run.model.image_shape
+    for note in dig_notes(exported.run.config, exported.network.depth, (height, width)):
         print(f"note: {note}")
     prediction = exported.run.diffusion.prediction
     if prediction != "epsilon":
         print(f"note: the model predicts {prediction}; the file does not record this, and published samplers expect epsilon")
 
 
-def network_of(config: ml_collections.ConfigDict, model: Model, state_shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def file_state(exported: Exported) -> dict[str, np.ndarray]:
+    """What a file of the published names holds: the weights and the position table."""
+    height, width, _ = exported.run.model.image_shape
+    network = exported.network
+    positions = sincos_position_table(height // network.patch, width // network.patch, network.width, network.position_scale)
+    state = {COMPUTED: positions.astype(np.float32)[None], **exported.state}
+    return dig.with_aliases(state) if network.backbone == "DiG" else state
+
+
+def network_of(run: Run) -> Architecture:
     """What the exported tensors will say of themselves, and the heads."""
-    height, width, _ = model.image_shape
+    height, width, _ = run.model.image_shape
+    backbone, _, patch = parse_name(run.config.model.name)
+    shapes = table(backbone, text=run.model.text is not None).shapes(run.shapes, patch)
     # Scalars that pretend to be large: only their shapes are looked at.
-    state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in state_shapes.items()}
+    state = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     network = (dig if dig.is_dig(state) else pixart if pixart.is_pixart(state) else dit).describe(state)
     tokens = height * width // network.patch**2
-    return dataclasses.replace(network, heads=model.heads, tokens=tokens, position_scale=config.model.position_scale)
+    return dataclasses.replace(network, heads=run.model.heads, tokens=tokens, position_scale=run.config.model.position_scale)

@@ -12,19 +12,21 @@ import jax
 import ml_collections
 import numpy as np
 
-from speedit_jax import storage
+from speedit_jax import __version__, storage
 from speedit_jax.config import complete
 from speedit_jax.conversion.configure import fill_config
 from speedit_jax.conversion.tables import check_positions, dig_notes, one_device, table
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedTexts, Description
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
-from speedit_jax.interop import dit, flow_time, pixart, weights
+from speedit_jax.interop import dit, flow_time, model_hub, own, pixart, selection, weights
+from speedit_jax.interop.containers import ANCHOR
 from speedit_jax.interop.dit import Architecture
 from speedit_jax.interop.layout import COMPUTED
 from speedit_jax.interop.weights import Weights
-from speedit_jax.models.build import Model
+from speedit_jax.models.build import Model, parse_name
 from speedit_jax.models.condition import TextShape
+from speedit_jax.storage import first_line
 from speedit_jax.training import assembly, run
 from speedit_jax.training.checkpoint import Checkpoints, peek
 
@@ -36,13 +38,12 @@ class Fitted:
     """Weights arranged as our parameters.
 
     Attributes:
-      network, model: what they are of.
+      model: what they are of.
       source: its images and classes.
       params, ema: the parameters.
       notes: what the user ought to know.
     """
 
-    network: Architecture
     model: Model
     source: Description
     params: Any
@@ -51,11 +52,12 @@ class Fitted:
 
 
 def import_weights(
-    path: Path, workdir: Path, config: ml_collections.ConfigDict, given: Mapping[str, Any], reverse_time: bool | None
+    where: str, workdir: Path, config: ml_collections.ConfigDict, given: Mapping[str, Any], reverse_time: bool | None
 ) -> None:
-    """Imports what is at `path`.
+    """Imports weights.
 
     Args:
+      where: a file, a directory, or hf:OWNER/NAME on the Hugging Face hub.
       config: the defaults, with `given` in it; becomes that of the weights.
       given: {config key: value} of the command line.
       reverse_time: whether a flow's time is 1 at noise; None leaves it to the file.
@@ -64,22 +66,26 @@ def import_weights(
       UserError: it cannot be read or does not fit, or `workdir` holds something else.
     """
     try:
-        found = weights.read(storage.fetched(path))
+        path, origin = locate(where)
+        found = weights.read(path)
         if reverse_time is not None:
             found = dataclasses.replace(found, reversed_time=reverse_time)
         fitted = fit(found, config, given)
     except UserError as e:
-        raise UserError(f"--from={path}: {e}") from e
-    channels = fitted.network.channels
-    encoded_by = autoencoder_of(config, channels)
-    meta = run.describe(config, fitted.source, fitted.source.image_shape, encoded_by) | {"imported_from": str(path)}
+        raise UserError(f"--from={where}: {e}") from e
+    channels = fitted.source.image_shape[2]
+    encoded_by = fitted.source.encoded_by
+    if not found.run or "data.vae" in given:
+        encoded_by = autoencoder_of(config, channels, encoded_by)
+    meta = run.describe(config, fitted.source, fitted.source.image_shape, encoded_by) | {"imported_from": origin}
     there = place(workdir, meta, fitted)
     total, classes = sum(leaf.size for leaf in jax.tree.leaves(fitted.ema)), len(fitted.source.class_names)
     height, width, _ = fitted.source.image_shape
     if there:
         print("Nothing to do, these weights are already imported:")
     print(f"{config.model.name}: {total:,} parameters, {height} x {width} x {channels},", end=" ")
-    what = f"text of {fitted.network.text_width} numbers a token" if fitted.network.text_width else f"{classes or 'no'} classes"
+    text = fitted.model.text
+    what = f"text of {text.width} numbers a token" if text else f"{classes or 'no'} classes"
     print(f"{what}, variance {config.diffusion.variance}, in {workdir}")
     for note in fitted.notes:
         print(f"note: {note}")
@@ -88,8 +94,23 @@ def import_weights(
             "This model generates latents. To get images, give sample --vae=DIR (a diffusers VAE), or import with"
             " --config.data.vae=DIR"
         )
-    prompt = ' --prompt="TEXT" --text_encoder=WHERE' if fitted.network.text_width else ""
+    encoder = "" if found.run else " --text_encoder=WHERE"
+    prompt = f' --prompt="TEXT"{encoder}' if text else ""
     print(f"Next  python -m speedit_jax.sample --workdir={workdir}{prompt} --num_images=16")
+
+
+def locate(where: str) -> tuple[Path, str]:
+    """(what --from names, on a disk of this machine; the same for people, with the commit on the hub).
+
+    Raises:
+      UserError: the hub has not got it, or cannot be reached.
+    """
+    if not where.startswith(model_hub.SCHEME):
+        path = storage.path(where)
+        return storage.fetched(path), str(path)
+    place = model_hub.parse(where)
+    path, commit = model_hub.download(place, lambda names: selection.needed(names, place.path))
+    return path, str(dataclasses.replace(place, revision=commit))
 
 
 def fit(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
@@ -98,6 +119,8 @@ def fit(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, A
     Raises:
       UserError: neither fits.
     """
+    if found.run:
+        return fit_run(found, config, given)
     notes = list(found.notes)
     try:
         whole, kind = _fit(found, found.ema, config, given), "ema"
@@ -112,10 +135,45 @@ def fit(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, A
     params = whole.params
     if kind == "ema" and found.raw is not found.ema:
         try:
-            params = arrange(found, found.raw, whole.network, config, jax.eval_shape(whole.model.init, jax.random.key(0)))
+            network = found.describe(found.raw)
+            params = arrange(found, found.raw, network, config, jax.eval_shape(whole.model.init, jax.random.key(0)))
         except UserError as e:
             notes.append(f"its raw weights do not fit ({e}): the EMA stands for both")
     return dataclasses.replace(whole, params=params, notes=notes + whole.notes)
+
+
+def fit_run(found: Weights, config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
+    """Arranges the weights of a run, whose own config says what they are of.
+
+    Raises:
+      UserError: they do not fit it, or this version does not know a setting in it.
+    """
+    saved = found.run
+    if found.reversed_time is not None:
+        raise UserError("--reverse_time is for weights of other programs; these are of speedit_jax")
+    try:
+        with config.ignore_type():
+            config.lock()  # a key that this version does not know is an error
+            config.update(complete(saved["config"]))
+        config.update_from_flattened_dict(dict(given))
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"its config.json was written by speedit_jax {saved[own.VERSION]}, and {__version__} cannot use it ({first_line(e)})"
+        ) from e
+    texts = None
+    if said := saved["text"]:
+        null = (np.zeros((1, said["width"]), np.float16), 1)  # an encoder has its own, and none is here
+        texts = DescribedTexts(said["encoder"], said["width"], said["length"], said["encoder"]["pooled"], null)
+    shape, classes = tuple(saved["image_shape"]), tuple(saved["class_names"])
+    source = Description(shape, classes, "imported", encoded_by=saved["latents"], texts=texts)
+    model = assembly.make_model(config, one_device(), shape, len(classes), texts and TextShape.of(texts))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    backbone, _, patch = parse_name(config.model.name)
+    if ANCHOR in found.ema:
+        params = table(backbone, text=texts is not None).from_torch(found.ema, shapes, patch)
+    else:
+        params = own.from_named(found.ema, shapes)
+    return Fitted(model, source, params, params, [])
 
 
 def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections.ConfigDict, given: Mapping[str, Any]) -> Fitted:
@@ -135,7 +193,7 @@ def _fit(found: Weights, state: Mapping[str, np.ndarray], config: ml_collections
         error = check_positions(state[COMPUTED], *grid, config.model.position_scale)
         if error > 1e-6:
             notes.append(f"its {COMPUTED} is up to {error:.1g} away from the exact table, which is used here")
-    return Fitted(network, model, source, params, params, notes)
+    return Fitted(model, source, params, params, notes)
 
 
 def arrange(
@@ -155,11 +213,14 @@ def arrange(
     return (pixart if network.text_width else dit).from_diffusers(state, shapes, network.patch)
 
 
-def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str, Any] | None:
+def autoencoder_of(config: ml_collections.ConfigDict, channels: int, encoded_by: dict[str, Any] | None) -> dict[str, Any] | None:
     """The identity of data.vae, which draws pictures of what a network of so many channels makes; None without one.
 
+    Args:
+      encoded_by: the identity that it must have; None where nobody knows.
+
     Raises:
-      UserError: it cannot be read, or has another number of channels.
+      UserError: it cannot be read, has another number of channels, or is another one.
     """
     where = config.data.vae
     if not where:
@@ -169,6 +230,8 @@ def autoencoder_of(config: ml_collections.ConfigDict, channels: int) -> dict[str
         raise UserError(
             f"--config.data.vae={where} has latents of {autoencoder.channels} channels, but the network has {channels}"
         )
+    if encoded_by:
+        autoencoder.check(encoded_by)
     return autoencoder.identity
 
 

@@ -178,8 +178,18 @@ class TextStore:
         return tokens, len(tokens)
 
     def encoded(self, index: int) -> list[np.ndarray]:
-        """The captions of a record: float16 [n, E] each."""
-        return _unpacked(self.records[index], self.width)
+        """The captions of a record: float16 [n, E] each.
+
+        Raises:
+          UserError: they are not finite, as a damaged file may hold them.
+        """
+        captions = _unpacked(self.records[index], self.width)
+        if not all(np.isfinite(tokens).all() for tokens in captions):
+            raise UserError(
+                f"record {index} of {self.directory} is not finite; --verify names its shard: remove that and run {_COMMAND}"
+                " again"
+            )
+        return captions
 
     def captions(self, index: int) -> list[str]:
         """The texts of a record's captions."""

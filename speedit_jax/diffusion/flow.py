@@ -104,6 +104,10 @@ class FlowMatching:
         """Levels [B] int -> times [B] in (0, 1)."""
         return 1 - (t + jax.random.uniform(key, t.shape)) / self.num_steps
 
+    def less_noise(self, s: jax.Array, by: jax.Array) -> jax.Array:
+        """The times s [B], but `by` [B] of the whole path nearer to the data."""
+        return jnp.minimum(s + by, 1)
+
     def model_time(self, s: jax.Array) -> jax.Array:
         """What the network is told: s itself, as SiT is."""
         return s

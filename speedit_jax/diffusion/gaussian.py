@@ -107,6 +107,10 @@ class GaussianDiffusion:
         del key
         return t
 
+    def less_noise(self, t: jax.Array, by: jax.Array) -> jax.Array:
+        """The timesteps t [B], but `by` [B] of the whole schedule nearer to the data; whole steps, rounded down."""
+        return (t - (by * self.schedule.num_steps).astype(t.dtype)).clip(0)
+
     def model_time(self, t: jax.Array) -> jax.Array:
         """What the network is told for step t."""
         return jnp.asarray(self.schedule.model_steps)[t]

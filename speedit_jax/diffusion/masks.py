@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_SMALLEST, _LARGEST = 1 / 8, 2.0  # sides of a box, in sides of the image; one above 1 can hide a half of the image
+_SMALLEST, _LARGEST = 1 / 8, 1.0  # sides of a box, in sides of the image; half of the boxes go all across it one way
 _INVERTED = 0.25  # share of boxes whose outside is hidden
 _SEGMENTS = (4, 12)  # fewest and most of a stroke
 _LONGEST = 0.4  # segment, in the shorter side of the image
@@ -27,12 +27,13 @@ def hint(image: jax.Array, known: jax.Array) -> jax.Array:
 
 
 def _box(key: jax.Array, places: np.ndarray) -> jax.Array:
-    """A rectangle, centre and sides at random, inside or outside."""
-    of_centre, of_sides, of_inside = jax.random.split(key, 3)
+    """A rectangle, centre and sides at random, inside or outside. Those that go across the image make it go on with a half."""
+    of_centre, of_sides, of_across, of_inside = jax.random.split(key, 4)
     extent = jnp.asarray(places[-1, -1] + places[0, 0])
     centre = extent * jax.random.uniform(of_centre, (2,))
     sides = extent * jnp.exp(jax.random.uniform(of_sides, (2,), minval=np.log(_SMALLEST), maxval=np.log(_LARGEST)))
-    inside = (jnp.abs(places - centre) < sides / 2).all(axis=-1)
+    across = jax.random.randint(of_across, (), 0, 4) == jnp.arange(2)
+    inside = ((jnp.abs(places - centre) < sides / 2) | across).all(axis=-1)
     return inside ^ jax.random.bernoulli(of_inside, _INVERTED)
 
 

@@ -1,10 +1,13 @@
-r"""Losses that are added to an objective and need no other network.
+r"""Losses that are added to an objective and need no network but the trained one and its average.
 
 (1)  dispersive, of hidden states z of a group of G examples, n numbers each (arXiv 2506.09027):
        log( (1 / G^2) sum_bc exp(-d_bc / tau) ),  d_bc = |z_b - z_c|^2 / n,  over all pairs, b = c included
      between -log G, far apart, and 0, all the same
 (2)  contrastive flow matching (arXiv 2506.05350): mean (v_i - u_i)^2 - lambda mean (v_i - u_j)^2 with j another example of the
      batch and u_j its own target. Its minimiser is (E[u | x] - lambda E[u]) / (1 - lambda)
+(3)  alignment of tokens z with a teacher's tokens h (SRA, arXiv 2505.02831), D channels each, mean over tokens:
+       cosine:     1 - z h / (|z| |h|)
+       smooth_l1:  mean over channels of d^2 / (2 beta) where d < beta, and else d - beta / 2,  d = |z - h|, beta = 0.05
 """
 
 import jax
@@ -26,6 +29,36 @@ def dispersive(z: jax.Array, group: int, temperature: float) -> jax.Array:
     distances = (square[:, :, None] + square[:, None, :] - 2 * products).clip(min=0)
     value = jax.nn.logsumexp(-distances / temperature, axis=(1, 2)) - 2 * jnp.log(group)
     return jnp.tile(value, group)
+
+
+def _unit(z: jax.Array) -> jax.Array:
+    """z over its length, of its last axis; zeros stay zeros, with a finite gradient."""
+    return z * jax.lax.rsqrt(jnp.maximum((z**2).sum(axis=-1, keepdims=True), 1e-16))
+
+
+def _cosine(z, h):
+    return 1 - (_unit(z) * _unit(h)).sum(axis=-1)
+
+
+def _smooth_l1(z, h, beta=0.05):
+    difference = jnp.abs(z - h)
+    return jnp.where(difference < beta, difference**2 / (2 * beta), difference - beta / 2).mean(axis=-1)
+
+
+ALIGNMENTS = {"cosine": _cosine, "smooth_l1": _smooth_l1}
+
+
+def alignment(z: jax.Array, h: jax.Array, kind: str) -> jax.Array:
+    """(3), of each example. [B]
+
+    The published code's cosine is over tokens, not over channels: there the angle is between all tokens' values of a channel.
+
+    Args:
+      z, h: [B, T, D]; no gradient goes to h.
+      kind: of ALIGNMENTS.
+    """
+    dtype = jnp.promote_types(z.dtype, jnp.float32)
+    return ALIGNMENTS[kind](z.astype(dtype), jax.lax.stop_gradient(h).astype(dtype)).mean(axis=1)
 
 
 def negatives(key: jax.Array, count: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,7 @@ def read(directory: Path) -> dict[Any, Any]:
     Raises:
       UserError: there are none, several variants, or shards are missing.
     """
-    for stem in _STEMS:
-        for suffix in _SUFFIXES:
-            if (whole := directory / f"{stem}{suffix}").is_file():
-                return tensors.read(whole)
-            if (index := directory / f"{stem}{suffix}.index.json").is_file():
-                return read_shards(index)
-    variants = _variants(directory)
-    if not variants:
-        raise UserError(f"it holds no {_STEMS[0]}{_SUFFIXES[0]}, nor weights under another of diffusers' names")
-    if len(variants) > 1:
-        raise UserError(f"it holds {' and '.join(path.name for path in variants.values())}; give one of these files")
-    return read_file(*variants.values())
+    return read_file(directory / choose([path.name for path in directory.iterdir()]))
 
 
 def read_file(path: Path) -> dict[Any, Any]:
@@ -83,10 +72,66 @@ def read_shards(index: Path) -> dict[Any, Any]:
     return found
 
 
-def _variants(directory: Path) -> dict[str, Path]:
-    """The name of each variant, as fp16 or non_ema -> its file or the index of its shards, .safetensors before .bin."""
-    found: dict[str, Path] = {}
-    for path in sorted(directory.iterdir(), key=lambda path: (".bin" in path.name, path.name)):
-        if match := _VARIANT.fullmatch(path.name):
-            found.setdefault(match["file"] or match["index"] or match["older"], path)
-    return found
+def choose(names: Collection[str]) -> str:
+    """The file that holds the weights, or the index of its shards, among the names in a directory.
+
+    Raises:
+      UserError: there is none, or there are only variants, and several.
+    """
+    for usual in (f"{stem}{suffix}{index}" for stem in _STEMS for suffix in _SUFFIXES for index in ("", ".index.json")):
+        if usual in names:
+            return usual
+    found: dict[str, str] = {}  # as fp16 or non_ema -> its file, .safetensors before .bin
+    for name in sorted(names, key=lambda name: (".bin" in name, name)):
+        if match := _VARIANT.fullmatch(name):
+            found.setdefault(match["file"] or match["index"] or match["older"], name)
+    if not found:
+        raise UserError(f"it holds no {_STEMS[0]}{_SUFFIXES[0]}, nor weights under another of diffusers' names")
+    if len(found) > 1:
+        raise UserError(f"it holds {' and '.join(found.values())}; give one of these files")
+    return next(iter(found.values()))
+
+
+def shards(names: Iterable[str], index: str) -> list[str]:
+    """The names of the shards that an index lists, as far as names tell; [] where `index` is no index."""
+    match = _VARIANT.fullmatch(index) or re.fullmatch(rf"({_STEM}){_SUFFIX}\.index\.json", index)
+    if not match or not index.endswith(".json"):
+        return []
+    named = match.groupdict()
+    variant = named.get("index") or named.get("older")
+    variant, number = rf"\.{variant}" if variant else "", r"-\d+-of-\d+"
+    suffix = next(suffix for suffix in _SUFFIXES if suffix in index)
+    shard = re.compile(rf"{match[1]}({variant}{number}|{number}{variant}){re.escape(suffix)}")
+    return [name for name in names if shard.fullmatch(name)]
+
+
+def weights_in(names: Sequence[str], folder: str) -> list[str]:
+    """The weights in a folder of a repository under diffusers' names, as `read` takes them, and config.json; [] without weights.
+
+    Args:
+      names: of all files of the repository, with "/" between folders.
+
+    Raises:
+      UserError: there are several variants, and nothing else.
+    """
+    here = [name for name in inside(names, folder) if "/" not in name]
+    if not any(re.fullmatch(rf"({_STEM}){_SUFFIX}(\.index\.json)?", name) or _VARIANT.fullmatch(name) for name in here):
+        return []
+    chosen = choose(here)
+    return existing(names, folder, (chosen, *shards(here, chosen), CONFIG))
+
+
+def inside(names: Sequence[str], folder: str) -> list[str]:
+    """What is below a folder, by its name from there."""
+    root = join(folder, "")
+    return [name.removeprefix(root) for name in names if name.startswith(root)]
+
+
+def existing(names: Sequence[str], folder: str, wanted: Sequence[str]) -> list[str]:
+    """Those of some names in a folder that there are."""
+    return [name for name in (join(folder, name) for name in wanted) if name in names]
+
+
+def join(folder: str, name: str) -> str:
+    """As paths are in a repository."""
+    return f"{folder}/{name}" if folder else name

@@ -15,7 +15,7 @@ from speedit_jax import storage
 from speedit_jax.errors import UserError
 from speedit_jax.interop import directories, files, vae
 
-_INDEX = "model_index.json"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 # In the transformer's config.json, of ours alone: diffusers passes over names that begin so, and always has a shift of 1.
 SHIFT = "_time_freq_shift"
 
@@ -41,14 +41,14 @@ def read(directory: Path) -> Surroundings:
     Raises:
       UserError: a part cannot be read.
     """
-    scheduler, autoencoder = directory / "scheduler" / "scheduler_config.json", directory / "vae"
-    index = directories.read_json(directory / _INDEX) if (directory / _INDEX).is_file() else {}
+    scheduler, autoencoder = directory / SCHEDULER, directory / "vae"
+    index = directories.read_json(directory / INDEX) if (directory / INDEX).is_file() else {}
     if index.get("_class_name") == "PixArtSigmaPipeline":
-        raise UserError(f"{_INDEX} is of PixArt-Sigma; only PixArt-alpha of 256 and 512 px can be imported")
+        raise UserError(f"{INDEX} is of PixArt-Sigma; only PixArt-alpha of 256 and 512 px can be imported")
     try:
         class_names = {int(number): str(name) for number, name in (index.get("id2label") or {}).items()}
     except (AttributeError, ValueError) as e:
-        raise UserError(f"{_INDEX} has an id2label that does not give each class by its number") from e
+        raise UserError(f"{INDEX} has an id2label that does not give each class by its number") from e
     return Surroundings(
         directories.read_json(scheduler) if scheduler.is_file() else {},
         class_names,
@@ -94,7 +94,7 @@ def write(directory: Path, config: Mapping[str, Any], state: Mapping[str, np.nda
     (directory / "vae").mkdir()
     vae.copy(around.autoencoder, directory / "vae")
     (directory / "scheduler").mkdir()
-    storage.write_json(directory / "scheduler" / "scheduler_config.json", around.scheduler)
+    storage.write_json(directory / SCHEDULER, around.scheduler)
     index = {
         "_class_name": "DiTPipeline",
         "id2label": around.class_names,
@@ -102,4 +102,4 @@ def write(directory: Path, config: Mapping[str, Any], state: Mapping[str, np.nda
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    storage.write_json(directory / _INDEX, index)
+    storage.write_json(directory / INDEX, index)

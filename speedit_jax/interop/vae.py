@@ -17,7 +17,7 @@ import numpy as np
 
 from speedit_jax import storage
 from speedit_jax.errors import UserError
-from speedit_jax.interop import files, tensors
+from speedit_jax.interop import directories, files, model_hub, tensors
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 # What diffusers may call the weights, the most exact and safest first; an index names the files of a large model.
@@ -38,8 +38,7 @@ _CONVERT = "AutoencoderKL.from_single_file(FILE).save_pretrained(DIRECTORY) of d
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Attention's names in older files, the published sd-vae-ft among them -> today's.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)*")
-_TIMEOUT = 10.0  # seconds, for the hub's first answer
+_HUB_NAME = re.compile(rf"{model_hub.NAME.pattern}(/[\w.-]+)*")
 _SHOWN = 3  # names of tensors in one message
 
 
@@ -76,27 +75,19 @@ def find_vae(where: str) -> Path:
     place = f"place {CONFIG} and {WEIGHTS} of a diffusers VAE in a directory and give its path"
     if not _HUB_NAME.fullmatch(where):
         raise UserError(f"no VAE directory {where!r}; {place}")
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    except ImportError:
-        raise UserError(f"no VAE directory {where!r}; pip install huggingface_hub to download it, or {place}") from None
     owner, name, *folder = where.split("/")
-    repository, folder = f"{owner}/{name}", "/".join(folder) or None
+    of_hub = model_hub.Place(f"{owner}/{name}", path="/".join(folder))
 
-    def get(**options):
-        return [hf_hub_download(repository, file, subfolder=folder, **options) for file in (CONFIG, WEIGHTS)]
+    def choose(names):
+        if not (needed := directories.weights_in(names, of_hub.path)):
+            raise UserError(f"it has no weights there, as {WEIGHTS}")
+        return of_hub.path, needed
 
     try:
-        try:
-            paths = get(local_files_only=True)
-        except FileNotFoundError:
-            # Asked for once: where there is no network hf_hub_download goes on trying, with lines of its own, up to minutes.
-            get_hf_file_metadata(hf_hub_url(repository, CONFIG, subfolder=folder), timeout=_TIMEOUT)
-            paths = get()
-    except Exception as error:  # no network, no such name, no permission, no space: each has a class of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"no VAE directory {where!r}, and its download failed: {place} ({reason[:200]})") from error
-    return Path(paths[0]).parent
+        found, _ = model_hub.download(of_hub, choose, cached_first=True)
+    except UserError as e:
+        raise UserError(f"no VAE directory {where!r}, and its download failed: {place} ({e})") from e
+    return find_vae(str(found))
 
 
 def read_config(place: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a file or directory of weights holds, of which program and with which settings."""
 
 import dataclasses
-import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from speedit_jax.errors import UserError
-from speedit_jax.interop import containers, dig, directories, dit, pipeline, pixart, tensors
+from speedit_jax.interop import containers, dig, directories, dit, model_hub, own, pipeline, pixart, tensors
 from speedit_jax.interop.dit import Architecture
+from speedit_jax.interop.layout import COMPUTED
 
 # What the published codes write of a flow's path -> config.diffusion.path.
 _SIT_PATHS = {"Linear": "linear", "GVP": "gvp"}
 _REPA_PATHS = {"linear": "linear", "cosine": "gvp"}
 _PROJECTORS = "projectors."  # REPA's, of training alone
 _DROPOUT = ("class_dropout_prob", "label_dropout", "cfg_prob")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,7 @@ class Weights:
       path: config.diffusion.path.
       reversed_time: whether a flow's time is 1 at noise; None where the file does not tell.
       notes: what the user ought to know.
+      run: config.json of a run, as interop/own.py describes it; {} for the weights of other programs.
     """
 
     raw: Mapping[str, np.ndarray]
@@ -44,6 +44,7 @@ class Weights:
     path: str = "vp"
     reversed_time: bool | None = None
     notes: tuple[str, ...] = ()
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def time_freq_shift(self) -> int:
@@ -68,8 +69,7 @@ def read(path: Path) -> Weights:
       UserError: nothing, or nothing that we know.
     """
     if not path.exists():
-        hub = _HUB_NAME.fullmatch(str(path))
-        where = f"; from the Hugging Face hub, download it first: hf download {path} --local-dir=DIR" if hub else ""
+        where = f"; for the Hugging Face hub, --from={model_hub.SCHEME}{path}" if model_hub.NAME.fullmatch(str(path)) else ""
         raise UserError(f"there is no such file or directory{where}")
     if not path.is_dir():
         content, config = directories.read_file(path), path.with_name(directories.CONFIG)
@@ -80,6 +80,8 @@ def read(path: Path) -> Weights:
     directory = path if alone else path / "transformer"
     config = directory / directories.CONFIG
     settings = directories.read_json(config) if config.is_file() else {}
+    if own.is_ours(settings):
+        return _of_run(directories.read(directory), settings)
     if "_class_name" not in settings:
         return _published(directories.read(directory))
     _of_diffusers(settings).describe_diffusers(settings)  # before reading what may be gigabytes of another model
@@ -120,6 +122,14 @@ def _published(content: Mapping[Any, Any]) -> Weights:
         reversed_time=reversed_time,
         notes=tuple(notes),
     )
+
+
+def _of_run(content: Mapping[Any, Any], settings: Mapping[str, Any]) -> Weights:
+    """The tensors of a run: one kind of weights, which stands for both."""
+    own.check_settings(settings)
+    state = _trained(tensors.arrays(content))
+    state.pop(COMPUTED, None)
+    return Weights(state, state, run=settings)
 
 
 def _trained(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -28,10 +28,16 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         *(f"           {line}" for line in classes.describe(source)),
         f"model      {config.model.name}: {parameter_overview.count_parameters(parts.shapes.params):,} parameters,"
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
-        f"           {model.tokens:,} tokens, {model.step_flops / 1e9:,.3g} GFLOP per image and training step",
+        f"           {model.tokens:,} tokens, {parts.step_flops / 1e9:,.3g} GFLOP per image and training step",
     ]
     if model.kept is not None:
         lines.append(f"tokens     {route_line(model)}")
+    if parts.projector:
+        of = config.regularizer
+        lines.append(
+            f"alignment  of block {of.align_depth} with block {of.align_teacher_depth} of the EMA network, through a head of"
+            f" {parameter_overview.count_parameters(parts.shapes.heads):,} parameters that only training has"
+        )
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
             f"           at {model.tokens} tokens DiT is at least as fast; GLA is faster from about {GLA_PAYS_FROM}"
@@ -51,6 +57,11 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"text       {encoder}, at most {form.length} tokens of {form.width}: {way}")
         if source.class_names:
             lines.append("           the classes of the data are not given to the network")
+    if model.hinted:
+        mask, share = config.data.mask, config.data.mask_all
+        lines.append(
+            f"masks      {mask}: the network is told what they leave of an image, and nothing of {share:.0%} of the images"
+        )
     if parts.encoded_by:
         pictures = "" if parts.autoencoder else "; data.vae is not set, so image grids show the first three latent channels"
         how = "encoded at every step" if parts.online else "stored"

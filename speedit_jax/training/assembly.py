@@ -21,6 +21,7 @@ from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.diffusion.timesteps import make_strategy as _make_strategy
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
+from speedit_jax.models.align import Projector, make_projector
 from speedit_jax.models.build import Model, build
 from speedit_jax.models.condition import Condition, TextShape, padded
 from speedit_jax.training.check import check_batch, check_numbers, check_regularizer
@@ -126,6 +127,7 @@ class Assembly:
       encoded_by: the identity of the autoencoder whose latents the model learns; None where it learns images.
       online: whether the autoencoder encodes each batch of images on its way to the step.
       texts: the captions, as data/texts.py has them; None without text.
+      projector: the head of self-representation alignment; None without it.
     """
 
     config: ml_collections.ConfigDict
@@ -138,6 +140,16 @@ class Assembly:
     encoded_by: dict[str, Any] | None = None
     online: bool = False
     texts: Any = None
+    projector: Projector | None = None
+
+    @property
+    def step_flops(self) -> int:
+        """Of one image in a training step, its part in alignment included: matrix products and filters only."""
+        if not self.projector:
+            return self.model.step_flops
+        share = self.config.regularizer.align_teacher_depth / self.model.blocks  # what stands around the blocks is small
+        head = 3 * self.model.tokens * self.projector.forward_flops
+        return self.model.step_flops + round(share * self.model.forward_flops) + head
 
     @property
     def rows(self) -> NamedSharding:
@@ -146,7 +158,8 @@ class Assembly:
 
     @functools.cached_property
     def _states(self) -> tuple[TrainState, TrainState]:
-        return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, self.config.training.extra_ema_decays)
+        decays = self.config.training.extra_ema_decays
+        return state_shardings(self.mesh, self.model, self.optimizer, self.strategy, decays, self.projector)
 
     @property
     def shapes(self) -> TrainState:
@@ -179,7 +192,8 @@ class Assembly:
         decays = self.config.training.extra_ema_decays
         with jax.set_mesh(self.mesh):
             return jax.jit(
-                lambda k: initial_state(self.model, self.optimizer, self.strategy, k, decays), out_shardings=self.shardings
+                lambda k: initial_state(self.model, self.optimizer, self.strategy, k, decays, self.projector),
+                out_shardings=self.shardings,
             )(key)
 
     def jit_step(self, donate: bool = True, compiler_options: dict[str, Any] | None = None):
@@ -188,10 +202,9 @@ class Assembly:
         Args:
           donate: give the state's memory to the next state.
         """
+        parts = self.model, self.diffusion, self.strategy, self.optimizer, self.config
         return jax.jit(
-            make_train_step(
-                self.model, self.diffusion, self.strategy, self.optimizer, self.config, self.encoded_by, self.null_text
-            ),
+            make_train_step(*parts, self.encoded_by, self.null_text, self.projector),
             in_shardings=(self.shardings, self.rows, None),
             out_shardings=(self.shardings, None),
             donate_argnums=0 if donate else (),
@@ -227,4 +240,5 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     model = make_model(config, mesh, image_shape, len(source.class_names), texts and TextShape.of(texts))
     check_regularizer(config, model, diffusion)
     encoded_by = autoencoder.identity if online else source.encoded_by
-    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online, texts)
+    projector = make_projector(model) if config.regularizer.align else None
+    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online, texts, projector)

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED, flatten
+from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.masks import KINDS
@@ -78,9 +79,11 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
 def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion: GaussianDiffusion | FlowMatching) -> None:
     """Raises a UserError for an added loss that this run cannot have; what is off is not looked at."""
     of, training = config.regularizer, config.training
-    for name in ("dispersive", "contrastive"):
+    for name in ("dispersive", "contrastive", "align"):
         if not 0 <= of[name] < (1 if name == "contrastive" else math.inf):
             raise UserError(f"regularizer.{name}={of[name]}: must be 0, for off, or a positive weight (contrastive: below 1)")
+    if of.align:
+        _check_alignment(of, model)
     if of.contrastive and (not isinstance(diffusion, FlowMatching) or diffusion.predicts_x0):
         raise UserError(
             "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
@@ -100,6 +103,19 @@ def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion
         )
     if of.dispersive_temperature <= 0:
         raise UserError(f"regularizer.dispersive_temperature={of.dispersive_temperature}: must be positive")
+
+
+def _check_alignment(of: ml_collections.ConfigDict, model: Model) -> None:
+    depth, teacher = of.align_depth, of.align_teacher_depth
+    if model.blocks is None or not 1 <= depth <= teacher <= model.blocks:
+        raise UserError(
+            f"regularizer.align_depth={depth}, align_teacher_depth={teacher}: the model must be a DiT, and these must lie in"
+            " 1..its depth, the teacher's not before the other"
+        )
+    if of.align_loss not in regularizers.ALIGNMENTS:
+        raise UserError(f"unknown regularizer.align_loss {of.align_loss!r}; choose one of {', '.join(regularizers.ALIGNMENTS)}")
+    if not 0 <= of.align_time_gap <= 1:
+        raise UserError(f"regularizer.align_time_gap={of.align_time_gap}: must lie in 0..1, the whole schedule")
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -34,9 +34,11 @@ _REMOVED = "removed"
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: the fields, each extra average beside the first as ema_DECAY."""
+    """What a checkpoint holds: the fields, each extra average beside the first as ema_DECAY, and heads where there are any."""
     found = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     extra = found.pop("extra_ema")
+    if not state.heads:
+        del found["heads"]
     return found | {f"ema_{decay}": ema for decay, ema in extra.items()}
 
 

@@ -44,11 +44,14 @@ def read(checkpoint: Path) -> dict[str, str]:
 
     Raises:
       ValueError: the file is damaged itself.
+      UserError: this user may not read it.
     """
     try:
         checksums = json.loads((checkpoint / NAME).read_text())
     except FileNotFoundError:
         return {}
+    except PermissionError as e:
+        raise storage.forbidden(checkpoint / NAME, e) from e
     except (OSError, ValueError):
         checksums = None
     if not isinstance(checksums, dict) or META not in checksums:
@@ -60,6 +63,9 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in words; None where they are as saved, or were saved without checksums.
 
     All processes must call it: each reads a share of the files, and all get the same answer.
+
+    Raises:
+      UserError: this user may not read a file, which says nothing about what it holds.
     """
     try:
         checksums, unreadable = read(checkpoint), None
@@ -93,6 +99,8 @@ def _damage(checkpoint: Path, checksums: dict[str, str], name: str) -> str | Non
         same = storage.checksum(checkpoint / name) == checksums[name]
     except FileNotFoundError:
         return f"{name} is missing"
+    except PermissionError as e:
+        raise storage.forbidden(checkpoint / name, e) from e
     except (OSError, ValueError) as e:
         return f"{name} cannot be read: {storage.first_line(e)}"
     return None if same else f"{name} does not hold what was saved"

@@ -1,6 +1,5 @@
 """A run: its identity, so that no other run is resumed or overwritten by mistake, and open_run, which restores its weights."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -111,11 +110,15 @@ def _read(workdir: Path) -> tuple[dict[str, Any] | None, bool]:
     """(what run.json says, True); (a checkpoint's copy, False) where it is missing or damaged; (None, False) without either.
 
     Raises:
-      UserError: it is damaged, and there is no checkpoint.
+      UserError: it is damaged, and there is no checkpoint; or this user may not read it.
     """
     path = workdir / NAME
-    with contextlib.suppress(OSError, ValueError):
+    try:
         return read_run(path), True
+    except PermissionError as e:
+        raise storage.forbidden(path, e) from e
+    except (OSError, ValueError):
+        pass  # a checkpoint has a copy
     if newest := peek(workdir):
         return {key: value for key, value in newest[1].items() if key != "evaluation"}, False
     if path.exists():

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.errors import UserError
+from speedit_jax.models.align import Projector
 from speedit_jax.models.build import Model
 
 LEARNING_RATE_SCHEDULES = ("constant", "cosine")
@@ -30,6 +31,7 @@ class TrainState:
       extra_ema: decay, as text -> an average with that decay.
       opt: the optimizer's state.
       timesteps: the timestep strategy's state.
+      heads: parameters that only training uses, beside the network's and without an average: {} or {"align": Projector's}.
       skipped: [] int32, steps whose gradient was not finite and that changed nothing.
       skipped_in_a_row: [] int32.
     """
@@ -42,6 +44,7 @@ class TrainState:
     timesteps: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    heads: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
@@ -103,16 +106,26 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
 
 
+_HEADS = 1  # folded into the key of the initial weights for those of the heads
+
+
 def initial_state(
-    model: Model, optimizer: optax.GradientTransformation, strategy: Any, key: jax.Array, extra_ema_decays: Sequence[float] = ()
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    strategy: Any,
+    key: jax.Array,
+    extra_ema_decays: Sequence[float] = (),
+    projector: Projector | None = None,
 ) -> TrainState:
     """The state before the first step: a pure function of the key, the same on every mesh."""
     params = model.init(key)
+    heads = {"align": projector.init(jax.random.fold_in(key, _HEADS))} if projector else {}
     zero = jnp.zeros((), jnp.int32)
     # The copies keep params and averages from sharing a buffer, which donation would free twice.
     ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(extra_ema_decays)))
     extra = dict(zip(map(str, extra_ema_decays), extra, strict=True))
-    return TrainState(zero, params, ema, extra, optimizer.init(params), strategy.init(), zero, jnp.copy(zero))
+    opt = optimizer.init(params | heads)
+    return TrainState(zero, params, ema, extra, opt, strategy.init(), zero, jnp.copy(zero), heads)
 
 
 def state_shardings(
@@ -121,12 +134,16 @@ def state_shardings(
     optimizer: optax.GradientTransformation,
     strategy: Any,
     extra_ema_decays: Sequence[float] = (),
+    projector: Projector | None = None,
 ) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the state on `mesh`; the optimizer's moments are sharded as their parameters are."""
-    shapes = jax.eval_shape(lambda key: initial_state(model, optimizer, strategy, key, extra_ema_decays), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: initial_state(model, optimizer, strategy, key, extra_ema_decays, projector), jax.random.key(0)
+    )
     params = sharding.param_shardings(mesh, model.axes, shapes.params)
+    heads = {"align": sharding.param_shardings(mesh, projector.axes, shapes.heads["align"])} if projector else {}
     everywhere = sharding.replicated(mesh)
-    opt = optax.tree.map_params(optimizer, lambda _, s: s, shapes.opt, params, transform_non_params=lambda _: everywhere)
+    opt = optax.tree.map_params(optimizer, lambda _, s: s, shapes.opt, params | heads, transform_non_params=lambda _: everywhere)
     return shapes, TrainState(
         step=everywhere,
         params=params,
@@ -136,4 +153,5 @@ def state_shardings(
         timesteps=jax.tree.map(lambda _: everywhere, shapes.timesteps),
         skipped=everywhere,
         skipped_in_a_row=everywhere,
+        heads=heads,
     )

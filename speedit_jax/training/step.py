@@ -15,9 +15,10 @@ from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
 from speedit_jax.diffusion.inverse import latent_mask
 from speedit_jax.encoders.autoencoder import latents_of, pixels_of_latent
+from speedit_jax.models.align import Projector
 from speedit_jax.models.build import Model
 from speedit_jax.models.condition import Condition, replaced
-from speedit_jax.models.routing import Route, draw_route
+from speedit_jax.models.routing import Route, draw_route, taken
 from speedit_jax.training.state import TrainState, learning_rate
 
 # Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
@@ -30,6 +31,7 @@ _STREAMS = {
     "probe": 5,
     "tokens": 6,
     "negatives": 7,
+    "teacher_time": 8,
     "masks": 13,
 }
 
@@ -74,7 +76,10 @@ def microbatches(x: jax.Array, count: int) -> jax.Array:
 
 
 def make_loss(
-    model: Model, diffusion: GaussianDiffusion | FlowMatching, regularizer: ml_collections.ConfigDict | None = None
+    model: Model,
+    diffusion: GaussianDiffusion | FlowMatching,
+    regularizer: ml_collections.ConfigDict | None = None,
+    projector: Projector | None = None,
 ) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
@@ -82,19 +87,23 @@ def make_loss(
     [B, H, W, 1], the network is told these parts of x0; the loss is that of the whole image all the same.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
-    "dispersive", and "contrast" with the target of another example, "negative", in the batch.
+    "dispersive", "contrast" with the target of another example, "negative", in the batch, and, with `projector`, "align".
+    That wants the head's parameters beside the network's, as params["align"], "teacher_t" in the batch, and a third argument,
+    the weights of the teacher.
     """
     dispersive, contrastive = (regularizer.dispersive, regularizer.contrastive) if regularizer else (0.0, 0.0)
+    aligned = make_alignment(model, diffusion, regularizer, projector) if projector else None
+    depths = {regularizer.dispersive_depth} if dispersive else set()
+    taps = tuple(sorted(depths | {regularizer.align_depth} if aligned else depths))
 
-    def loss(params, batch):
+    def loss(params, batch, teacher=None):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
-        options = {"route": Route(batch["order"], batch["inverse"], model.kept)} if "order" in batch else {}
-        if "known" in batch:
-            options["hint"] = masks.hint(batch["x0"], batch["known"])
-        if dispersive:
-            options["taps"] = (regularizer.dispersive_depth,)
+        route = Route(batch["order"], batch["inverse"], model.kept, model.cell) if "order" in batch else None
+        told = {"hint": masks.hint(batch["x0"], batch["known"])} if "known" in batch else {}
+        options = told | ({"route": route} if route else {}) | ({"taps": taps} if taps else {})
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
-        output, hidden = output if dispersive else (output, None)
+        output, tapped = output if taps else (output, ())
+        hidden = dict(zip(taps, tapped, strict=True))
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = diffusion.objective(terms, batch["weight"])
         value = (batch["importance"] * terms["loss"]).mean()
@@ -103,28 +112,56 @@ def make_loss(
             value -= contrastive * (batch["importance"] * batch["weight"] * terms["contrast"]).mean()
         if dispersive:
             group, temperature = regularizer.dispersive_group, regularizer.dispersive_temperature
-            terms["dispersive"] = regularizers.dispersive(hidden[0], group, temperature)
+            terms["dispersive"] = regularizers.dispersive(hidden[regularizer.dispersive_depth], group, temperature)
             value += dispersive * terms["dispersive"].mean()
+        if aligned:
+            terms["align"] = aligned(params["align"], hidden[regularizer.align_depth], batch, teacher, route, told)
+            value += regularizer.align * (batch["importance"] * terms["align"]).mean()
         return value, terms
 
     return loss
 
 
+def make_alignment(
+    model: Model, diffusion: GaussianDiffusion | FlowMatching, regularizer: ml_collections.ConfigDict, projector: Projector
+) -> Callable:
+    """alignment(head, hidden, batch, teacher, route, told) -> [B]: self-representation alignment (SRA, arXiv 2505.02831).
+
+    The teacher sees the same images with the same noise, the same, perhaps dropped, conditions and the same known parts, `told`,
+    but at the times batch["teacher_t"], and all tokens in all blocks. Of these it is compared at those tokens that `hidden` has.
+    """
+    (first, last), depth = model.middle, regularizer.align_depth
+
+    def alignment(head, hidden, batch, teacher, route, told):
+        t = batch["teacher_t"]
+        x_t = diffusion.q_sample(batch["x0"], t, batch["noise"])
+        taps = (regularizer.align_teacher_depth,)  # what comes after is not computed
+        _, (target,) = model.apply(teacher, x_t, diffusion.model_time(t), batch["y"], taps=taps, **told)
+        if route and first < depth <= last:
+            target, _ = taken(target, route)
+        return regularizers.alignment(projector.apply(head, hidden), target, regularizer.align_loss)
+
+    return alignment
+
+
 def make_gradient(loss: Callable, accumulation: int) -> Callable:
-    """gradient(params, batch) -> (gradient, loss, terms of each example), over `accumulation` microbatches in turn."""
+    """gradient(params, batch, ...) -> (gradient, loss, terms of each example), over `accumulation` microbatches in turn.
+
+    Only the batch is cut; what `loss` takes further is given to each.
+    """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def gradient(params, batch):
+    def gradient(params, batch, *further):
         if accumulation == 1:
-            (value, terms), grads = value_and_grad(params, batch)
+            (value, terms), grads = value_and_grad(params, batch, *further)
             return grads, value, terms
         parts = jax.tree.map(lambda x: microbatches(x, accumulation), batch)
 
         def one(total, part):
-            (value, terms), grads = value_and_grad(params, part)
+            (value, terms), grads = value_and_grad(params, part, *further)
             return jax.tree.map(jnp.add, total, (grads, value)), terms
 
-        (value, _), grads = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
+        (value, _), grads = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts), *further)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, value))
         total, terms = jax.lax.scan(one, zeros, parts)
         # The terms go back into the order of the batch, which `microbatches` dealt out.
@@ -173,17 +210,18 @@ def make_train_step(
     config: ml_collections.ConfigDict,
     encoded_by: dict[str, Any] | None = None,
     null_text: Condition | None = None,
+    projector: Projector | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The step of `config`, the whole config.
 
     The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
     {"moments": [B, h, w, 2C], "label"}; of a model with text also {"text": {"tokens" [B, L, E], "length" [B]}}, whose null
-    condition is `null_text`. The key is the run's and never changes: each step
-    folds its number in, so any step can be computed again from the state before it.
+    condition is `null_text`. `projector` is of alignment, where that is switched on. The key is the run's and never changes:
+    each step folds its number in, so any step can be computed again from the state before it.
     """
     loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
-    regularized = config.regularizer.dispersive or config.regularizer.contrastive
-    trained = make_loss(model, diffusion, config.regularizer) if regularized else loss_of
+    regularized = config.regularizer.dispersive or config.regularizer.contrastive or projector
+    trained = make_loss(model, diffusion, config.regularizer, projector) if regularized else loss_of
     gradient = make_gradient(trained, config.training.accumulation)
     schedule = learning_rate(config)
     kind, null = ("text", null_text) if model.text else ("label", model.null_label)
@@ -208,19 +246,24 @@ def make_train_step(
             "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
         if model.kept is not None:
-            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
+            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.grid, model.kept, model.cell)
             inputs |= {"order": order, "inverse": inverse}
         if model.hinted:
             inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)
         if config.regularizer.contrastive:
             target = diffusion.target(x0, inputs["t"], inputs["noise"])
             inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
-        grads, loss, terms = gradient(state.params, inputs)
+        if projector:
+            gap = config.regularizer.align_time_gap * jax.random.uniform(stream(key, "teacher_time"), t.shape)
+            inputs["teacher_t"] = diffusion.less_noise(inputs["t"], gap)
+        variables, teacher = state.params | state.heads, (state.ema,) if projector else ()
+        grads, loss, terms = gradient(variables, inputs, *teacher)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt = optimizer.update(grads, state.opt, variables)
+        variables = optax.apply_updates(variables, updates)
+        params, heads = ({name: variables[name] for name in old} for old in (state.params, state.heads))
 
         def average(ema, decay):
             decay = ema_decay(decay, config.training.ema_warmup, state.step)
@@ -234,10 +277,10 @@ def make_train_step(
         if strategy.probe_every:
             due = state.step % strategy.probe_every == 0
             timesteps = jax.lax.cond(due, lambda s: probe(s, state.params, inputs, key), lambda s: s, timesteps)
-        changed = (params, ema, extra_ema, opt, timesteps)
-        kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps)
+        changed = (params, ema, extra_ema, opt, timesteps, heads)
+        kept = (state.params, state.ema, state.extra_ema, state.opt, state.timesteps, state.heads)
         # A non-finite gradient must not reach the moments or the EMA, which would keep it for ever.
-        params, ema, extra_ema, opt, timesteps = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+        params, ema, extra_ema, opt, timesteps, heads = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
         metrics = {name: value.mean() for name, value in terms.items()} | by_quarter(t, diffusion.schedule.num_steps, terms)
         metrics |= {
             "loss": loss,
@@ -255,6 +298,7 @@ def make_train_step(
             timesteps=timesteps,
             skipped=state.skipped + jnp.where(finite, 0, 1),
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            heads=heads,
         )
         return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 

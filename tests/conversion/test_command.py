@@ -20,7 +20,7 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
         ([new], ["--from", "--to"]),
         ([new, f"--from={source}", "--to=x.pt"], ["--from", "--to"]),
         ([new, "--from=/no/such.safetensors"], ["/no/such.safetensors"]),
-        ([new, "--from=facebook/DiT-XL-2-256"], ["no such file", "hf download facebook/DiT-XL-2-256"]),
+        ([new, "--from=facebook/DiT-XL-2-256"], ["no such file", "--from=hf:facebook/DiT-XL-2-256"]),
         ([new, f"--from={source}", HEADS, "--reverse_time"], ["--reverse_time", "--config.diffusion.path=linear"]),
         ([f"--workdir={workdir}", f"--to={tmp_path / 'y.safetensors'}", "--reverse_time"], ["--reverse_time is only for --from"]),
         ([new, f"--from={source}", "--vae=x"], ["--vae", "--config.data.vae=DIR"]),
@@ -30,6 +30,12 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
         ([f"--workdir={workdir}", f"--to={tmp_path / 'y.onnx'}"], ["y.onnx", ".safetensors"]),
         ([f"--workdir={workdir}", f"--to={tmp_path / 'y.safetensors'}", "--config.seed=1"], ["--config.seed"]),
         ([f"--workdir={workdir}", f"--to={tmp_path / 'y.safetensors'}", "--checkpoint_step=5"], ["step 5"]),
+        ([new, "--from=hf:owner"], ["--from=hf:owner", "hf:OWNER/NAME@REVISION"]),
+        ([new, f"--from={source}", "--license=mit"], ["--license", "--to=hf:OWNER/NAME"]),
+        ([f"--workdir={workdir}", "--to=hf:owner/name@v1", "--license=mit"], ["--to=hf:owner/name@v1", "main branch"]),
+        ([f"--workdir={workdir}", "--to=hf:owner/name"], ["--license is missing", "apache-2.0", "other"]),
+        ([f"--workdir={workdir}", "--to=hf:owner/name", "--vae=x"], ["--vae", "diffusers"]),
+        ([f"--workdir={workdir}", "--to=y.pt", "--public"], ["--public", "--to=hf:OWNER/NAME"]),
         ([f"--workdir={workdir}", "--to=/dev/null/y.safetensors"], ["/dev/null/y.safetensors"]),
     ):
         assert_fails(run("convert", *flags), *words)

@@ -1,5 +1,6 @@
 """Encoded captions on disk and in batches: what is written is read, one caption a record is drawn, other data are refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -175,6 +176,16 @@ def test_verify_finds_a_flipped_bit(store, name):
     assert texts.verify(store)["captions"] == sum(1 + i % 3 for i in range(COUNT))
     flip_a_bit(store / name)
     assert_one_line(lambda: texts.verify(store), name, "encode_text again")
+
+
+def test_a_stored_number_that_is_not_finite_is_named(store):
+    """As a damaged file may hold it."""
+    read = texts.open_texts(store)
+    damaged = list(read.records)
+    damaged[5] = damaged[5][:-2] + np.float16(np.nan).tobytes()
+    read = dataclasses.replace(read, records=damaged)
+    assert_one_line(lambda: read.encoded(5), "record 5", str(store), "not finite", "--verify")
+    assert len(read.encoded(4)) == 2
 
 
 def test_numbers_that_are_too_large_are_named(tmp_path):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
-from speedit_jax.diffusion.regularizers import dispersive, negatives
+from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.regularizers import ALIGNMENTS, alignment, dispersive, negatives
+from speedit_jax.diffusion.schedules import make_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +87,53 @@ def test_the_minimiser_of_contrastive_flow_matching():
     w = np.linalg.solve((1 - lam) * gram, right)
     plain = np.linalg.solve(gram, features.T @ u / 4000)
     np.testing.assert_allclose(features @ plain, (1 - lam) * (features @ w) + lam * others, atol=1e-10)
+
+
+TORCHS = {
+    "cosine": lambda torch, z, h: 1 - torch.nn.functional.cosine_similarity(z, h, dim=-1),
+    "smooth_l1": lambda torch, z, h: torch.nn.functional.smooth_l1_loss(z, h, beta=0.05, reduction="none").mean(-1),
+}
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_alignment_is_that_of_torch(kind):
+    """Values and gradients; differences lie on both sides of beta."""
+    torch = pytest.importorskip("torch")
+    z, h, weight = (states(3, 5 * 8, seed).reshape(3, 5, 8) for seed in range(3))
+    h = z + 0.1 * h
+    weight = weight[:, 0, 0]
+    assert 0.1 < (jnp.abs(z - h) < 0.05).mean() < 0.9
+    theirs = torch.tensor(np.asarray(z), requires_grad=True)
+    values = TORCHS[kind](torch, theirs, torch.tensor(np.asarray(h))).mean(dim=1)
+    (values * torch.tensor(np.asarray(weight))).sum().backward()
+    np.testing.assert_allclose(alignment(z, h, kind), values.detach(), rtol=1e-12)
+    gradients = jax.grad(lambda z, h: (alignment(z, h, kind) * weight).sum(), argnums=(0, 1))(z, h)
+    np.testing.assert_allclose(gradients[0], theirs.grad, atol=1e-12)
+    assert not gradients[1].any(), "the teacher does not learn"
+
+
+@pytest.mark.parametrize("kind", ALIGNMENTS)
+def test_alignment_of_what_is_aligned_or_zero(kind):
+    z = states(2, 12).reshape(2, 3, 4)
+    np.testing.assert_allclose(alignment(z, z, kind), 0, atol=1e-12)
+    for one, other in ((0 * z, z), (z, 0 * z), (0 * z, 0 * z)):
+        assert np.isfinite(jax.grad(lambda z, other=other: alignment(z, other, kind).sum())(one)).all()
+    if kind == "cosine":
+        np.testing.assert_allclose(alignment(z, -3 * z, kind), 2, rtol=1e-12)
+        np.testing.assert_allclose(
+            alignment(5 * z, states(2, 12, 1).reshape(2, 3, 4), kind), alignment(z, states(2, 12, 1).reshape(2, 3, 4), kind)
+        )
+
+
+def test_less_noise():
+    by = jax.random.uniform(jax.random.key(0), (1000,)) * 0.2
+    s = jax.random.uniform(jax.random.key(1), (1000,))
+    nearer = FlowMatching("linear").less_noise(s, by)
+    assert (nearer >= s).all() and (nearer <= 1).all() and (nearer == 1).any()
+    np.testing.assert_allclose(nearer[s < 0.8], (s + by)[s < 0.8], rtol=1e-15)
+    diffusion = GaussianDiffusion(make_schedule("linear", 500), "fixed_small", "epsilon", "mse")
+    t = jax.random.randint(jax.random.key(2), (1000,), 0, 500)
+    nearer = diffusion.less_noise(t, by)
+    assert nearer.dtype == t.dtype and (nearer <= t).all() and (nearer >= 0).all()
+    # As the published randint(0, 0.2 T) draws them: 100 whole numbers.
+    assert set(np.asarray(t - nearer)[t >= 100].tolist()) <= set(range(100)) and len(np.unique((t - nearer)[t >= 100])) > 95

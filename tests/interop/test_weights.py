@@ -57,9 +57,9 @@ def test_labels(tmp_path, settings, classes, dropout):
     assert (found.num_classes, found.label_dropout) == (classes, dropout)
 
 
-def test_a_name_on_the_hub_is_not_downloaded(tmp_path, monkeypatch):
+def test_a_name_on_the_hub_is_downloaded_where_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from pathlib import Path
 
-    assert_one_line(lambda: weights.read(Path("facebook/DiT-XL-2-256")), "no such file", "hf download facebook/DiT-XL-2-256")
+    assert_one_line(lambda: weights.read(Path("facebook/DiT-XL-2-256")), "no such file", "--from=hf:facebook/DiT-XL-2-256")
     assert_one_line(lambda: weights.read(Path("/no/such")), "no such file")

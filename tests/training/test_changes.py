@@ -58,6 +58,8 @@ OTHER = {
     "diffusion.prediction": ("v", Kind.CHANGES),
     "tokens.method": ("route", Kind.CHANGES),
     "regularizer.dispersive": (0.5, Kind.CHANGES),
+    "regularizer.align": (0.5, Kind.FORM),
+    "regularizer.align_depth": (1, Kind.CHANGES),
     "timesteps.strategy": ("uniform", Kind.CHANGES),
     "timesteps.sampling": ("uniform", Kind.CHANGES),
     "optim.learning_rate": (1.0, Kind.CHANGES),

@@ -1,0 +1,58 @@
+"""The numbers of a model card: only what was measured of the weights that it is of."""
+
+import json
+import shutil
+
+import pytest
+from commands import assert_works
+
+from speedit_jax.conversion import measured
+from speedit_jax.conversion.tables import one_device
+from speedit_jax.training.run import open_run
+
+
+@pytest.fixture(scope="module")
+def workdir(run, trained, tmp_path_factory):
+    """A run with samples of its weights in it, and what evaluate says of them."""
+    workdir = tmp_path_factory.mktemp("measured") / "run"
+    shutil.copytree(trained, workdir)
+    assert_works(run("sample", f"--workdir={workdir}", "--num_images=16", f"--out={workdir}/new.png"))
+    evaluate = ["evaluate", f"--images={workdir}/new.npz", "--reference=digits", "--features=pixels", "--metrics=fid,pr"]
+    assert_works(run(*evaluate, f"--out={workdir}/numbers.json"))
+    with (workdir / "metrics.jsonl").open("a") as file:
+        later = {"heldout_mse": 0.5, "raw_heldout_mse": 0.75, "eval_kid": float("nan")}
+        file.write(json.dumps({"step": 6} | later) + "\n" + json.dumps({"step": 9, "heldout_mse": 9.0}) + "\n")
+    return workdir
+
+
+def test_each_number_with_what_it_is_of(workdir):
+    numbers = measured.numbers(open_run(workdir, 6, one_device()), "ema")
+    record = json.loads((workdir / "numbers.json").read_text())["metrics"]
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if "eval_fid" in line]
+    expected = [("fid (pixels)", logged[-1]["eval_fid"]), ("held-out mse", 0.5)]
+    expected += [(f"{name} (pixels)", value) for name, value in record.items()]
+    assert sorted((number.name, number.value) for number in numbers) == sorted(expected)
+    assert {number.step for number in numbers} == {6}
+    for number in numbers:
+        assert ("not of Inception's features" in number.meaning) == (number.name == "fid (pixels)")
+        assert "digits" in number.of and str(workdir) not in number.of
+    (of,) = {number.of for number in numbers if number.name == "recall (pixels)"}
+    assert of == "16 samples (ddim, 3 steps, guidance 1.25), against 1,442 of digits"
+
+
+def test_other_weights_have_other_numbers(workdir):
+    newest = open_run(workdir, 6, one_device())
+    assert [(number.name, number.value) for number in measured.numbers(newest, "raw")] == [("held-out mse", 0.75)]
+    earlier = open_run(workdir, 3, one_device())
+    assert {(number.name, number.step) for number in measured.numbers(earlier, "ema")} == {("fid (pixels)", 3)}
+    assert measured.newest_grid(earlier) is None and "6" in measured.newest_grid(newest).stem
+
+
+def test_numbers_of_another_run_are_left_out(workdir, tmp_path):
+    def names(directory):
+        return {number.name for number in measured.numbers(open_run(directory, 6, one_device()), "ema")}
+
+    shutil.copytree(workdir, tmp_path / "other")
+    assert "recall (pixels)" in names(workdir) - names(tmp_path / "other")
+    (workdir / "new.npz").unlink()  # as if the run had been moved
+    assert "recall (pixels)" in names(tmp_path / "other")
