@@ -9,7 +9,7 @@ from emoji_package import picture, write_package
 from errors import assert_one_line
 from PIL import Image
 
-from benchmarks import emoji_text
+from benchmarks import emoji_page, emoji_text
 from speedit_jax.config import get_config
 from speedit_jax.data.captions import read_captions
 from speedit_jax.data.sources import open_source
@@ -78,3 +78,22 @@ def test_mistakes(archive, data, tmp_path):
     path = drawn(data, tmp_path / "new.npz", [picture("1F44B", 1)] * 2)
     path.with_suffix(".json").write_text(json.dumps({"prompts": ["a cat", "a dog"]}))
     assert_one_line(lambda: emoji_text.measure(path, data), "'a cat' is not a held-out caption")
+
+
+def test_the_page_has_the_numbers_and_the_pictures(data, tmp_path):
+    true = [picture("1F44B", 1), picture("1F91A", 2)]
+    found = emoji_text.measure(drawn(data, tmp_path / "pictures.npz", true), data)
+    run = {"model": "DiT-S/4", "strategy": "speedit", "steps": 1234, "batch_size": 10, "pictures": 27, "pixels": 32}
+    record = {"run": run, "guidance": {"2": found}, "picture_guidance": 2.0, "pictures": ["hand 1f44b, light skin tone"]}
+    text = emoji_page.page(record, "emoji")
+    assert "**1,234 steps** of batch 10" in text and "| guidance 2 | 100.0 ± 0.0 % | " in text
+    assert "1. hand 1f44b, light skin tone\n" in text and "![Drawings](emoji.png)" in text
+    prompts = (data / "held_out" / "prompts.txt").read_text().splitlines()
+    emoji_page.draw_rows(data, tmp_path, prompts, tmp_path / "rows.png")
+    rows = np.asarray(Image.open(tmp_path / "rows.png"))
+    assert rows.shape == (2 * 34 * 3, 9 * 34 * 3, 3)
+    # Of each row the first cell is the true picture, the next four are drawn: here all the same. The rest stays white.
+    for y, content in enumerate(true):
+        cells = rows.reshape(2, 102, 9, 102, 3)[y, 50, :, 50]
+        colour = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))[0, 0]
+        assert (cells[:5] == colour).all() and (cells[5:] == 255).all()

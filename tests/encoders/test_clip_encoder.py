@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from clip import write_clip
 from errors import assert_one_line
+from PIL import Image
 
 from speedit_jax import sharding
 from speedit_jax.encoders.clip import ClipEncoder
@@ -39,8 +40,6 @@ def unit(vectors):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_images(both, shape):
     ours, model, processor = both
-    from PIL import Image
-
     pixels = np.random.default_rng(0).integers(0, 256, (2, *shape), np.uint8)
     pictures = [Image.fromarray(image.squeeze()) for image in pixels]
     inputs = processor(images=pictures, return_tensors="pt")["pixel_values"]
