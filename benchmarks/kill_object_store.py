@@ -3,13 +3,15 @@
   python -m benchmarks.kill_object_store --place=gs://BUCKET/PATH --kills=10 --steps=100 --seed=0 --out=docs/results/kill_gcs.json
 
 Trains the model of benchmarks/kill_resume.py once on a disk without interruption. Then starts the same command with its
---workdir in a new directory of --place, kills it with SIGKILL at a random moment, starts it again, and so on; in the end it may
-finish. Compares what kill_resume does: every array of every checkpoint, every logged number but the times, and the bytes of
-every image. Last it checks that no unfinished checkpoint has left files there. Exits with 1 if
-anything differs. docs/storage.md says how to start a server that speaks the store's protocol on this machine.
+--workdir in a new directory of --place, kills it with SIGKILL at a random moment, most often after its first step, starts it
+again, and so on; in the end it may finish. What XLA compiles is kept, so that most of the time goes to steps and saves. Compares
+what kill_resume does: every array of every checkpoint, every logged number but the times, and the bytes of every image. Last it
+checks that no unfinished checkpoint has left files there. Exits with 1 if anything differs. docs/storage.md says how to start a
+server that speaks the store's protocol on this machine.
 """
 
 import argparse
+import os
 import re
 import shutil
 import signal
@@ -28,7 +30,7 @@ from benchmarks import kill_resume
 from speedit_jax import __version__, storage
 from speedit_jax.training import integrity
 
-LOOP = "devices "  # the last words before the loop
+STEPPING = re.compile(r"\| [1-9]\d*/\d+ \[")  # a bar that has moved, or that begins where an earlier start left it
 
 
 class Run:
@@ -38,16 +40,20 @@ class Run:
         self.log = log
         with log.open("w") as out:
             command = [*kill_resume.train_command(steps), f"--workdir={workdir}"]
-            self.process = subprocess.Popen(command, cwd=log.parent, stdout=out, stderr=subprocess.STDOUT)
+            cache = {"JAX_COMPILATION_CACHE_DIR": str(log.parent / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            environment = os.environ | cache
+            self.process = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
     def in_loop(self) -> bool:
-        return LOOP in self.log.read_text()
+        return STEPPING.search(self.log.read_text()) is not None
 
     def kill(self, after_start: bool, delay: float) -> dict | None:
-        """Sends SIGKILL `delay` seconds after the start or after the beginning of the loop; None if the run has ended."""
-        while not after_start and not self.in_loop() and self.process.poll() is None:
+        """Sends SIGKILL `delay` seconds after the start, or at the first step, if that is earlier; or `delay` seconds after the
+        first step. None if the run has ended."""
+        until = time.time() + delay if after_start else float("inf")
+        while not self.in_loop() and self.process.poll() is None and time.time() < until:
             time.sleep(0.01)
-        time.sleep(delay)
+        time.sleep(0 if after_start else delay)
         if self.process.poll() is not None:
             return None
         in_loop = self.in_loop()
@@ -85,11 +91,13 @@ def main():
         left_alone.end()
         loop = time.time() - loop
         reference = kill_resume.evidence(scratch / "run")
-        print(f"{len(reference)} arrays, log lines and images; {start:.0f} s to the loop, {loop:.0f} s in it", flush=True)
+        print(
+            f"{len(reference)} arrays, log lines and images; {start:.0f} s to the first step, {loop:.0f} s from there", flush=True
+        )
         for i in range(args.kills):
-            # One in five before the loop; the others may not finish the run before the kills are over.
+            # One in five before the first step; the others may not finish the run before the kills are over.
             early = i % 5 == 2
-            delay = rng.uniform(0, start if early else loop / 2)
+            delay = rng.uniform(0, start if early else 3 * loop / args.kills)
             hit = Run(str(place), scratch / f"{i}.log", args.steps).kill(early, delay)
             if hit is None:
                 print("the run has finished")
