@@ -47,6 +47,7 @@ def losses(workdir):
 def test_the_first_loss_is_that_of_the_plain_run_to_the_bit(run, trained, masked, tmp_path):
     workdir, out = masked
     assert "masks: the layer hint starts anew, from zero" in out
+    assert "masks      mixed: " in out and "nothing of 25% of the images" in out
     flags = [*FAST, f"--config.init_from={trained}", "--config.training.num_steps=3"]
     assert_works(run("train", *TINY, *flags, f"--workdir={tmp_path / 'plain'}"))
     plain, told = losses(tmp_path / "plain"), losses(workdir)
@@ -91,8 +92,10 @@ def test_its_grid_shows_pairs(masked):
     [
         [],
         ["--inpaint=projection", "--guidance_scale=2", "--sampler=ddpm"],
-        ["--inpaint=repaint", "--num_steps=4", "--resample=2", "--jump=2", "--sampler=ddpm"],
-        ["--strength=0.7", "--resample=2", "--jump=1"],
+        pytest.param(
+            ["--inpaint=repaint", "--num_steps=4", "--resample=2", "--jump=2", "--sampler=ddpm"], marks=pytest.mark.slow
+        ),
+        pytest.param(["--strength=0.7", "--resample=2", "--jump=1"], marks=pytest.mark.slow),
         ["--guide_workdir=TRAINED", "--guidance_scale=2"],
     ],
     ids=str,

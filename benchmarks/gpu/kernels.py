@@ -229,6 +229,8 @@ def _of_jaxpr(jaxpr) -> Work:
         if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             work += Work(products=2 * size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted))
+        elif kind == "cond":
+            work += min(map(_of_jaxpr, inner), key=lambda branch: branch.products)  # GLA's gates are bounded, as DiG's are
         elif inner:
             times = eqn.params.get("length", 1)
             work += functools.reduce(Work.__add__, map(_of_jaxpr, inner)) * times

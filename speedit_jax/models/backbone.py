@@ -1,7 +1,7 @@
 """The shell that every backbone shares: embed patches, time and label; N blocks in a scan; project back to pixels.
 
-Of a backbone whose blocks are all alike (DiT), some tokens may skip the middle blocks, and the tokens between two blocks may be
-looked at. The parameters are the same then: they are stacked over the depth, and each part of the depth scans its own slice.
+Some tokens may skip the middle blocks, and the tokens between two blocks may be looked at. The parameters are the same then:
+they are stacked over the depth, and each part of the depth scans its own slice.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from speedit_jax.models import layers
 from speedit_jax.models.condition import Condition, mean_token
 from speedit_jax.models.layers import dense
-from speedit_jax.models.routing import Route, taken, taken_back
+from speedit_jax.models.routing import Among, Cell, Route, taken, taken_back
 
 ACTIVATIONS = ("batch", None, None)  # [B, T, D]
 
@@ -32,8 +32,9 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input: least memory, a third more FLOPs (DiG: 44 %)
 }
 
-# (position in the period, grid (rows, columns)) -> the constructor of a block's module: name -> module
-MakeBlock = Callable[[int, tuple[int, int]], Callable[..., nn.Module]]
+# (position in the period, grid (rows, columns), cell of which it sees one token each or None) -> the constructor of a block's
+# module: name -> module
+MakeBlock = Callable[[int, tuple[int, int], Cell | None], Callable[..., nn.Module]]
 
 
 class Period(nn.Module):
@@ -138,11 +139,11 @@ class Backbone(nn.Module):
         positions = layers.sincos_position_table(*grid, self.width, self.position_scale)
         tokens = self.constrain(tokens + jnp.asarray(positions, self.dtype), ACTIVATIONS)
 
-        make_blocks = tuple(self.make_block(i, grid) for i in range(self.period))
+        make_blocks = tuple(self.make_block(i, grid, None) for i in range(self.period))
         repeats, rest = divmod(self.depth, self.period)
         tapped = []
         if route is not None or taps:
-            tokens, tapped = self._in_parts(make_blocks, tokens, (modulation, *conditioning), route, taps)
+            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps)
         else:
             if repeats:
                 tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
@@ -160,28 +161,54 @@ class Backbone(nn.Module):
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return (out, tapped) if taps else out
 
-    def _in_parts(self, make_blocks, tokens, conditioning, route, taps) -> tuple[jax.Array, list[jax.Array]]:
+    def _in_parts(self, grid, tokens, conditioning, route, taps) -> tuple[jax.Array, list[jax.Array]]:
         """The blocks, cut where the route begins and ends and at the taps: (tokens, those at each tap)."""
-        (make_block,) = make_blocks
-        stacked = self.get_variable("params", "blocks")
         first, last = self.middle if route is not None else (0, 0)
         cuts = sorted({0, first, last, *taps, self.depth})
-        tapped, skipping, ids = [], None, None
+        tapped, among = [], None
         for start, end in itertools.pairwise(cuts):
             if start == first < last:
                 tokens, skipping = taken(tokens, route)
-                ids = route.order[:, : route.kept]
-            block = make_block(parent=None)
-
-            def one(x, params, block=block, ids=ids):
-                return block.apply({"params": params}, x, *conditioning, ids=ids)
-
-            part = jax.tree.map(lambda leaf, start=start, end=end: leaf[start:end], stacked)
-            tokens, _ = jax.lax.scan(one, tokens, part, unroll=min(self.scan_unroll, end - start))
+                among = Among(route.order, route.inverse, skipping)
+            cell = route.cell if among is not None else None
+            blocks = [self.make_block(i, grid, cell)(parent=None) for i in range(self.period)]
+            tokens = self._part(blocks, start, end, tokens, conditioning, among)
             tapped += [tokens] * (end in taps)
             if end == last > first:
-                tokens, skipping, ids = taken_back(tokens, skipping, route), None, None
+                tokens, among = taken_back(tokens, among.skipping, route), None
         return self.constrain(tokens, ACTIVATIONS), tapped
+
+    def _part(self, blocks, start, end, tokens, conditioning, among):
+        """Blocks `start` to `end` - 1: whole periods in a scan, and single blocks where the part cuts one."""
+        params, scanned = self.variables["params"], self.depth // self.period * self.period
+
+        def apply(i, tokens, params):
+            return blocks[i % self.period].apply({"params": params}, tokens, *conditioning, among=among)[0]
+
+        def of_period(params, i):
+            return params if self.period == 1 else params[f"block_{i}"]
+
+        def one(tokens, params):
+            for i in range(self.period):
+                tokens = apply(i, tokens, of_period(params, i))
+            return tokens, None
+
+        i = start
+        while i < end:
+            repeats = (min(end, scanned) - i) // self.period if i % self.period == 0 else 0
+            if repeats > 0:
+                at = i // self.period
+                part = jax.tree.map(lambda leaf, at=at, repeats=repeats: leaf[at : at + repeats], params["blocks"])
+                tokens, _ = jax.lax.scan(one, tokens, part, unroll=min(self.scan_unroll, repeats))
+                i += repeats * self.period
+                continue
+            if i < scanned:
+                of_block = jax.tree.map(lambda leaf, i=i: leaf[i // self.period], of_period(params["blocks"], i % self.period))
+            else:
+                of_block = params[f"rest_{i - scanned}"]
+            tokens = apply(i, tokens, of_block)
+            i += 1
+        return tokens
 
     def _scan(self, make_blocks, repeats: int) -> nn.Module:
         """`repeats` periods with their parameters stacked on a leading axis: compile time does not grow with depth."""

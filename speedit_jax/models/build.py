@@ -18,6 +18,7 @@ from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, rem
 from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
 from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
+from speedit_jax.models.routing import CELLS, Cell
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
 SIZES = {
@@ -47,11 +48,12 @@ class Model:
       guidable: the model was trained without its condition, too, so that guidance can lead away from that.
       mixer: the implementation of attention, or of DiG's GLA, that was chosen.
       heads, width: for checks against the mesh.
-      tokens: how many an image is to the network.
+      grid: rows and columns of the tokens that an image is to the network.
       blocks: how many, of a model whose tokens can be looked at between them (`taps`); None of others.
       middle: the blocks (first, one after the last) that a route's tokens skip.
       kept: how many tokens they see in training; None where all blocks see all.
       hinted: it takes what is known of an image, to fill the rest.
+      cell: rows and columns of the cells of which they see one token each; None: any tokens.
       forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
       step_flops: the same of one image in a training step: forward, and twice that backward.
       dtype: name of the activations' dtype.
@@ -68,14 +70,19 @@ class Model:
     mixer: str
     heads: int
     width: int
-    tokens: int
+    grid: tuple[int, int]
     blocks: int | None
     middle: tuple[int, int]
     kept: int | None
     hinted: bool
+    cell: Cell | None
     forward_flops: int
     step_flops: int
     dtype: str
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     def conditions(self, count: int) -> Any:
         """The shapes of the conditions of `count` images."""
@@ -164,7 +171,7 @@ def build(
     mixer = _choose_parts(config, backbone, width // heads, platform, DTYPES[dtype_name])
     num_classes = 0 if text else num_classes
     grid = (h // patch, w // patch)
-    middle, kept = _route(tokens, backbone, depth, grid[0] * grid[1])
+    middle, kept, cell = _route(tokens, backbone, depth, grid)
     has_null = num_classes > 0 and config.label_dropout > 0
 
     def network(mixer, constrain, batch_axes, head_axis):
@@ -202,7 +209,7 @@ def build(
     shapes, count = nn.meta.unbox(boxes), grid[0] * grid[1]
     text_tokens = text.length if text and config.text == "cross" else 1
     forward = weights_flops(shapes, count, text_tokens) + mixer_flops(backbone, count, width, depth, heads)
-    skipped = 0 if kept is None else skipped_flops(shapes, count, kept, middle[1] - middle[0], width)
+    skipped = 0 if kept is None else skipped_flops(backbone, shapes, count, kept, middle[1] - middle[0], (width, depth, heads))
     if text and config.text == "cross":
         forward += cross_attention_flops(count, text_tokens, width, depth)
         if kept is not None:
@@ -219,11 +226,12 @@ def build(
         mixer=mixer,
         heads=heads,
         width=width,
-        tokens=count,
+        grid=grid,
         blocks=depth if backbone == "DiT" else None,
         middle=middle,
         kept=kept,
         hinted=hinted,
+        cell=cell,
         forward_flops=forward,
         step_flops=3 * (forward - skipped),
         dtype=dtype_name,
@@ -276,18 +284,23 @@ def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | Non
         raise UserError("model.text=cross needs the tokens of each caption, and data.text has one vector for each: use pooled")
 
 
-def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, count: int) -> tuple[tuple[int, int], int | None]:
-    """The blocks that some of `count` tokens skip, and how many tokens do not; ((0, 0), None) without a route.
+def _route(
+    tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, grid: tuple[int, int]
+) -> tuple[tuple[int, int], int | None, Cell | None]:
+    """The blocks that some tokens of `grid` skip, how many tokens do not, and their cell; ((0, 0), None, None) without a route.
 
     Raises:
       UserError: there is no such route.
     """
     if tokens is None or tokens.method == "none":
-        return (0, 0), None
+        return (0, 0), None, None
     if tokens.method != "route":
         raise UserError(f"unknown tokens.method {tokens.method!r}; choose none or route")
-    if backbone != "DiT":
-        raise UserError(f"tokens.method=route is for DiT: {backbone}'s scans and filters need all tokens of the grid")
+    if tokens.pattern not in ("random", "cells"):
+        raise UserError(f"unknown tokens.pattern {tokens.pattern!r}; choose random or cells")
+    if tokens.pattern == "random" and backbone == "DiG":
+        raise UserError("tokens.pattern=random is for DiT: DiG's scans need a grid of tokens; choose tokens.pattern=cells")
+    count = grid[0] * grid[1]
     start, tail, kept = tokens.start, tokens.tail, count - int(tokens.rate * count)
     if start < 1 or tail < 1 or start + tail >= depth:
         raise UserError(
@@ -295,15 +308,24 @@ def _route(tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, 
         )
     if not 0 < tokens.rate < 1 or kept == count:
         raise UserError(f"tokens.rate={tokens.rate}: must be between 0 and 1, and at least one of the {count} tokens must skip")
-    return (start, depth - tail), kept
+    return (start, depth - tail), kept, _cell(tokens.rate, grid) if tokens.pattern == "cells" else None
+
+
+def _cell(rate: float, grid: tuple[int, int]) -> Cell:
+    if rate not in CELLS:
+        raise UserError(f"tokens.rate={rate}: tokens.pattern=cells is for {' and '.join(map(str, CELLS))}")
+    cell = CELLS[rate]
+    if grid[0] % cell[0] or grid[1] % cell[1]:
+        raise UserError(f"tokens.rate={rate}: the grid of {grid[0]} x {grid[1]} tokens has no cells of {cell[0]} x {cell[1]}")
+    return cell
 
 
 def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dtype) -> MakeBlock:
     """What layer i of a period is."""
     cross = chunked_attention if config.attention == "chunked" else softmax_attention
 
-    def dit_block(i, grid):
-        del i
+    def dit_block(i, grid, cell):
+        del i, cell
 
         def attend(q, k, v):
             return attention(q, k, v, mixer, batch_axes, head_axis)
@@ -312,11 +334,12 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
         arguments = (heads, config.mlp_ratio, config.qk_norm, attend, cross, constrain, dtype, config.mlp, config.norm, rope)
         return functools.partial(block, *arguments)
 
-    def dig_block(i, grid):
+    def dig_block(i, grid, cell):
         op = functools.partial(gla, implementation=mixer, batch_axes=batch_axes, head_axis=head_axis)
         order, period = dig.ORDERS[config.directions][i], len(dig.ORDERS[config.directions])
         block = remat(dig.DiGBlock, config.remat, period)
         part = functools.partial(remat_part, policy=config.remat, period=period)
-        return functools.partial(block, heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
+        arguments = (heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
+        return functools.partial(block, *arguments, *([cell] if cell else []))
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

@@ -23,6 +23,7 @@ from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
 from speedit_jax.models.cross_attention import CrossAttention, CrossAttentionFn
 from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
+from speedit_jax.models.routing import Among, Cell, Route, taken, taken_back
 
 # (q, k, v, log_g, reverse=) -> o, as kernels.gla.gla
 GlaFn = Callable[..., jax.Array]
@@ -138,6 +139,8 @@ class DiGBlock(nn.Module):
       remat_part: how the mixer, the cross-attention and the SwiGLU are computed again in the backward pass.
       constrain: the activations' sharding.
       dtype: of activations.
+      cell: of a route: the block sees one token of each cell of this size, which make a coarser grid for its scan. Its
+        convolution acts on the whole grid, so that it reaches as far as it does without a route.
     """
 
     heads: int
@@ -150,9 +153,11 @@ class DiGBlock(nn.Module):
     remat_part: RematPart
     constrain: layers.Constrain
     dtype: jnp.dtype
+    cell: Cell = (1, 1)
 
     @nn.compact
-    def __call__(self, x, c, *text):
+    def __call__(self, x, c, *text, among: Among | None = None):
+        """among: of the route, where these are not all tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.block_adaln(self, c)
         # Of two parts that wait together, the mixer is the cheaper one to compute again.
         x = self.remat_part(DiGBlock._mix, save_products=False)(self, x, shift1, scale1, gate1)
@@ -160,16 +165,25 @@ class DiGBlock(nn.Module):
             x = self.remat_part(DiGBlock._cross, save_products=True)(self, x, *text)
         x = self.remat_part(DiGBlock._mlp, save_products=True)(self, x, shift2, scale2, gate2)
         if self.convolution != "none":
-            x = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")(x)
+            x = self._convolved(x, among)
         return self.constrain(x, ACTIVATIONS), None
+
+    def _convolved(self, x, among):
+        """x [B, T or fewer, D] -> the same, of the convolution over all tokens."""
+        convolution = DepthwiseConv(self.grid, self.convolution, self.dtype, name="conv")
+        if among is None:
+            return convolution(x)
+        route = Route(among.order, among.inverse, x.shape[1])
+        return taken(convolution(taken_back(x, among.skipping, route)), route)[0]
 
     def _mix(self, x, shift, scale, gate):
         """x [B, T, D], shift, scale and gate [B, D] -> [B, T, D]."""
         columns, reverse = self.order
+        grid = tuple(side // part for side, part in zip(self.grid, self.cell, strict=True))
         y = layers.modulated_norm(self.norm, "norm1", x, shift, scale)
-        y = _transpose_grid(y, self.grid) if columns else y
+        y = _transpose_grid(y, grid) if columns else y
         y = GatedLinearAttention(self.heads, reverse, self.gla, self.dtype, name="attention")(y)
-        y = _transpose_grid(y, self.grid[::-1]) if columns else y
+        y = _transpose_grid(y, grid[::-1]) if columns else y
         return x + gate[:, None] * y
 
     def _cross(self, x, text, length):

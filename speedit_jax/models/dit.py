@@ -6,7 +6,6 @@ Block, with (shift, scale, gate) x 2 = W SiLU(c) + b, W and b zero at initialisa
   x <- x + gate_2 * MLP(modulate(LN(x), shift_2, scale_2))
 """
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -18,13 +17,12 @@ from speedit_jax.models import layers
 from speedit_jax.models.backbone import ACTIVATIONS, MIXED
 from speedit_jax.models.cross_attention import CrossAttention, CrossAttentionFn
 from speedit_jax.models.layers import RMSNorm, SwiGLU, dense
+from speedit_jax.models.routing import Among
 
 # (q, k, v) [B, T, H, K] -> [B, T, H, K]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 MLPS = ("gelu", "swiglu")
-
-gelu = layers.recomputed(functools.partial(nn.gelu, approximate=True))
 
 
 class Attention(nn.Module):
@@ -62,8 +60,12 @@ class Mlp(nn.Module):
         width = x.shape[-1]
         # Column-parallel in, row-parallel out: with both kernels sharded alike XLA:CPU returned wrong gradients.
         x = dense(self.hidden, layers.xavier, ("embed", "mlp"), ("mlp",), self.dtype, "up")(x)
-        x = gelu(x)
-        return dense(width, layers.xavier, ("mlp", "embed"), (None,), self.dtype, "down")(x)
+
+        def activated(mlp, x):
+            return dense(width, layers.xavier, ("mlp", "embed"), (None,), mlp.dtype, "down")(nn.gelu(x, approximate=True))
+
+        # The kernel's gradient needs GELU's result, which is computed again: only `up`'s result is kept.
+        return nn.remat(activated, prevent_cse=False)(self, x)
 
 
 class DiTBlock(nn.Module):
@@ -96,14 +98,14 @@ class DiTBlock(nn.Module):
     rope: tuple[int, int] | None = None
 
     @nn.compact
-    def __call__(self, x, c, *text, ids=None):
-        """ids: [B, T] int, which tokens of the grid these are; None: all, in order."""
+    def __call__(self, x, c, *text, among: Among | None = None):
+        """among: of the route, where these are not all tokens."""
         width = x.shape[-1]
         hidden = int(width * self.mlp_ratio)
         angles = None
         if self.rope is not None:
             angles = jnp.asarray(layers.rope_angles(self.rope, width // self.heads))
-            angles = angles if ids is None else angles[ids]
+            angles = angles if among is None else angles[among.order[:, : x.shape[1]]]
         shift1, scale1, gate1, shift2, scale2, gate2 = layers.block_adaln(self, c)
 
         y = layers.modulated_norm(self.norm, "norm1", x, shift1, scale1)

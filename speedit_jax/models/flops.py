@@ -22,16 +22,23 @@ def weights_flops(params: Any, tokens: int, text_tokens: int = 0) -> int:
     return flops
 
 
-def skipped_flops(params: Any, tokens: int, kept: int, blocks: int, width: int) -> int:
-    """Of one image, forward, that a route spares: `blocks` blocks of DiT see `kept` of its tokens.
+def skipped_flops(backbone: str, params: Any, tokens: int, kept: int, blocks: int, form: tuple[int, int, int]) -> int:
+    """Of one image, forward, that a route spares: `blocks` blocks see `kept` of its tokens, but for their filters.
 
     Args:
-      params: of the network, or their shapes; those of its blocks are stacked over the depth.
+      params: of the network, or their shapes.
+      form: width, depth and heads of the network.
     """
-    of_blocks = params["blocks"]
-    depth = jax.tree.leaves(of_blocks)[0].shape[0]
-    weights = (weights_flops(of_blocks, tokens) - weights_flops(of_blocks, kept)) // depth
-    return blocks * (weights + mixer_flops("DiT", tokens, width, 1, 1) - mixer_flops("DiT", kept, width, 1, 1))
+    width, depth, heads = form
+    of_blocks = {
+        path: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if path[0].key.startswith(("blocks", "rest_")) and "conv" not in [key.key for key in path]
+    }
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in of_blocks.items()}
+    weights = (weights_flops(named, tokens) - weights_flops(named, kept)) // depth
+    mixers = (mixer_flops(backbone, count, width, 1, heads) for count in (tokens, kept))
+    return blocks * (weights + next(mixers) - next(mixers))
 
 
 def mixer_flops(backbone: str, tokens: int, width: int, depth: int, heads: int) -> int:

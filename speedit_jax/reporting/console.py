@@ -57,6 +57,11 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"text       {encoder}, at most {form.length} tokens of {form.width}: {way}")
         if source.class_names:
             lines.append("           the classes of the data are not given to the network")
+    if model.hinted:
+        mask, share = config.data.mask, config.data.mask_all
+        lines.append(
+            f"masks      {mask}: the network is told what they leave of an image, and nothing of {share:.0%} of the images"
+        )
     if parts.encoded_by:
         pictures = "" if parts.autoencoder else "; data.vae is not set, so image grids show the first three latent channels"
         how = "encoded at every step" if parts.online else "stored"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from speedit_jax.diffusion.samplers import Architecture
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.models.routing import Route, draw_route
+from speedit_jax.models.routing import CELLS, Route, draw_route
 
 _STREAM = 2**28  # of an image's key; those of its noise count from 0
 
@@ -37,6 +37,8 @@ def check_sparse(strong: float, weak: float, model: Model, guided: bool) -> None
         raise UserError(f"{given}: there is another guide already; choose one")
     if not 0 <= strong < weak < 1:
         raise UserError(f"{given}: must be 0 <= sparse_strong < sparse_weak < 1")
+    if model.cell and not {strong, weak} <= {0, *CELLS}:
+        raise UserError(f"{given}: with tokens.pattern=cells they must be of 0, {', '.join(map(str, CELLS))}")
 
 
 def sparse_networks(
@@ -56,14 +58,15 @@ def sparse_networks(
 
     def network(number: int, rate: float) -> Architecture:
         kept = model.tokens - int(rate * model.tokens)
+        cell = CELLS.get(rate) if model.cell else None
 
         def route(level):
             def one(index, level):
                 of_image = jax.random.fold_in(jax.random.fold_in(key, index), _STREAM + number)
-                order, inverse = draw_route(jax.random.fold_in(of_image, level), 1, model.tokens, kept)
+                order, inverse = draw_route(jax.random.fold_in(of_image, level), 1, model.grid, kept, cell)
                 return order[0], inverse[0]
 
-            return Route(*jax.vmap(one)(indices, jnp.broadcast_to(level, indices.shape)), kept)
+            return Route(*jax.vmap(one)(indices, jnp.broadcast_to(level, indices.shape)), kept, cell)
 
         def apply(x, t, y):
             options = {} if kept == model.tokens else {"route": route(schedule_index(t))}

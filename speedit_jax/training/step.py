@@ -98,7 +98,7 @@ def make_loss(
 
     def loss(params, batch, teacher=None):
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
-        route = Route(batch["order"], batch["inverse"], model.kept) if "order" in batch else None
+        route = Route(batch["order"], batch["inverse"], model.kept, model.cell) if "order" in batch else None
         told = {"hint": masks.hint(batch["x0"], batch["known"])} if "known" in batch else {}
         options = told | ({"route": route} if route else {}) | ({"taps": taps} if taps else {})
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
@@ -246,7 +246,7 @@ def make_train_step(
             "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
         if model.kept is not None:
-            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.tokens, model.kept)
+            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.grid, model.kept, model.cell)
             inputs |= {"order": order, "inverse": inverse}
         if model.hinted:
             inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)

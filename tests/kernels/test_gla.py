@@ -121,6 +121,49 @@ def test_against_the_definition(implementation, gate, dtype, tolerance, gate_tol
         assert relative_error(gradient, expected) <= bound
 
 
+def border_gates(bound: float, tokens: int) -> np.ndarray:
+    """log_g [B, T, H, K] around the GPU kernels' bound for a chunk: batch 0 is just within it, batch 1 over it."""
+    g = np.zeros((B, tokens, H, K), np.float32)
+    at = np.arange(tokens) % pallas_gpu.CHUNK
+    g[0, :, 0] = -bound / pallas_gpu.CHUNK  # equal gates
+    g[0, :, 1] = np.where(at[:, None] == np.arange(K) * 4, -bound, 0)  # all at one token, another one for each feature
+    g[1, :, 0] = -bound / pallas_gpu.CHUNK * (1 + 2**-8)
+    g[1, :, 1] = -1e-3
+    g[1, at == 5, 1, 3] = -1e4  # a single feature
+    return g
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(("dtype", "tolerance", "gate_tolerance"), [(jnp.float32, 1e-6, 1e-5), (jnp.bfloat16, 6e-3, 1.5e-2)])
+@pytest.mark.gpu
+def test_border_of_bounded_gates(dtype, tolerance, gate_tolerance, reverse):
+    """Each head against the definition: heads over the bound, whose gradients of gates are small, are not hidden by others."""
+    (q, k, v, _), d_out = make_inputs("dig", 150, dtype)
+    inputs = q, k, v, jnp.asarray(border_gates(pallas_gpu.BOUND[jnp.dtype(dtype)], 150))
+    expected = jax.tree.leaves(definition(inputs, d_out, reverse))
+    with interpreted("pallas_gpu"):
+        got = jax.tree.leaves(output_and_gradients(inputs, d_out, implementation="pallas_gpu", reverse=reverse))
+    for x, wanted, bound in zip(got, expected, (tolerance,) * 4 + (gate_tolerance,), strict=True):
+        for b, h in np.ndindex(B, H):
+            assert relative_error(x[b, :, h], wanted[b, :, h]) <= bound
+
+
+@pytest.mark.gpu
+def test_one_product_is_what_the_levels_are():
+    """A feature that adds nothing and forgets everything sends its chunks through the levels; others take one product."""
+    (q, k, v, g), d_out = make_inputs("dig", 70, jnp.float32)
+    q, k = q.at[..., 0].set(0), k.at[..., 0].set(0)
+    with interpreted("pallas_gpu"):
+        results = [
+            output_and_gradients((q, k, v, g.at[..., 0].set(gate)), d_out, implementation="pallas_gpu") for gate in (0, -1e3)
+        ]
+    (fast, fast_grads), (levels, levels_grads) = results
+    assert not np.array_equal(fast, levels)
+    assert relative_error(fast, np.asarray(levels, np.float64)) <= 1e-6
+    for x, wanted in zip(fast_grads, levels_grads, strict=True):
+        assert relative_error(x[..., 1:], np.asarray(wanted[..., 1:], np.float64)) <= 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64])
 def test_any_number_of_tokens(tokens):
     inputs, d_out = make_inputs("dig", tokens, jnp.float32)

@@ -76,6 +76,22 @@ def test_xla_attention_is_its_definition():
     np.testing.assert_allclose(xla(*inputs), softmax_attention(*inputs), atol=2e-6)
 
 
+def test_xla_attention_keeps_its_weights_once():
+    """For the backward pass of a scan over layers, and its gradients are those of jax.nn.softmax."""
+    inputs, cotangent = qkv(batch=2, tokens=12, heads=3, head_dim=8), jnp.arange(8) - 3.5
+
+    def plain(q, k, v):
+        return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k) * 8**-0.5), v)
+
+    def layers(*stacked):
+        return jax.lax.scan(lambda _, layer: (None, xla(*layer)), None, stacked)[1]
+
+    pullback = jax.eval_shape(lambda *x: jax.vjp(layers, *x)[1], *[jnp.stack([x] * 5) for x in inputs])
+    assert [leaf.shape for leaf in jax.tree.leaves(pullback)].count((5, 2, 3, 12, 12)) == 1
+    gradients = [jax.grad(lambda args, f=f: (f(*args) * cotangent).sum())(inputs) for f in (xla, plain)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
 # Less than a chunk of queries; whole chunks; a last chunk that is filled up.
 @pytest.mark.parametrize("tokens", [64, 512, 600])
 def test_chunked_attention_is_attention(tokens):

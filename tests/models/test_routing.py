@@ -18,10 +18,10 @@ HEADS, DEPTH, TOKENS = 2, 5, 16
 
 
 @functools.cache
-def make(method="route", rate=0.5, start=1, tail=1, image_shape=(8, 8, 3), **keys):
+def make(method="route", rate=0.5, start=1, tail=1, image_shape=(8, 8, 3), pattern="random", **keys):
     config = get_config()
     config.model.update({"name": "DiT-tiny/2", "width": 32, "depth": DEPTH, "heads": HEADS} | keys)
-    config.tokens.update({"method": method, "rate": rate, "start": start, "tail": tail})
+    config.tokens.update({"method": method, "rate": rate, "start": start, "tail": tail, "pattern": pattern})
     common = {"image_shape": image_shape, "num_classes": 5, "learned_variance": False, "platform": "cpu"}
     return build(config.model, tokens=config.tokens, **common)
 
@@ -38,7 +38,7 @@ def inputs(batch=3):
 
 
 def random_route(kept, batch=3, seed=0):
-    return Route(*draw_route(jax.random.key(seed), batch, TOKENS, kept), kept)
+    return Route(*draw_route(jax.random.key(seed), batch, (4, 4), kept), kept)
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_flops_of_the_papers_sizes(size, share):
 
 
 def test_draws():
-    order, inverse = (np.asarray(x) for x in draw_route(jax.random.key(0), 10_000, TOKENS, 6))
+    order, inverse = (np.asarray(x) for x in draw_route(jax.random.key(0), 10_000, (4, 4), 6))
     assert order.dtype == inverse.dtype == np.int32
     np.testing.assert_array_equal(np.sort(order, axis=1), np.broadcast_to(np.arange(TOKENS), order.shape))
     np.testing.assert_array_equal(np.take_along_axis(order, inverse, axis=1), np.broadcast_to(np.arange(TOKENS), order.shape))
@@ -196,7 +196,10 @@ def test_draws():
         ({"tail": 0}, r"tokens\.tail=0"),
         ({"rate": 1.0}, r"tokens\.rate=1\.0"),
         ({"rate": 0.01}, r"tokens\.rate=0\.01.*16 tokens"),
-        ({"name": "DiG-tiny/2"}, r"tokens\.method=route is for DiT"),
+        ({"name": "DiG-tiny/2"}, r"tokens\.pattern=random is for DiT.*cells"),
+        ({"pattern": "rows"}, r"tokens\.pattern 'rows'"),
+        ({"pattern": "cells", "rate": 0.3}, r"tokens\.rate=0\.3.*0\.5 and 0\.75"),
+        ({"pattern": "cells", "rate": 0.75, "image_shape": (6, 8, 3)}, r"grid of 3 x 4 tokens has no cells of 2 x 2"),
     ],
 )
 def test_impossible_routes(keys, message):

@@ -22,8 +22,10 @@ def test_a_method_that_is_off_leaves_the_step_as_it_is():
 def test_every_mesh_draws_the_same(shape):
     mesh = tiny.make_mesh(shape)
     with jax.set_mesh(mesh):
-        drawn = jax.jit(lambda key: draw_route(key, 16, 16, 6), out_shardings=sharding.batch_sharding(mesh))(jax.random.key(3))
-    tiny.assert_same(drawn, draw_route(jax.random.key(3), 16, 16, 6))
+        drawn = jax.jit(lambda key: draw_route(key, 16, (4, 4), 6), out_shardings=sharding.batch_sharding(mesh))(
+            jax.random.key(3)
+        )
+    tiny.assert_same(drawn, draw_route(jax.random.key(3), 16, (4, 4), 6))
 
 
 def test_a_step_draws_a_route_of_its_own():
