@@ -12,6 +12,7 @@ from speedit_jax.conversion.exporting import file_state, gather, refuse_infinite
 from speedit_jax.conversion.tables import one_device
 from speedit_jax.errors import UserError
 from speedit_jax.interop import files, model_hub, own
+from speedit_jax.storage import first_line
 from speedit_jax.training.run import Run, open_run
 
 WEIGHTS, SETTINGS, NUMBERS, GRID = "model.safetensors", "config.json", "metrics.json", "samples.png"
@@ -30,19 +31,22 @@ def publish_weights(workdir: Path, to: str, weights: str, checkpoint_step: str, 
     Raises:
       UserError: there are no such weights, they are not finite, or the hub cannot be reached or refuses them.
     """
-    place = model_hub.parse(to)
-    if place.revision or place.path:
-        raise UserError(f"--to={to}: give hf:OWNER/NAME; an export is a new commit of its main branch")
-    if not licence:
-        raise UserError(
-            f"--to={to}: --license is missing, the terms under which others may use the weights: an identifier of the hub's list,"
-            " as apache-2.0, mit or cc-by-nc-4.0, or other"
-        )
     try:
+        place = model_hub.parse(to)
+        if place.revision or place.path:
+            raise UserError("give hf:OWNER/NAME; an export is a new commit of its main branch")
+        if not licence:
+            raise UserError(
+                "--license is missing, the terms under which others may use the weights: an identifier of the hub's list, as"
+                " apache-2.0, mit or cc-by-nc-4.0, or other"
+            )
         was_public = model_hub.check_access(place.repository)
         run = open_run(workdir, checkpoint_step, one_device())
         with tempfile.TemporaryDirectory() as scratch:
-            write(Path(scratch), run, weights, place.repository, licence)
+            try:
+                write(Path(scratch), run, weights, place.repository, licence)
+            except OSError as e:
+                raise UserError(f"cannot write {scratch}, before the upload: {first_line(e)}; TMPDIR names another place") from e
             message = f"{run.config.model.name}, {weights} weights of step {run.step}"
             url, said = model_hub.publish(place.repository, Path(scratch), message, is_public)
     except UserError as e:

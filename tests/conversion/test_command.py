@@ -33,6 +33,7 @@ def test_mistakes_are_one_line(run, imported, tmp_path):
         ([new, "--from=hf:owner"], ["--from=hf:owner", "hf:OWNER/NAME@REVISION"]),
         ([new, f"--from={source}", "--license=mit"], ["--license", "--to=hf:OWNER/NAME"]),
         ([f"--workdir={workdir}", "--to=hf:owner/name@v1", "--license=mit"], ["--to=hf:owner/name@v1", "main branch"]),
+        ([f"--workdir={workdir}", "--to=hf:name", "--license=mit"], ["--to=hf:name", "hf:OWNER/NAME"]),
         ([f"--workdir={workdir}", "--to=hf:owner/name"], ["--license is missing", "apache-2.0", "other"]),
         ([f"--workdir={workdir}", "--to=hf:owner/name", "--vae=x"], ["--vae", "diffusers"]),
         ([f"--workdir={workdir}", "--to=y.pt", "--public"], ["--public", "--to=hf:OWNER/NAME"]),

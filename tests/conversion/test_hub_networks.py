@@ -27,7 +27,6 @@ PARTS = {"model__qk_norm": True, "model__rope": True, "model__mlp": "swiglu", "m
 LATENTS = {"vae": "/home/jane/vaes/mine", "weights": "1234", "config": {"scaling_factor": 0.5, "shift_factor": None}}
 TEXTS = dataclasses.replace(tiny.TEXTS, identity={"encoder": "/home/jane/bert", "pooled": False})
 CASES = {
-    "DiT": ({"model__heads": 2}, {}, "x_embedder.proj.weight"),
     "DiG": ({"model__name": "DiG-tiny/2"}, {}, "x_embedder.proj.weight"),
     "JiT": (IMAGE_FLOW | PARTS, {}, "blocks.attention.qkv.kernel"),
     "mask": ({"data__mask": "boxes"}, {}, "blocks.attention.qkv.kernel"),
@@ -52,6 +51,7 @@ def make_run(workdir, changes, data):
     }
     runs.claim(workdir, meta)
     (workdir / "environment.json").write_text(json.dumps([{"command": "train --workdir=/home/jane/a", "devices": 1}]))
+    (workdir / "metrics.jsonl").write_text('{"step": 4, "heldout_mse": 0.5}\n{"step": 5, "heldout_mse": 0.25}\n')
     text = source.texts and TextShape.of(source.texts)
     model = assembly.make_model(config, one_device(), source.image_shape, len(source.class_names), text)
     params = tiny.random_like(jax.eval_shape(model.init, jax.random.key(0)))
@@ -71,6 +71,8 @@ def test_every_network_comes_back(tmp_path, case):
         assert b"jane" not in path.read_bytes(), path
     assert tensor.encode() in (tmp_path / "files" / "model.safetensors").read_bytes()
     card = (tmp_path / "files" / "README.md").read_text()
+    (number,) = json.loads((tmp_path / "files" / "metrics.json").read_text())
+    assert (number["name"], number["value"], number["step"]) == ("held-out mse", 0.5, 4) and "| held-out mse | 0.5 | 4 |" in card
     assert "folder:cats" in card and "data.source" in card and "learning_rate was 0.0001, now 0.0002" in card
 
     import_weights(str(tmp_path / "files"), tmp_path / "back", get_config(), {}, None)
@@ -85,7 +87,7 @@ def test_every_network_comes_back(tmp_path, case):
 
 
 def test_settings_that_cannot_be_used_are_one_line(tmp_path):
-    run = make_run(tmp_path / "run", *CASES["DiT"][:2])
+    run = make_run(tmp_path / "run", *CASES["DiG"][:2])
     (tmp_path / "files").mkdir()
     publishing.write(tmp_path / "files", run, "ema", "owner/name", "other")
     settings = json.loads((tmp_path / "files" / "config.json").read_text())

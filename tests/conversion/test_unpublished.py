@@ -14,7 +14,7 @@ PARTS = {"qk_norm": True, "rope": True, "patch_bottleneck": 4, "mlp": "swiglu", 
 def make_run(name, **parts):
     config = get_config(name)
     config.model.update(parts)
-    return types.SimpleNamespace(workdir=Path("runs/a"), config=config, model=types.SimpleNamespace(text=None))
+    return types.SimpleNamespace(workdir=Path("runs/a"), config=config, model=types.SimpleNamespace(text=None, hinted=False))
 
 
 @pytest.mark.parametrize("part", PARTS)
