@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from benchmarks import gpu_kernels
 from benchmarks.gpu import kernels, step_model
 from benchmarks.gpu.hlo import parse
 
@@ -77,13 +78,16 @@ def test_products_of_a_compiled_scan():
 
 
 def test_work_of_a_pallas_kernel():
-    """Over its grid, with the turns of its loops."""
+    """Over its grid, with the turns of its loops and the cheaper one of two branches."""
 
     def kernel(x_ref, out_ref):
         def turn(i, total):
             return total + jnp.exp(jnp.dot(x_ref[...], x_ref[...]))
 
-        out_ref[...] = jax.lax.fori_loop(0, 3, turn, jnp.zeros((8, 8)))
+        total = jax.lax.fori_loop(0, 3, turn, jnp.zeros((8, 8)))
+        # Of a choice the cheaper branch counts.
+        more = jax.lax.cond(x_ref[0, 0] > 0, lambda x: jnp.dot(x, x), lambda x: jnp.dot(x, jnp.dot(x, x)), total)
+        out_ref[...] = total + more
 
     spec = pl.BlockSpec((None, 8, 8), lambda i: (i, 0, 0))
     shape = jax.ShapeDtypeStruct((5, 8, 8), jnp.float32)
@@ -93,8 +97,33 @@ def test_work_of_a_pallas_kernel():
         return pl.pallas_call(kernel, grid=5, in_specs=[spec], out_specs=spec, out_shape=shape, name="mine")(x)
 
     work = kernels.handwritten(call.trace(shape).jaxpr.jaxpr)["mine"]
-    assert work.products == 5 * 3 * 2 * 8**3
+    assert work.products == 5 * (3 + 1) * 2 * 8**3
     assert work.transcendental == 5 * 3 * 8**2
+
+
+PTX = """
+.visible .entry kernel(.param .u64 x)
+.reqntid 128
+{
+	.reg .pred 	%p<3>;
+	mov.u32 	%r1, %tid.x;
+	@%p1 bra 	$L__short;
+$L__loop:
+	add.s32 	%r1, %r1, 1;
+	mul.lo.s32 	%r2, %r1, 3;
+	@%p2 bra 	$L__loop;
+	bra.uni 	$L__end;
+$L__short:
+	add.s32 	%r1, %r1, 2;
+$L__end:
+	ret;
+}
+"""
+
+
+def test_instructions_of_ptx():
+    """The short way: mov, bra, add, ret; the long one: the three of the loop six times, and mov, bra, bra, ret."""
+    assert gpu_kernels.instructions(PTX, 6) == (4, 3 * 6 + 4)
 
 
 def test_the_time_of_a_kernel_is_its_slowest_part():
