@@ -145,6 +145,12 @@ class Files:
         return workdir
 
     @functools.cached_property
+    def clip(self) -> Path:
+        from clip import write_clip
+
+        return write_clip(self.directory / "clip")
+
+    @functools.cached_property
     def t5(self) -> Path:
         transformers = pytest.importorskip("transformers")
         tokenizers = pytest.importorskip("tokenizers")

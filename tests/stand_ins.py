@@ -38,6 +38,7 @@ GIVEN = {
 WORDS = {
     r"--config=\S*(imagenet|pixels)": {"data.height": 32, "data.width": 32},
     r"--config\.tokens\.method=route": {"model.depth": 3, "tokens.start": 1, "tokens.tail": 1},
+    r"--config\.regularizer\.align=": {"regularizer.align_depth": 1, "regularizer.align_teacher_depth": 2},
 }
 # Flags of commands that have no config; they too are replaced only where the page gives them.
 FLAGS = {"num_images": 16, "batch_size": 16, "num_steps": 4, "size": 32}
@@ -57,6 +58,8 @@ def shrunk(module: str, arguments: list[str]) -> list[str]:
     command, line = module.removeprefix("speedit_jax."), " ".join(arguments)
     given = {name: value for name, value in FLAGS.items() if re.search(rf"--{name}=\d", line)}
     small = [f"--{name}={value}" for name, value in given.items()]
+    if command == "convert" and "--from=" in line:
+        small.append(f"--config.model.heads={MODEL['model.heads']}")  # known of the published sizes only
     if command not in ("train", "aot"):
         return [*arguments, *ALWAYS.get(command, []), *small]
     config = MODEL | (RUN if command == "train" else {})
