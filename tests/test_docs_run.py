@@ -61,6 +61,7 @@ PLACES = {
     "--from=DIR/transformer": "pixart_diffusers",
     "--config.data.vae=DIR": "vae",
     "hf:T5": "t5",
+    "OUT": "dit_pipeline",
 }
 # File of the page's directory -> the same. Its directories are made.
 PRESENT = {
