@@ -122,7 +122,8 @@ def command_reference() -> str:
     for name in commands():
         module = importlib.import_module(f"speedit_jax.{name}")
         own = list(flags.FLAGS.flags_by_module_dict()[module.__name__])
-        page += ["", f"## {name}", "", "~~~~text", module.__doc__.strip(), "~~~~", "", "| flag | default | |", "|---|---|---|"]
+        page += ["", f"## {name}", "", "~~~~{.text .docstring}", module.__doc__.strip(), "~~~~"]
+        page += ["", "| flag | default | |", "|---|---|---|"]
         page += [
             f"| `--{flag.name}` | {default(flag)} | {escape(flag.help)} |" for flag in sorted(own, key=lambda flag: flag.name)
         ]

@@ -145,6 +145,19 @@ class Files:
         return workdir
 
     @functools.cached_property
+    def dit_pipeline(self) -> Path:
+        """A directory of diffusers."""
+        path = self.directory / "pipeline"
+        self.call("convert", f"--workdir={self.dit_run}", f"--to={path}/")
+        return path
+
+    @functools.cached_property
+    def clip(self) -> Path:
+        from clip import write_clip
+
+        return write_clip(self.directory / "clip")
+
+    @functools.cached_property
     def t5(self) -> Path:
         transformers = pytest.importorskip("transformers")
         tokenizers = pytest.importorskip("tokenizers")

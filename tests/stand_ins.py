@@ -26,7 +26,7 @@ RUN = {
     "evaluation.loss_images": 16,
     "data.synthetic_size": 64,
 }
-# Only what the page says itself is replaced.
+# Only larger numbers of the page itself are replaced.
 GIVEN = {
     "data.height": 32,
     "data.width": 32,
@@ -38,29 +38,35 @@ GIVEN = {
 WORDS = {
     r"--config=\S*(imagenet|pixels)": {"data.height": 32, "data.width": 32},
     r"--config\.tokens\.method=route": {"model.depth": 3, "tokens.start": 1, "tokens.tail": 1},
+    r"--config\.regularizer\.align=": {"regularizer.align_depth": 1, "regularizer.align_teacher_depth": 2},
 }
-# Flags of commands that have no config; they too are replaced only where the page gives them.
+# Flags of commands that have no config; these too.
 FLAGS = {"num_images": 16, "batch_size": 16, "num_steps": 4, "size": 32}
 # Of these commands, always.
 ALWAYS = {"likelihood": ["--num_images=16", "--num_steps=5"]}
 BENCHMARKS = {
     "emoji_text": [],
-    "encode_throughput": ["--images=8", "--encoded=4", "--batch_size=2", "--steps=1", "--rounds=1"],
     "kill_object_store": ["--kills=1", "--steps=20"],
     "scaling": [],
-    "sampling_steps": ["--num_images=20", "--guide_step=2", "--num_steps", "3"],
 }
+
+
+def larger(line: str, name: str, value: int) -> bool:
+    """Whether the line gives the flag a number above `value`."""
+    found = re.search(rf"--{re.escape(name)}=(\d+)", line)
+    return bool(found) and int(found[1]) > value
 
 
 def shrunk(module: str, arguments: list[str]) -> list[str]:
     """The arguments, and those that make the command small."""
     command, line = module.removeprefix("speedit_jax."), " ".join(arguments)
-    given = {name: value for name, value in FLAGS.items() if re.search(rf"--{name}=\d", line)}
-    small = [f"--{name}={value}" for name, value in given.items()]
+    small = [f"--{name}={value}" for name, value in FLAGS.items() if larger(line, name, value)]
+    if command == "convert" and "--from=" in line:
+        small.append(f"--config.model.heads={MODEL['model.heads']}")  # known of the published sizes only
     if command not in ("train", "aot"):
         return [*arguments, *ALWAYS.get(command, []), *small]
     config = MODEL | (RUN if command == "train" else {})
-    config |= {key: value for key, value in GIVEN.items() if f"--config.{key}=" in line}
+    config |= {key: value for key, value in GIVEN.items() if larger(line, f"config.{key}", value)}
     for word, more in WORDS.items():
         config |= more if re.search(word, line) else {}
     return [*arguments, *(f"--config.{key}={value}" for key, value in config.items())]

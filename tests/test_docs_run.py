@@ -15,7 +15,7 @@ from pathlib import Path
 
 import object_stores
 import pytest
-from commands import ONE_DEVICE, ROOT
+from commands import COMPILATION, ROOT, assert_works, run_alone
 from page_files import Files
 from pages import PAGES, PYTHON, SHELL, TEXT, blocks, commands
 from stand_ins import environment
@@ -26,6 +26,7 @@ NOT_RUN = {
         "prepare/bin/python -m speedit_jax.prepare --name=oxford": "downloads, and needs TensorFlow",
         "prepare/bin/python -m speedit_jax.prepare --name=imagenet": "needs TensorFlow and the tars",
     },
+    "docs/evaluation.md": {"hf download": "downloads"},
     "docs/launch.md": {"docker build": "needs Docker, and downloads", "docker run": "needs Docker and a GPU"},
     "docs/scaling.md": {"python -m benchmarks.scaling --out": "60 compilations of minutes each"},
     "docs/speedit.md": {
@@ -35,7 +36,6 @@ NOT_RUN = {
     "docs/text.md": {"npm pack": "downloads"},
     "docs/training.md": {"python -m speedit_jax.train --multihost": "needs two slices; tests/training/test_multihost.py"},
 }
-RESULTS = "measures for minutes to hours, what docs/results/ shows"
 # What a line needs that is not always installed, by a part of the line.
 MODULES = {
     "topology=v5e": "libtpu",
@@ -61,6 +61,7 @@ PLACES = {
     "--from=DIR/transformer": "pixart_diffusers",
     "--config.data.vae=DIR": "vae",
     "hf:T5": "t5",
+    "OUT": "dit_pipeline",
 }
 # File of the page's directory -> the same. Its directories are made.
 PRESENT = {
@@ -76,6 +77,7 @@ PRESENT = {
         "runs/dit/new.npz": "samples",
         "runs/photos": "photos_run",
         "prompts.txt": "prompts",
+        "clip-b32": "clip",
         "VIRTUAL_imagenet256_labeled.npz": "adm_reference",
         "pt_inception-2015-12-05-6726825d.pth": "inception",
     },
@@ -97,6 +99,7 @@ PRESENT = {
     "docs/weights.md": {"DiT-XL-2-256x256.pt": "dit_weights", "runs/mine": "images_run"},
 }
 WITH_BLOCKS = [page for page in PAGES if any(block.language not in TEXT for block in blocks(page))]
+# The commands of docs/results/ measure for minutes to hours: tests/test_docs.py looks at their flags.
 RUN = [page for page in WITH_BLOCKS if page.parent.name != "results"]
 
 
@@ -172,52 +175,47 @@ def put(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
+def services(page: str, files: Files, stack: contextlib.ExitStack) -> dict[str, str]:
+    """Starts the stores and the hub that a page speaks to, with what it finds there; the environment in which they are found."""
+    if page == "docs/data.md":
+        return {"TFDS_DATA_DIR": str(files.tfds)}
+    if page == "docs/storage.md":
+        stack.enter_context(object_stores.gcs())
+        stack.enter_context(object_stores.s3())
+        source = [f"--source=folder:{files.images}", "--size=32", f"--vae={files.vae}"]
+        assert_works(run_alone("encode", *source, f"--out=gs://{object_stores.BUCKET}/latents", **os.environ))
+    if page == "docs/weights.md" and importlib.util.find_spec("huggingface_hub"):
+        import hub_server
+
+        hub = stack.enter_context(hub_server.serving())
+        hub.repositories["facebook/DiT-XL-2-256"] = hub_server.Repository()
+        hub.repositories["facebook/DiT-XL-2-256"].commit({"dit.pt": files.dit_weights.read_bytes()})
+        return hub.environment(files.directory / "hub") | {"HF_TOKEN": hub_server.WRITES}
+    return {}
+
+
+def call(block, code: str, clone: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    env = (
+        os.environ
+        | {"XLA_FLAGS": COMPILATION}
+        | env
+        | {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
+    )
+    program = ["bash", "-euo", "pipefail", "-c"] if block.language in SHELL else [sys.executable, "-c"]
+    return subprocess.run([*program, code], cwd=clone, env=env, capture_output=True, text=True, timeout=1800)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_its_blocks_run(page, files, clone):
     for target, attribute in PRESENT.get(name(page), {}).items():
         put(getattr(files, attribute), clone / target)
-    env = {"PATH": f"{clone / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(clone)}
     left_out, failures = [], []
     with contextlib.ExitStack() as stack:
-        if name(page) == "docs/storage.md":
-            stack.enter_context(object_stores.gcs())
-            stack.enter_context(object_stores.s3())
-            store = f"--out=gs://{object_stores.BUCKET}/latents"
-            subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "speedit_jax.encode",
-                    f"--source=folder:{files.images}",
-                    "--size=32",
-                    f"--vae={files.vae}",
-                    store,
-                ],
-                env=ONE_DEVICE | dict(os.environ),
-                cwd=ROOT,
-                check=True,
-            )
-        if name(page) == "docs/weights.md" and importlib.util.find_spec("huggingface_hub"):
-            import hub_server
-
-            hub = stack.enter_context(hub_server.serving())
-            hub.repositories["facebook/DiT-XL-2-256"] = hub_server.Repository()
-            hub.repositories["facebook/DiT-XL-2-256"].commit({"dit.pt": files.dit_weights.read_bytes()})
-            env |= hub.environment(files.directory / "hub") | {"HF_TOKEN": hub_server.WRITES}
-        if name(page) == "docs/data.md":
-            env["TFDS_DATA_DIR"] = str(files.tfds)
+        env = services(name(page), files, stack)
         for block in (block for block in blocks(page) if block.language not in TEXT):
             code = script(block, files, left_out)
-            program = ["bash", "-euo", "pipefail", "-c"] if block.language in SHELL else [sys.executable, "-c"]
-            done = subprocess.run(
-                [*program, code],
-                cwd=clone,
-                env=ONE_DEVICE | dict(os.environ) | env | {"XLA_FLAGS": ONE_DEVICE["XLA_FLAGS"]},
-                capture_output=True,
-                text=True,
-                timeout=1800,
-            )
+            done = call(block, code, clone, env)
             print(f"=== {block}\n{done.stdout}{done.stderr}")
             if done.returncode:
                 failures.append(f"{block}: exit code {done.returncode}\n{code}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
