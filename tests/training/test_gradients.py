@@ -149,6 +149,14 @@ def test_every_leaf_with_a_route_on_every_mesh(shape):
     np.testing.assert_allclose(terms["loss"], reference[2]["loss"], rtol=1e-12)
 
 
+@pytest.mark.slow
+def test_every_leaf_of_dig_with_a_route():
+    """Whatever tokens it keeps: the scans take them as a grid of 4 x 2."""
+    dig = ROUTE | {"model__name": "DiG-tiny/2", "model__directions": 2, "tokens__pattern": "cells"}
+    errors = tiny.relative_errors(gradient((2, 2, 2), True, 4, **dig)[0], gradient(ONE, True, **dig)[0])
+    assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
+
+
 @pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_changes_only_the_rounding(accumulation):
     # (2, 2, 2) divides a batch by 4, so that 4 microbatches of 4 leave one example to a device.

@@ -127,16 +127,19 @@ def test_off_is_the_plain_step():
 
 
 def test_the_state_and_a_step(tmp_path):
-    """The head is no part of the network or its average; it learns; a checkpoint has it, and one without it is as before."""
-    plain, trainer = tiny.make_trainer(), tiny.make_trainer(**ALIGN, timesteps__strategy="loss_second_moment")
+    """The head is no part of the network or its average; it learns; a checkpoint has it, and one without it is as before.
+
+    Resumed from that checkpoint, with a route, the next step is the same to the bit.
+    """
+    plain, trainer = tiny.make_trainer(model__depth=4), tiny.make_trainer(**ROUTED, timesteps__strategy="loss_second_moment")
     states = {name: of.initial_state(jax.random.key(0)) for name, of in (("plain", plain), ("aligned", trainer))}
     tiny.assert_same(states["plain"].params, states["aligned"].params)
     state = states["aligned"]
     assert flat(trainer.shapes.ema).keys() == flat(plain.shapes.params).keys()
     assert sorted(flat(state.heads)) == ["align/hidden/bias", "align/hidden/kernel", "align/out/bias", "align/out/kernel"]
-    after, metrics = trainer.train_step()(state, tiny.random_batch(), jax.random.key(0))
-    (again, same) = trainer.train_step()(state, tiny.random_batch(), jax.random.key(0))
-    tiny.assert_same((after, metrics), (again, same))
+    step, key = trainer.train_step(), jax.random.key(0)
+    after, metrics = step(state, tiny.random_batch(), key)
+    tiny.assert_same((after, metrics), step(state, tiny.random_batch(), key))
     assert 0 < metrics["align"] < 2 and np.isfinite(metrics["grad_norm"])
     changed = {
         name: bool((np.asarray(leaf) != np.asarray(flat(state.heads)[name])).any()) for name, leaf in flat(after.heads).items()
@@ -148,6 +151,8 @@ def test_the_state_and_a_step(tmp_path):
         checkpoints.wait()
         restored = checkpoints.restore(steps, parts.shapes, parts.shardings)
         tiny.assert_same(arrays(restored), arrays(of))
+        if steps == 1:
+            tiny.assert_same(*(step(at, tiny.random_batch(1), key) for at in (restored, after)))
         assert any("heads" in name for name in arrays(restored)) == (steps == 1)
         weights = checkpoints.restore_weights(steps, "ema", plain.shapes.params, plain.shardings.params)
         tiny.assert_same(weights, of.ema)
