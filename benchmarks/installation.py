@@ -63,7 +63,8 @@ def measure(python: str, wheel: Path, scratch: Path) -> dict[str, object]:
     (packages,) = environment.glob("lib/python*/site-packages")
     sizes = {path.name: mebibytes(path) for path in packages.iterdir()}
     helps = [timed(programs / "speedit", "--help", cwd=project)[0] for _ in range(11)]
-    train = ["--config=digits", "--workdir=run", "--config.training.num_steps=20", "--config.training.sample_every=0"]
+    settings = ("training.num_steps=20", "training.sample_every=0", "optim.warmup_steps=5")
+    train = ["--config=digits", "--workdir=run", *(f"--config.{setting}" for setting in settings)]
     training, _ = timed(programs / "speedit", "train", *train, cwd=project)
     sampling, _ = timed(programs / "speedit", "sample", "--workdir=run", "--num_images=4", "--out=new", cwd=project)
     versions = json.loads(timed(programs / "python", "-c", VERSIONS, cwd=project)[1])
