@@ -13,54 +13,12 @@ from speedit_jax import sharding
 from speedit_jax.diffusion import masks, regularizers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
-from speedit_jax.diffusion.inverse import latent_mask
-from speedit_jax.encoders.autoencoder import latents_of, pixels_of_latent
 from speedit_jax.models.align import Projector
 from speedit_jax.models.build import Model
-from speedit_jax.models.condition import Condition, replaced
-from speedit_jax.models.routing import Route, draw_route, taken
+from speedit_jax.models.condition import Condition
+from speedit_jax.models.routing import Route, taken
+from speedit_jax.training.inputs import make_draw, stream
 from speedit_jax.training.state import TrainState, learning_rate
-
-# Named streams of a step's key; the numbers are part of the format of a run: never renumber them.
-_STREAMS = {
-    "timesteps": 0,
-    "noise": 1,
-    "label_dropout": 2,
-    "posterior": 3,
-    "time": 4,
-    "probe": 5,
-    "tokens": 6,
-    "negatives": 7,
-    "teacher_time": 8,
-    "masks": 13,
-}
-
-
-def stream(key: jax.Array, name: str) -> jax.Array:
-    return jax.random.fold_in(key, _STREAMS[name])
-
-
-def drop_conditions(key: jax.Array, y: Condition, rate: float, null: Condition | None) -> Condition:
-    """Replaces each label or text by the null condition with probability `rate`, so that one network learns both (guidance)."""
-    if null is None:
-        return y
-    return replaced(y, null, jax.random.bernoulli(key, rate, jax.tree.leaves(y)[0].shape[:1]))
-
-
-def known_parts(
-    key: jax.Array, shape: tuple[int, ...], data: ml_collections.ConfigDict, encoded_by: dict[str, Any] | None
-) -> jax.Array:
-    """What the network is told of each example, bool [B, h, w, 1]; of latents as sampling does, from masks of their pixels.
-
-    Args:
-      shape: [B, h, w, C] of the examples.
-      data: the config's section.
-      encoded_by: as in `make_train_step`.
-    """
-    count, *size, _ = shape
-    ratio = pixels_of_latent(encoded_by) if encoded_by else 1
-    known = masks.draw_known(key, count, (size[0] * ratio, size[1] * ratio), data.mask, data.mask_all)
-    return latent_mask(known, size) if encoded_by else known
 
 
 def ema_decay(decay: float, warmup: bool, step: jax.Array) -> jax.Array:
@@ -224,7 +182,7 @@ def make_train_step(
     trained = make_loss(model, diffusion, config.regularizer, projector) if regularized else loss_of
     gradient = make_gradient(trained, config.training.accumulation)
     schedule = learning_rate(config)
-    kind, null = ("text", null_text) if model.text else ("label", model.null_label)
+    draw = make_draw(model, diffusion, strategy, config, encoded_by, null_text)
 
     def probe(timesteps, params, inputs, key):
         t, weight = strategy.probe(stream(key, "probe"), inputs["t"].shape[0])
@@ -234,28 +192,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         key = jax.random.fold_in(key, state.step)
-        x0 = latents_of(encoded_by, stream(key, "posterior"), batch["moments"]) if encoded_by else batch["image"]
-        # Drawn for the whole batch before it is split: the dual draw's marginal must not depend on microbatches.
-        t, weight, importance = strategy.sample(stream(key, "timesteps"), x0.shape[0], state.step, state.timesteps)
-        inputs = {
-            "x0": x0,
-            "noise": jax.random.normal(stream(key, "noise"), x0.shape, x0.dtype),
-            "t": diffusion.draw_time(stream(key, "time"), t),
-            "weight": weight,
-            "importance": importance,
-            "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
-        }
-        if model.kept is not None:
-            order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.grid, model.kept, model.cell)
-            inputs |= {"order": order, "inverse": inverse}
-        if model.hinted:
-            inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)
-        if config.regularizer.contrastive:
-            target = diffusion.target(x0, inputs["t"], inputs["noise"])
-            inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
-        if projector:
-            gap = config.regularizer.align_time_gap * jax.random.uniform(stream(key, "teacher_time"), t.shape)
-            inputs["teacher_t"] = diffusion.less_noise(inputs["t"], gap)
+        t, inputs = draw(state, batch, key)
         variables, teacher = state.params | state.heads, (state.ema,) if projector else ()
         grads, loss, terms = gradient(variables, inputs, *teacher)
         norm = optax.tree.norm(grads)

@@ -13,7 +13,8 @@ from errors import assert_one_line
 from speedit_jax import sharding
 from speedit_jax.encoders.autoencoder import Autoencoder, latents_of, sample_posterior, scale_warning, scaled_statistics
 from speedit_jax.testing.vae_weights import CONFIGS, write_vae
-from speedit_jax.training.step import make_train_step, stream
+from speedit_jax.training.inputs import stream
+from speedit_jax.training.step import make_train_step
 
 IDENTITY = {"vae": "", "weights": "", "config": {"scaling_factor": 0.5, "shift_factor": 0.25, "block_out_channels": [32]}}
 

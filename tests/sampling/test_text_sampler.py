@@ -10,7 +10,7 @@ import tiny
 
 from speedit_jax.models.condition import padded
 from speedit_jax.sampling.sampler import Settings, make_sampler
-from speedit_jax.training.step import drop_conditions
+from speedit_jax.training.inputs import drop_conditions
 
 KEY, INDICES = jax.random.key(3), np.arange(8)
 SETTINGS = Settings("ddim", 4, 0.0, 2.0, 0, True)

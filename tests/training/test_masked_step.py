@@ -10,7 +10,8 @@ from speedit_jax.diffusion.inverse import latent_mask
 from speedit_jax.diffusion.masks import draw_known, hint
 from speedit_jax.errors import UserError
 from speedit_jax.testing.vae_weights import write_vae
-from speedit_jax.training.step import known_parts, make_gradient, make_loss, stream
+from speedit_jax.training.inputs import known_parts, stream
+from speedit_jax.training.step import make_gradient, make_loss
 
 MASKED = {"data__mask": "mixed"}
 

@@ -15,8 +15,9 @@ from speedit_jax.diffusion.timesteps import TableStrategy
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.inputs import drop_conditions, stream
 from speedit_jax.training.state import learning_rate
-from speedit_jax.training.step import by_quarter, drop_conditions, ema_decay, make_loss, microbatches, stream
+from speedit_jax.training.step import by_quarter, ema_decay, make_loss, microbatches
 
 KEY = jax.random.key(7)
 
