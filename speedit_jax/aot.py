@@ -130,7 +130,10 @@ def aot() -> int | None:
     since = time.perf_counter()
     try:
         for name, lowered in programs(parts, what).items():
-            facts = topologies.measure(lowered.compile())
+            compiled, note = topologies.compile_for(lowered, devices[0].platform)
+            if note:
+                print(f"note: {note}")
+            facts = topologies.measure(compiled)
             record |= facts if name == what else {name: facts}
     except jax.errors.JaxRuntimeError as e:
         # TPU's compiler refuses what exceeds the device's memory, and says so in many lines.

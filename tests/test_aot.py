@@ -1,10 +1,12 @@
 """aot as a user meets it."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
-from commands import TINY, assert_fails, assert_works
+from commands import ONE_DEVICE, ROOT, TINY, assert_fails, assert_works
 from PIL import Image
 
 from speedit_jax.testing.vae_weights import write_vae
@@ -34,6 +36,17 @@ def test_compiles_for_tpus_that_are_not_there(run, tmp_path, topology, name):
     assert record["fits"] and record["bytes_per_device"]["total"] < 16 * 2**30
     # Each device computes its own images: no token travels.
     assert "all-gather" not in record["collectives"] and jax.__version__ == record["jax"]
+
+
+@pytest.mark.slow
+def test_a_product_without_a_triton_kernel_is_cublas(run):
+    """The gradient of the text's keys and values, at these sizes, as XLA compiles for users."""
+    pytest.importorskip("jax_cuda12_plugin")
+    flags = ["--config=configs/imagenet.py:DiT-XL/2", "--topology=h100x8", "--image_shape=32,32,4", "--text_shape=120,4096"]
+    command = [sys.executable, "-m", "speedit_jax.aot", *flags, "--config.model.depth=2"]
+    done = subprocess.run(command, cwd=ROOT, env=ONE_DEVICE | {"XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "all products are cuBLAS's here" in done.stdout and "fits" in done.stdout
 
 
 @pytest.mark.slow
