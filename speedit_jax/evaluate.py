@@ -1,4 +1,4 @@
-"""Evaluates images: FID, sFID, KID, precision and recall, match of texts, and without a reference Inception and CLIP score.
+"""Evaluates images: FID, sFID, KID, precision and recall, match of texts; without a reference, IS and CLIP score.
 
   python -m speedit_jax.evaluate --images=runs/digits/new.npz --reference=digits --features=pixels
   python -m speedit_jax.evaluate --images=samples.npz --reference=folder:/path/to/images --inception=FILE.pth --out=fid.json
@@ -86,7 +86,7 @@ _PR_NEIGHBOURS = flags.DEFINE_integer("pr_neighbours", Options.pr_neighbours, "k
 
 def evaluate() -> None:
     if not _REFERENCE.value and (_SAVE_STATISTICS.value or any(METRICS[name].compares for name in asked_metrics())):
-        raise UserError("--reference is missing; --help has examples, and --metrics=is or clip needs none")
+        raise UserError("--reference is missing; --help has examples. --metrics=is needs none, nor does --metrics=clip")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
     out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))

@@ -167,6 +167,7 @@ def test_weights_do_not_depend_on_the_route():
     assert jax.tree.map(lambda leaf: leaf.shape, shapes[0]) == jax.tree.map(lambda leaf: leaf.shape, shapes[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", CELLS)
 def test_flops_are_xlas(rate):
     """Of a forward pass. XLA counts norms, activations and GLA's loop over chunks otherwise, which are little here."""

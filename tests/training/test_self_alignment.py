@@ -162,6 +162,7 @@ def test_the_state_and_a_step(tmp_path):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_flops_are_xlas():
     """Of a step, the depth unrolled: what alignment adds to it. XLA counts norms and activations too."""
     sizes = {"model__width": 128, "model__depth": 4, "model__scan_unroll": 4, "data__height": 32, "data__width": 32}
