@@ -37,6 +37,7 @@ GIVEN = {
 # What a word of the command calls for besides.
 WORDS = {
     r"--config=\S*(imagenet|pixels)": {"data.height": 32, "data.width": 32},
+    r"--config=\S*blobs": {"data.synthetic_size": 4096},  # those that encode_text has
     r"--config\.tokens\.method=route": {"model.depth": 3, "tokens.start": 1, "tokens.tail": 1},
     r"--config\.regularizer\.align=": {"regularizer.align_depth": 1, "regularizer.align_teacher_depth": 2},
 }

@@ -33,7 +33,11 @@ NOT_RUN = {
         "python -m benchmarks.speedup --scale": "needs Fashion-MNIST, and trains for hours",
         "python -m benchmarks.speedup.report": "reports those trainings; tests/test_speedup.py has it on small ones",
     },
-    "docs/text.md": {"npm pack": "downloads"},
+    "docs/inpainting.md": {"python -m benchmarks.inpainting": "trains three runs and fills hundreds of digits"},
+    "docs/text.md": {
+        "npm pack": "downloads",
+        "python -m benchmarks.emoji_page": "draws hundreds of held-out emoji; tests/test_emoji_text.py has its page",
+    },
     "docs/training.md": {"python -m speedit_jax.train --multihost": "needs two slices; tests/training/test_multihost.py"},
 }
 # What a line needs that is not always installed, by a part of the line.

@@ -35,7 +35,7 @@ class Animals(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        wild = self.builder_config.name == "wild"
+        wild = bool(self.builder_config) and self.builder_config.name == "wild"
         parts = {"train": TRAIN, "test": TEST} | ({"unlabelled": UNLABELLED} if wild else {})
         return {name: self._generate_examples(numbers) for name, numbers in parts.items()}
 
