@@ -188,7 +188,7 @@ def services(page: str, files: Files, stack: contextlib.ExitStack) -> dict[str, 
         stack.enter_context(object_stores.s3())
         source = [f"--source=folder:{files.images}", "--size=32", f"--vae={files.vae}"]
         assert_works(run_alone("encode", *source, f"--out=gs://{object_stores.BUCKET}/latents", **os.environ))
-    if page == "docs/weights.md" and importlib.util.find_spec("huggingface_hub"):
+    if page in ("README.md", "docs/weights.md") and importlib.util.find_spec("huggingface_hub"):
         import hub_server
 
         hub = stack.enter_context(hub_server.serving())
