@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks.emoji_text import measure, read_table
 from speedit_jax import storage
 from speedit_jax.errors import UserError
+from speedit_jax.recipes import emoji
 
 HELD_OUT = 6  # rows of the picture
 MADE_UP = ("a green heart with a face", "blue apple", "cat face, dark skin tone", "red car at night")
@@ -65,7 +66,7 @@ def draw_rows(data: Path, scratch: Path, prompts: list[str], out: Path) -> None:
 
 def page(record: dict[str, Any], name: str) -> str:
     """The text of OUT.md."""
-    run, made = record["run"], record["guidance"]
+    run, made, recipe = record["run"], record["guidance"], emoji.get_config()
     rows = []
     for scale, found in made.items():
         shares = [
@@ -81,10 +82,10 @@ def page(record: dict[str, Any], name: str) -> str:
             "# Text to emoji",
             "",
             f"`configs/emoji.py:{run['model']}` with cross-attention to MiniLM's tokens and the timestep strategy",
-            f"`{run['strategy']}`: **{run['steps']:,} steps** of batch {run['batch_size']} on one shared CPU core. That is",
-            f"{run['steps'] / per_epoch:.0f} passes over {run['pictures']:,} pictures of {run['pixels']} pixels. The recipe's",
-            "own DiT-S/4 at 32 pixels with 20,000 steps of batch 64 has not been run: these are the numbers of a small model and",
-            "a short run.",
+            f"`{run['strategy']}`: **{run['steps']:,} steps** of batch {run['batch_size']}, which are",
+            f"{run['steps'] / per_epoch:.0f} passes over {run['pictures']:,} pictures of {run['pixels']} pixels.",
+            f"The recipe itself is {recipe.model.name} at {recipe.data.height} pixels, {recipe.training.num_steps:,} steps of"
+            f" batch {recipe.training.batch_size}.",
             "",
             f"{some['captions']} captions combine an emoji and a skin tone that both occur in training, but not together.",
             f"Of each, {each} pictures were drawn (EMA weights, DPM-Solver++, 20 steps). Shares, with standard errors over",

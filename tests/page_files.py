@@ -153,7 +153,7 @@ class Files:
 
     @functools.cached_property
     def clip(self) -> Path:
-        from clip import write_clip
+        from recorded import write_clip
 
         return write_clip(self.directory / "clip")
 

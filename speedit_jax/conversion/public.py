@@ -8,7 +8,6 @@ from speedit_jax import __version__, storage
 from speedit_jax.interop import model_hub, own
 from speedit_jax.training.run import Run
 
-_ON_HUB = re.compile(rf"{model_hub.NAME.pattern}(/[\w.-]+)*")
 _NO_PLACES = ("model.name", "name", "class_names")  # DiT-S/2 is no path
 _AUTOENCODERS = ("data.vae", "vae")
 
@@ -41,6 +40,6 @@ def place(where: str, of_hub: bool = False) -> str:
     kind, colon, rest = where.partition(":")
     if colon and not rest.startswith("//"):
         return where if kind == "tfds" else f"{kind}:{place(rest, of_hub or kind == 'hf')}"
-    if of_hub and _ON_HUB.fullmatch(where) and not storage.path(where).exists():
+    if of_hub and model_hub.IN_REPOSITORY.fullmatch(where) and not storage.path(where).exists():
         return where
     return re.split(r"[/\\]", where.rstrip("/\\"))[-1]

@@ -10,7 +10,7 @@ import numpy as np
 
 from speedit_jax.data.texts import rounded
 from speedit_jax.interop import bert as files
-from speedit_jax.interop.hub import weights_file
+from speedit_jax.interop.transformers_files import weights_file
 from speedit_jax.models.text import load_bert
 from speedit_jax.storage import sha256
 

@@ -14,7 +14,7 @@ from speedit_jax.encoders.hub_text import load_tokenizer
 from speedit_jax.errors import UserError
 from speedit_jax.interop.clip import read_processor
 from speedit_jax.interop.directories import CONFIG
-from speedit_jax.interop.hub import weights_file
+from speedit_jax.interop.transformers_files import weights_file
 from speedit_jax.models.clip import load_clip
 
 _TEXTS = 64  # at a time

@@ -13,7 +13,7 @@ from typing import Any
 
 from speedit_jax.errors import UserError
 from speedit_jax.interop import directories, tensors
-from speedit_jax.interop.hub import PARAMETERS, arrange, weights_file
+from speedit_jax.interop.transformers_files import PARAMETERS, arrange, weights_file
 from speedit_jax.storage import first_line
 
 VOCABULARY = "vocab.txt"

@@ -8,7 +8,7 @@ from typing import Any
 
 from speedit_jax.errors import UserError
 from speedit_jax.interop import directories, tensors
-from speedit_jax.interop.hub import PARAMETERS, arrange, weights_file
+from speedit_jax.interop.transformers_files import PARAMETERS, arrange, weights_file
 
 _PROCESSOR = "preprocessor_config.json"
 _NOT_FEATURES = ("logit_scale", "position_ids")  # a temperature of training, and a table of 0, 1, 2, ...

@@ -20,6 +20,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.storage import files
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+IN_REPOSITORY = re.compile(rf"{NAME.pattern}(/[\w.-]+)*")  # OWNER/NAME, or a folder in it
 SCHEME = "hf:"
 _PLACE = re.compile(rf"{SCHEME}(?P<name>{NAME.pattern})(@(?P<revision>refs/(pr|convert)/[^/@]+|[^/@]+))?(/(?P<path>[^@]+))?")
 _LOG_IN = "log in with hf auth login, or set HF_TOKEN"

@@ -38,7 +38,6 @@ _CONVERT = "AutoencoderKL.from_single_file(FILE).save_pretrained(DIRECTORY) of d
 _PARAMETERS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Attention's names in older files, the published sd-vae-ft among them -> today's.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_HUB_NAME = re.compile(rf"{model_hub.NAME.pattern}(/[\w.-]+)*")
 _SHOWN = 3  # names of tensors in one message
 
 
@@ -73,7 +72,7 @@ def find_vae(where: str) -> Path:
             f" {_CONVERT}"
         )
     place = f"place {CONFIG} and {WEIGHTS} of a diffusers VAE in a directory and give its path"
-    if not _HUB_NAME.fullmatch(where):
+    if not model_hub.IN_REPOSITORY.fullmatch(where):
         raise UserError(f"no VAE directory {where!r}; {place}")
     owner, name, *folder = where.split("/")
     of_hub = model_hub.Place(f"{owner}/{name}", path="/".join(folder))

@@ -340,6 +340,6 @@ def _blocks(backbone, config, heads, mixer, constrain, batch_axes, head_axis, dt
         block = remat(dig.DiGBlock, config.remat, period)
         part = functools.partial(remat_part, policy=config.remat, period=period)
         arguments = (heads, grid, order, config.norm, config.convolution, op, cross, part, constrain, dtype)
-        return functools.partial(block, *arguments, *([cell] if cell else []))
+        return functools.partial(block, *arguments, cell or (1, 1))
 
     return {"DiT": dit_block, "DiG": dig_block}[backbone]

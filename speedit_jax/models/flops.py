@@ -31,12 +31,11 @@ def skipped_flops(backbone: str, params: Any, tokens: int, kept: int, blocks: in
     """
     width, depth, heads = form
     of_blocks = {
-        path: leaf
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if path[0].key.startswith(("blocks", "rest_")) and "conv" not in [key.key for key in path]
     }
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in of_blocks.items()}
-    weights = (weights_flops(named, tokens) - weights_flops(named, kept)) // depth
+    weights = (weights_flops(of_blocks, tokens) - weights_flops(of_blocks, kept)) // depth
     mixers = (mixer_flops(backbone, count, width, 1, heads) for count in (tokens, kept))
     return blocks * (weights + next(mixers) - next(mixers))
 

@@ -56,7 +56,7 @@ def page(workdir: Path) -> str:
         "status": status(config, step, metrics, sessions),
         "key_numbers": key_numbers(metrics, sessions),
         "curves": curves(metrics),
-        "grids": grids(workdir / "samples", fills=config.data.mask != ""),
+        "grids": grids(workdir / "samples", fills=config.data.mask != "" and (config.data.vae or not meta.get("latents"))),
         "results": results(workdir),
         "settings": settings(config),
         "environment": environment(sessions),

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from bert import write_bert
 from errors import assert_one_line
+from recorded import write_bert
 
 from speedit_jax.encoders.text_encoder import TextEncoder
 

@@ -5,9 +5,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from clip import write_clip
 from errors import assert_one_line
 from PIL import Image
+from recorded import write_clip
 
 from speedit_jax import sharding
 from speedit_jax.encoders.clip import ClipEncoder

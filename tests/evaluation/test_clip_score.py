@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from clip import write_clip
 from commands import assert_fails, assert_works
+from recorded import write_clip
 
 PROMPTS = ["a red blob", "blob. red", "a blob, a blob, a red blob, a blob. a blob"]
 NUMBERS = [0, 1, 2, 0, 1, 2, 0]

@@ -8,8 +8,8 @@ import unicodedata
 import jax
 import numpy as np
 import pytest
-from bert import fixture, write_bert
 from errors import assert_one_line
+from recorded import recorded, write_bert
 from safetensors.numpy import load_file, save_file
 
 from speedit_jax.interop import bert
@@ -19,7 +19,7 @@ from speedit_jax.models.text import load_bert
 @pytest.mark.parametrize("lower_case", [True, False])
 def test_word_pieces_are_those_of_tokenizers(tmp_path, lower_case):
     tokenizer = bert.WordPiece(write_bert(tmp_path), lower_case, accents=not lower_case, chinese=True)
-    text = fixture()["text"]
+    text = recorded("bert")["text"]
     for string, ids in zip(text["strings"], text["ids"][str(lower_case)], strict=True):
         assert [tokenizer.start, *tokenizer.numbers(string), tokenizer.end] == ids, string
 

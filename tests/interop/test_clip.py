@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from clip import fixture, write_clip
 from errors import assert_one_line
+from recorded import recorded, write_clip
 from safetensors.numpy import load_file, save_file
 
 from speedit_jax.interop.clip import read_processor
@@ -39,7 +39,7 @@ def edit_processor(**changes):
 
 
 def of_text(**changes):
-    return lambda directory: write_clip(directory, text_config=fixture()["text"]["config"]["text_config"] | changes)
+    return lambda directory: write_clip(directory, text_config=recorded("clip")["text"]["config"]["text_config"] | changes)
 
 
 FAULTS = {

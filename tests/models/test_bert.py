@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bert import fixture, write_bert
+from recorded import recorded, weights, write_bert
 
 from speedit_jax.interop.bert import read_config, tensor_name
 from speedit_jax.models.text import load_bert
+
+RECORDED = recorded("bert")
 
 
 @pytest.fixture(scope="module")
@@ -17,33 +19,33 @@ def bert(tmp_path_factory):
 
 
 def valid(hidden):
-    return np.concatenate([row[:length] for row, length in zip(np.asarray(hidden), fixture()["lengths"], strict=True)])
+    return np.concatenate([row[:length] for row, length in zip(np.asarray(hidden), RECORDED["lengths"], strict=True)])
 
 
 def test_float32_is_transformers(bert):
     network, params = bert
-    hidden = network.apply(params, fixture()["numbers"], fixture()["lengths"])
-    np.testing.assert_allclose(valid(hidden), valid(fixture()["hidden"]), atol=1e-5)
+    hidden = network.apply(params, RECORDED["numbers"], RECORDED["lengths"])
+    np.testing.assert_allclose(valid(hidden), valid(RECORDED["hidden"]), atol=1e-5)
 
 
 def test_float64_is_transformers(bert):
     network, params = bert
-    weights = {name.removeprefix("weights/"): value for name, value in fixture().items() if name.startswith("weights/")}
+    left = weights("bert")
 
     def exact(path, _):
         keys = tuple(key.key for key in path)
-        value = weights.pop(tensor_name(keys))
+        value = left.pop(tensor_name(keys))
         return jnp.asarray(value.T if keys[-1] == "kernel" else value)
 
     with jax.enable_x64(True):
-        hidden = network.apply(jax.tree_util.tree_map_with_path(exact, params), fixture()["numbers"], fixture()["lengths"])
-    assert hidden.dtype == np.float64 and not weights
-    np.testing.assert_allclose(valid(hidden), valid(fixture()["hidden"]), atol=1e-12)
+        hidden = network.apply(jax.tree_util.tree_map_with_path(exact, params), RECORDED["numbers"], RECORDED["lengths"])
+    assert hidden.dtype == np.float64 and not left
+    np.testing.assert_allclose(valid(hidden), valid(RECORDED["hidden"]), atol=1e-12)
 
 
 def test_padding_changes_nothing(bert):
     network, params = bert
-    numbers, lengths = fixture()["numbers"], fixture()["lengths"]
+    numbers, lengths = RECORDED["numbers"], RECORDED["lengths"]
     short = network.apply(params, numbers, lengths)
     longer = network.apply(params, np.pad(numbers, ((0, 0), (0, 7)), constant_values=5), lengths)
     np.testing.assert_allclose(valid(longer), valid(short), atol=1e-6)

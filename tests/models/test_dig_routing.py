@@ -6,35 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import routes
+from routes import HEADS, inputs, random_params
 
-from speedit_jax.config import get_config
 from speedit_jax.models import layers
-from speedit_jax.models.build import build
 from speedit_jax.models.dig import ORDERS, DepthwiseConv, DiGBlock
 from speedit_jax.models.routing import CELLS, Route, draw_route
 
-HEADS, GRID = 2, (4, 4)
+GRID = (4, 4)
 EVERYTHING = Route(*(np.tile(np.arange(16, dtype=np.int32), (3, 1)),) * 2, 16, (1, 1))
 
 
-@functools.cache
-def make(rate=0.5, depth=6, start=1, tail=1, method="route", image_shape=(8, 8, 3), **keys):
-    config = get_config()
-    config.model.update({"name": "DiG-tiny/2", "width": 32, "depth": depth, "heads": HEADS} | keys)
-    config.tokens.update({"method": method, "rate": rate, "start": start, "tail": tail, "pattern": "cells"})
-    common = {"image_shape": image_shape, "num_classes": 5, "learned_variance": False, "platform": "cpu"}
-    return build(config.model, tokens=config.tokens, **common)
-
-
-def random_params(model):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape)), shapes)
-
-
-def inputs(batch=3):
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.standard_normal((batch, 8, 8, 3))), jnp.arange(batch) * 300.0, jnp.arange(batch)
+make = functools.partial(routes.make, name="DiG-tiny/2", depth=6, pattern="cells")
 
 
 def route_of(model, batch=3):
@@ -92,7 +75,7 @@ def pairwise(place, seen, q, k, v, log_g, reverse=False):
 def test_against_a_dense_network_that_does_not_look(x64, rate, start):
     """Values and, of one rate, gradients. The route cuts a period, and depth 6 leaves two blocks over, of which it has one."""
     depth, tail = 6, 1
-    model = make(rate, depth, start, tail)
+    model = make(rate=rate, depth=depth, start=start, tail=tail)
     params, (x, t, y), route = random_params(model), inputs(), route_of(model)
 
     def block_params(params, i):
@@ -174,7 +157,7 @@ def test_flops_are_xlas(rate):
     sizes = {"image_shape": (32, 32, 4), "width": 128, "depth": 7, "scan_unroll": 1, "start": 1}
     counted = {}
     for method in ("none", "route"):
-        model = make(rate, method=method, **sizes)
+        model = make(rate=rate, method=method, **sizes)
         params = jax.eval_shape(model.init, jax.random.key(0))
         x, t = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
         ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)

@@ -6,35 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import routes
+from routes import HEADS, inputs, random_params
 
-from speedit_jax.config import get_config
 from speedit_jax.errors import UserError
 from speedit_jax.models import layers
-from speedit_jax.models.build import build
 from speedit_jax.models.dit import DiTBlock
 from speedit_jax.models.routing import Route, draw_route, taken, taken_back
 
-HEADS, DEPTH, TOKENS = 2, 5, 16
+DEPTH, TOKENS = 5, 16
 
 
-@functools.cache
-def make(method="route", rate=0.5, start=1, tail=1, image_shape=(8, 8, 3), pattern="random", **keys):
-    config = get_config()
-    config.model.update({"name": "DiT-tiny/2", "width": 32, "depth": DEPTH, "heads": HEADS} | keys)
-    config.tokens.update({"method": method, "rate": rate, "start": start, "tail": tail, "pattern": pattern})
-    common = {"image_shape": image_shape, "num_classes": 5, "learned_variance": False, "platform": "cpu"}
-    return build(config.model, tokens=config.tokens, **common)
-
-
-def random_params(model):
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    return jax.tree.map(lambda s: jnp.asarray(0.2 * rng.standard_normal(s.shape)), shapes)
-
-
-def inputs(batch=3):
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.standard_normal((batch, 8, 8, 3))), jnp.arange(batch) * 300.0, jnp.arange(batch)
+make = functools.partial(routes.make, name="DiT-tiny/2", depth=DEPTH)
 
 
 def random_route(kept, batch=3, seed=0):
