@@ -115,8 +115,8 @@ def aot() -> int | None:
         end=" ",
     )
     print(f"batch {config.training.batch_size}, on {mesh.size} {mesh.devices.flat[0].device_kind}: {shown}", flush=True)
-    if model.kept is not None and what == "train":
-        print(route_line(model))
+    if what == "train" and (line := route_line(model)):
+        print(line)
     if parts.autoencoder and (parts.online or what == "sample"):
         when = "before each step" if what == "train" else "after the sampler"
         print(f"{when} the {AROUND[what]} of {config.data.vae}, {parts.autoencoder.dtype}", flush=True)

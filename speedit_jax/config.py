@@ -83,12 +83,15 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
-    tokens.method = "none"  # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765)
-    tokens.rate = 0.5  # share of an image's tokens that skip them
+    # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765); sprint: the others' result is fused with what all
+    # tokens were before (SPRINT, arXiv 2510.21986).
+    tokens.method = "none"
+    tokens.rate = 0.5  # share of an image's tokens that skip them; SPRINT's 0.75, and 0, none, for its last phase
     # Which they are: random (DiT), or cells: all but one of each cell of the grid, of 1 x 2 tokens (rate 0.5) or 2 x 2 (0.75).
     tokens.pattern = "random"
     tokens.start = 2  # first blocks, which see all tokens
-    tokens.tail = 3  # last blocks, which see all tokens again
+    tokens.tail = 3  # last blocks, which see all tokens again; SPRINT's 2
+    tokens.path_drop = 0.1  # sprint: share of the images whose middle blocks are dropped, for path-drop guidance
 
     c.regularizer = regularizer = ml_collections.ConfigDict()  # losses added to the objective: docs/acceleration.md
     # Weight of a loss that drives hidden states of different examples apart (DiT; arXiv 2506.09027): 0.5; 0 is off.
@@ -140,8 +143,8 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.weight_decay = 0.0  # decoupled (AdamW), times the learning rate; 0 decays nothing
-    # What decays: matrices (not biases, norms, the label table or DiG's filters) or all; auto: matrices, but all in a run that
-    # is older than this key.
+    # What decays: matrices (not biases, norms, the label table, DiG's filters or SPRINT's fusion) or all; auto: matrices, but all
+    # in a run that is older than this key.
     optim.decay_mask = "auto"
     optim.clip_norm = 1.0  # largest global norm of a gradient; 0 does not clip
 
@@ -183,6 +186,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     # tokens in its middle blocks, instead of from the null label. The shares of tokens that skip them; equal: off.
     sampling.sparse_strong = 0.0  # of the guided network; the paper takes 0.5 and 0.9
     sampling.sparse_weak = 0.0  # of the one that it is guided away from
+    sampling.path_drop_guidance = False  # tokens.method=sprint: the prediction without condition skips the middle blocks, too
     sampling.clip = True  # clip the predicted image to [-1, 1]: for pixels; latents want False
     sampling.grid_images = 64  # images of a grid during training
 

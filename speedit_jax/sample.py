@@ -75,6 +75,9 @@ _GUIDANCE_CHANNELS = flags.DEFINE_integer("guidance_channels", None, "Leading ch
 _GUIDANCE_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or cosine.")
 _SPARSE_STRONG = flags.DEFINE_float("sparse_strong", None, "Share of tokens that skip the middle blocks, with --sparse_weak.")
 _SPARSE_WEAK = flags.DEFINE_float("sparse_weak", None, "The same of the guide: sparse guidance, of models trained with a route.")
+_PATH_DROP_GUIDANCE = flags.DEFINE_bool(
+    "path_drop_guidance", None, "Of models trained with SPRINT: what guidance leads away from skips the middle blocks, too."
+)
 _GUIDANCE_LOW = flags.DEFINE_float("guidance_low", None, "Guide from this noise level on: 0 clean, 1 pure noise.")
 _GUIDANCE_HIGH = flags.DEFINE_float("guidance_high", None, "Guide up to this noise level.")
 _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; never for latents. Default: the run's.")
@@ -180,6 +183,7 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
         "guidance_schedule": _GUIDANCE_SCHEDULE.value,
         "sparse_strong": _SPARSE_STRONG.value,
         "sparse_weak": _SPARSE_WEAK.value,
+        "path_drop_guidance": _PATH_DROP_GUIDANCE.value,
         "guidance_low": _GUIDANCE_LOW.value,
         "guidance_high": _GUIDANCE_HIGH.value,
         "clip": _CLIP.value,

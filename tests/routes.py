@@ -13,11 +13,14 @@ HEADS = 2
 
 
 @functools.cache
-def make(name, method="route", rate=0.5, start=1, tail=1, pattern="random", image_shape=(8, 8, 3), **keys) -> Model:
+def make(
+    name, method="route", rate=0.5, start=1, tail=1, pattern="random", path_drop=0.1, image_shape=(8, 8, 3), **keys
+) -> Model:
     """keys: of the config's section `model`."""
     config = get_config()
     config.model.update({"name": name, "width": 32, "heads": HEADS} | keys)
-    config.tokens.update({"method": method, "rate": rate, "start": start, "tail": tail, "pattern": pattern})
+    config.tokens.update({"method": method, "rate": float(rate), "start": start, "tail": tail, "pattern": pattern})
+    config.tokens.path_drop = path_drop
     common = {"image_shape": image_shape, "num_classes": 5, "learned_variance": False, "platform": "cpu"}
     return build(config.model, tokens=config.tokens, **common)
 

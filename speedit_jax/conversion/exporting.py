@@ -117,6 +117,8 @@ def unpublished(run: Run) -> str:
             "no published format holds the layer of a run with data.mask; for the network of whole images start a run from this"
             " one without it (init_from, data.mask empty), and export that"
         )
+    if run.config.tokens.method == "sprint":
+        return f"{run.workdir} was trained with tokens.method=sprint, whose mask token and fusion no published format can store"
     single = model.adaln == "single"
     if run.model.text and not (single and model.text == "cross" and backbone == "DiT"):
         return (

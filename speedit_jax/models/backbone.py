@@ -15,6 +15,7 @@ from speedit_jax.models import layers
 from speedit_jax.models.condition import Condition, mean_token
 from speedit_jax.models.layers import dense
 from speedit_jax.models.routing import Among, Cell, Route, taken, taken_back
+from speedit_jax.models.sprint import Fusion
 
 ACTIVATIONS = ("batch", None, None)  # [B, T, D]
 
@@ -68,6 +69,7 @@ class Backbone(nn.Module):
       patch_bottleneck: width of a linear layer without bias between a patch's numbers and the tokens; 0: there is none.
       final_norm: one of layers.NORMS.
       middle: the blocks (first, one after the last) that a route's tokens skip.
+      fused: what these return is fused with what they got (sprint.py).
     """
 
     width: int
@@ -87,6 +89,7 @@ class Backbone(nn.Module):
     patch_bottleneck: int = 0
     final_norm: str = "layer"
     middle: tuple[int, int] = (0, 0)
+    fused: bool = False
 
     @nn.compact
     def __call__(
@@ -97,6 +100,7 @@ class Backbone(nn.Module):
         route: Route | None = None,
         taps: Sequence[int] = (),
         hint: jax.Array | None = None,
+        dropped: jax.Array | bool | None = None,
     ) -> jax.Array | tuple[jax.Array, list[jax.Array]]:
         """The network's output.
 
@@ -108,6 +112,8 @@ class Backbone(nn.Module):
           taps: numbers of blocks, rising, after which the tokens are returned, too.
           hint: what is known of x0, [B, H, W, C + 1] as diffusion/masks.py says, of a network that is initialised with it; None:
             nothing, as a hint of zeros.
+          dropped: bool [B], the images to which the middle blocks of a fused network add nothing; None: none. True: all, and the
+            middle blocks are not computed.
 
         Returns:
           [B, H, W, out_channels] float32; with taps a pair, the second the list of the tokens [B, T or fewer, D] at each.
@@ -141,14 +147,17 @@ class Backbone(nn.Module):
 
         make_blocks = tuple(self.make_block(i, grid, None) for i in range(self.period))
         repeats, rest = divmod(self.depth, self.period)
+        fuse = Fusion(self.dtype, name="sprint") if self.fused else None
         tapped = []
-        if route is not None or taps:
-            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps)
+        if route is not None or taps or (fuse and not self.is_initializing()):
+            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps, fuse, dropped)
         else:
             if repeats:
                 tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
             for i in range(rest):
                 tokens, _ = make_blocks[i](name=f"rest_{i}")(tokens, modulation, *conditioning)
+            if fuse:
+                tokens = fuse(tokens, tokens, None, None)
 
         if self.adaln_single:
             shift, scale = layers.table_adaln(self, c[:, None], 2, "final_table")
@@ -161,21 +170,25 @@ class Backbone(nn.Module):
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return (out, tapped) if taps else out
 
-    def _in_parts(self, grid, tokens, conditioning, route, taps) -> tuple[jax.Array, list[jax.Array]]:
-        """The blocks, cut where the route begins and ends and at the taps: (tokens, those at each tap)."""
-        first, last = self.middle if route is not None else (0, 0)
+    def _in_parts(self, grid, tokens, conditioning, route, taps, fuse, dropped) -> tuple[jax.Array, list[jax.Array]]:
+        """The blocks, cut where the middle begins and ends and at the taps: (tokens, those at each tap)."""
+        first, last = self.middle if route is not None or fuse else (0, 0)
         cuts = sorted({0, first, last, *taps, self.depth})
-        tapped, among = [], None
+        tapped, among, before = [], None, None
         for start, end in itertools.pairwise(cuts):
             if start == first < last:
-                tokens, skipping = taken(tokens, route)
-                among = Among(route.order, route.inverse, skipping)
+                before = tokens
+                if route is not None:
+                    tokens, skipping = taken(tokens, route)
+                    among = Among(route.order, route.inverse, skipping)
             cell = route.cell if among is not None else None
             blocks = [self.make_block(i, grid, cell)(parent=None) for i in range(self.period)]
-            tokens = self._part(blocks, start, end, tokens, conditioning, among)
+            if dropped is not True or not first <= start < last:
+                tokens = self._part(blocks, start, end, tokens, conditioning, among)
             tapped += [tokens] * (end in taps)
             if end == last > first:
-                tokens, among = taken_back(tokens, among.skipping, route), None
+                tokens = fuse(before, tokens, route, dropped) if fuse else taken_back(tokens, among.skipping, route)
+                among = None
         return self.constrain(tokens, ACTIVATIONS), tapped
 
     def _part(self, blocks, start, end, tokens, conditioning, among):

@@ -38,8 +38,8 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=(), hint=None) -> [B, H, W, C or 2C], as Backbone says; y is
-        labels int [B], or text as models/condition.py says.
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=(), hint=None, dropped=None) -> [B, H, W, C or 2C], as Backbone
+        says; y is labels int [B], or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
       num_classes: 0 is unconditional, or conditioned on text.
@@ -52,6 +52,7 @@ class Model:
       blocks: how many, of a model whose tokens can be looked at between them (`taps`); None of others.
       middle: the blocks (first, one after the last) that a route's tokens skip.
       kept: how many tokens they see in training; None where all blocks see all.
+      path_drop: how often an image's middle blocks are dropped in training, of SPRINT (models/sprint.py); None of other networks.
       hinted: it takes what is known of an image, to fill the rest.
       cell: rows and columns of the cells of which they see one token each; None: any tokens.
       forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
@@ -74,6 +75,7 @@ class Model:
     blocks: int | None
     middle: tuple[int, int]
     kept: int | None
+    path_drop: float | None
     hinted: bool
     cell: Cell | None
     forward_flops: int
@@ -172,6 +174,7 @@ def build(
     num_classes = 0 if text else num_classes
     grid = (h // patch, w // patch)
     middle, kept, cell = _route(tokens, backbone, depth, grid)
+    path_drop = tokens.path_drop if tokens is not None and tokens.method == "sprint" else None
     has_null = num_classes > 0 and config.label_dropout > 0
 
     def network(mixer, constrain, batch_axes, head_axis):
@@ -192,6 +195,7 @@ def build(
             dtype=dtype,
             patch_bottleneck=config.patch_bottleneck,
             middle=middle,
+            fused=path_drop is not None,
             final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
         )
 
@@ -230,6 +234,7 @@ def build(
         blocks=depth if backbone == "DiT" else None,
         middle=middle,
         kept=kept,
+        path_drop=path_drop,
         hinted=hinted,
         cell=cell,
         forward_flops=forward,
@@ -287,28 +292,37 @@ def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | Non
 def _route(
     tokens: ml_collections.ConfigDict | None, backbone: str, depth: int, grid: tuple[int, int]
 ) -> tuple[tuple[int, int], int | None, Cell | None]:
-    """The blocks that some tokens of `grid` skip, how many tokens do not, and their cell; ((0, 0), None, None) without a route.
+    """The middle blocks, how many tokens of `grid` they see, and their cell; None for both of these where that is all tokens.
+
+    Without a route the middle is (0, 0).
 
     Raises:
       UserError: there is no such route.
     """
     if tokens is None or tokens.method == "none":
         return (0, 0), None, None
-    if tokens.method != "route":
-        raise UserError(f"unknown tokens.method {tokens.method!r}; choose none or route")
+    if tokens.method not in ("route", "sprint"):
+        raise UserError(f"unknown tokens.method {tokens.method!r}; choose none, route or sprint")
+    start, tail, rate = tokens.start, tokens.tail, tokens.rate
+    if start < 1 or tail < 1 or start + tail >= depth:
+        raise UserError(
+            f"tokens.start={start}, tokens.tail={tail}: both must be at least 1 and leave blocks between them, of {depth}"
+        )
+    middle = start, depth - tail
+    if tokens.method == "sprint":
+        if not 0 <= tokens.path_drop < 1:
+            raise UserError(f"tokens.path_drop={tokens.path_drop}: must lie in [0, 1)")
+        if rate == 0:
+            return middle, None, None
     if tokens.pattern not in ("random", "cells"):
         raise UserError(f"unknown tokens.pattern {tokens.pattern!r}; choose random or cells")
     if tokens.pattern == "random" and backbone == "DiG":
         raise UserError("tokens.pattern=random is for DiT: DiG's scans need a grid of tokens; choose tokens.pattern=cells")
     count = grid[0] * grid[1]
-    start, tail, kept = tokens.start, tokens.tail, count - int(tokens.rate * count)
-    if start < 1 or tail < 1 or start + tail >= depth:
-        raise UserError(
-            f"tokens.start={start}, tokens.tail={tail}: both must be at least 1 and leave blocks between them, of {depth}"
-        )
-    if not 0 < tokens.rate < 1 or kept == count:
-        raise UserError(f"tokens.rate={tokens.rate}: must be between 0 and 1, and at least one of the {count} tokens must skip")
-    return (start, depth - tail), kept, _cell(tokens.rate, grid) if tokens.pattern == "cells" else None
+    kept = count - int(rate * count)
+    if not 0 < rate < 1 or kept == count:
+        raise UserError(f"tokens.rate={rate}: must be between 0 and 1, and at least one of the {count} tokens must skip")
+    return middle, kept, _cell(rate, grid) if tokens.pattern == "cells" else None
 
 
 def _cell(rate: float, grid: tuple[int, int]) -> Cell:

@@ -30,8 +30,8 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         f" {model.dtype} activations, {model.mixer} mixer, remat {config.model.remat}",
         f"           {model.tokens:,} tokens, {parts.step_flops / 1e9:,.3g} GFLOP per image and training step",
     ]
-    if model.kept is not None:
-        lines.append(f"tokens     {route_line(model)}")
+    if line := route_line(model):
+        lines.append(f"tokens     {line}")
     if parts.projector:
         of = config.regularizer
         lines.append(
@@ -72,10 +72,13 @@ def opening(parts: Assembly, source: Source) -> list[str]:
 
 
 def route_line(model: Model) -> str:
-    """Which tokens the middle blocks of a model with a route see in training, and what that saves."""
+    """Which tokens the middle blocks of a model see in training, and what that saves; "" where they are like all blocks."""
     start, end = model.middle
     share = model.step_flops / (3 * model.forward_flops)
-    return f"blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
+    line = f"blocks {start} to {end - 1} see {model.kept or 'all'} of {model.tokens} tokens: {share:.2f} of the FLOPs"
+    if model.path_drop is not None:
+        return f"{line}; fused with what the blocks before return, and dropped in {model.path_drop:.0%} of the images"
+    return line if model.kept is not None else ""
 
 
 def decay_line(parts: Assembly) -> list[str]:

@@ -25,6 +25,7 @@ from speedit_jax.sampling.conditions import Conditions
 from speedit_jax.sampling.draw import draw_batches
 from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.known import Pictures, check_sampler
+from speedit_jax.sampling.path_drop import check_path_drop, without_middle
 from speedit_jax.sampling.sparse_guidance import check_sparse, sparse_networks
 
 Diffusion = GaussianDiffusion | FlowMatching
@@ -45,6 +46,7 @@ class Settings:
       spacing: of the steps, as `samplers.spaced_steps`.
       sparse_strong, sparse_weak: shares of the tokens that skip the middle blocks, of the network and of itself as its guide
         (sparse_guidance.py); equal: the null label guides, and all tokens are in all blocks.
+      path_drop_guidance: the prediction for the null condition skips the middle blocks, too (path_drop.py).
     """
 
     sampler: str
@@ -59,6 +61,7 @@ class Settings:
     spacing: str = "even"
     sparse_strong: float = 0.0
     sparse_weak: float = 0.0
+    path_drop_guidance: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -68,6 +71,7 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """JSON. What is off and younger than other keys is left out, so that earlier versions' records still compare."""
         young = () if self.sparse else ("sparse_strong", "sparse_weak")
+        young += () if self.path_drop_guidance else ("path_drop_guidance",)
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in young}
 
     @classmethod
@@ -124,6 +128,8 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     """Raises a UserError for settings that the model cannot serve and that nothing else checks."""
     channels = model.image_shape[-1]
     check_sparse(settings.sparse_strong, settings.sparse_weak, model, guide is not None)
+    if settings.path_drop_guidance:
+        check_path_drop(model, guide is not None)
     if settings.guidance_scale != 1 and not model.guidable and guide is None and not settings.sparse:
         raise UserError(
             f"guidance_scale={settings.guidance_scale} needs a model trained with classes or text and model.label_dropout > 0;"
@@ -165,10 +171,13 @@ def _jitted_sampler(
         if settings.sparse:
             rates = settings.sparse_strong, settings.sparse_weak
             network, other = sparse_networks(told, params, rates, key, indices, diffusion.schedule_index)
+        null = null_text if model.text else model.null_label
+        if settings.path_drop_guidance:
+            other = without_middle(told, params, null)
         denoise = samplers.guided(
             network,
             y,
-            null_text if model.text else model.null_label,
+            null,
             scales,
             settings.guidance_channels or model.image_shape[-1],
             other,

@@ -28,6 +28,7 @@ _MEANING = (
     "diffusion.num_steps",
     "diffusion.noise_scale",
 )
+_MEANING_OF_SPRINT = ("tokens.start", "tokens.tail")
 _MEANING_OF_VP = ("diffusion.prediction", "diffusion.schedule", "diffusion.beta_start", "diffusion.beta_end")
 
 
@@ -48,7 +49,8 @@ def starting_weights(
     Position tables are computed, so another resolution fits as it is. Rows of the label table are taken over by the names of the
     classes, and the null label's row; the others start anew. A run on text may start from one without: what its text needs starts
     anew, with attention to it that adds nothing at first. So may a run with data.mask, whose layer for what is known adds nothing
-    at first; a run without it may start from one with it, and leaves this layer out.
+    at first; a run without it may start from one with it, and leaves this layer out. So may a run with tokens.method=sprint,
+    whose fusion is at first the middle blocks' result; but what was trained with it needs it.
 
     Args:
       where: a workdir of train or convert.
@@ -76,7 +78,14 @@ def starting_weights(
     taken = {path: leaf for path, leaf in saved.items() if path not in table and path not in dropped}
     fresh = [path for path in wanted if _is_of_text(path)] if parts.model.text and not run.model.text else []
     added = [path for path in wanted if _is_of_masks(path)] if parts.model.hinted and not run.model.hinted else []
-    _check_arrays(where, taken, {p: leaf for p, leaf in wanted.items() if p[0].key != "label" and p not in (*fresh, *added)})
+    fusion = [path for path in wanted if _is_of_sprint(path)] if run.model.path_drop is None else []
+    if run.model.path_drop is not None and parts.model.path_drop is None:
+        raise UserError(
+            f"init_from={where} was trained with tokens.method=sprint, whose fusion this run lacks: set"
+            " --config.tokens.method=sprint, and --config.tokens.rate=0 to train with all tokens in all blocks"
+        )
+    anew = (*fresh, *added, *fusion)
+    _check_arrays(where, taken, {p: leaf for p, leaf in wanted.items() if p[0].key != "label" and p not in anew})
     different = _differences(run, parts)
     if different and not with_changes:
         settings = " ".join(f"--config.{key}={old}" for key, (old, _) in different.items() if "." in key)
@@ -95,6 +104,8 @@ def starting_weights(
         lines.append(_kept(run, class_names, new, parts.model.null_label))
     if added:
         lines.append("masks: the layer hint starts anew, from zero: at first the network is the one before")
+    if fusion:
+        lines.append("sprint: mask token and fusion start anew: with all tokens the network is at first the one before")
     if dropped:
         lines.append("masks: the layer hint is left out: this run is told nothing of its images (data.mask)")
     taken |= {path: Rows(leaf, old, new) for path, leaf in table.items() if path in wanted}
@@ -125,6 +136,11 @@ def _is_of_text(path: KeyPath) -> bool:
 def _is_of_masks(path: KeyPath) -> bool:
     """Whether only a model that is told what is known has this parameter."""
     return path[0].key == "hint"
+
+
+def _is_of_sprint(path: KeyPath) -> bool:
+    """Whether only a model with tokens.method=sprint has this parameter."""
+    return path[0].key == "sprint"
 
 
 def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +178,7 @@ def _differences(run: Run, parts: Assembly) -> dict[str, list[Any]]:
     keys = _MEANING + (_MEANING_OF_VP if {old["diffusion.path"], new["diffusion.path"]} == {"vp"} else ())
     if old["diffusion.num_steps"] == new["diffusion.num_steps"] and _same_noise(run, parts):
         keys = tuple(key for key in keys if not key.startswith(("diffusion.schedule", "diffusion.beta")))
+    keys += _MEANING_OF_SPRINT if old["tokens.method"] == new["tokens.method"] == "sprint" else ()
     found = {key: [old[key], new[key]] for key in keys if old.get(key) != new.get(key)}
     if "vp" not in (old["diffusion.path"], new["diffusion.path"]):
         predictions = [of["diffusion.prediction"] for of in (old, new)]

@@ -28,6 +28,7 @@ _STREAMS = {
     "negatives": 7,
     "teacher_time": 8,
     "masks": 13,
+    "path_drop": 15,
 }
 
 
@@ -90,6 +91,8 @@ def make_draw(
         if model.kept is not None:
             order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.grid, model.kept, model.cell)
             inputs |= {"order": order, "inverse": inverse}
+        if model.path_drop:
+            inputs["dropped"] = jax.random.bernoulli(stream(key, "path_drop"), model.path_drop, (x0.shape[0],))
         if model.hinted:
             inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)
         if regularizer.contrastive:

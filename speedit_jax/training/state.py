@@ -73,10 +73,11 @@ def learning_rate(config: ml_collections.ConfigDict) -> optax.Schedule:
 def decays(mask: str, path: tuple[Any, ...]) -> bool:
     """Whether weight decay reaches the parameter at `path`, as jax.tree_util gives it.
 
-    Kernels are matrices, but for DiG's filters: those act on the residual stream itself and start as the identity.
+    Kernels are matrices, but for DiG's filters and SPRINT's fusion: those act on the residual stream itself and start as the
+    identity.
     """
     names = [part.key for part in path]
-    return mask == "all" or (names[-1] == "kernel" and "conv" not in names)
+    return mask == "all" or (names[-1] == "kernel" and "conv" not in names and names[0] != "sprint")
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

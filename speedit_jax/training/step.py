@@ -41,8 +41,9 @@ def make_loss(
 ) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
-    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks. With "known", bool
-    [B, H, W, 1], the network is told these parts of x0; the loss is that of the whole image all the same.
+    With "order" and "inverse", of routing.Route, in the batch, some tokens skip the middle blocks, and with "dropped", bool [B],
+    some images do. With "known", bool [B, H, W, 1], the network is told these parts of x0; the loss is that of the whole image
+    all the same.
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
     "dispersive", "contrast" with the target of another example, "negative", in the batch, and, with `projector`, "align".
@@ -59,6 +60,7 @@ def make_loss(
         route = Route(batch["order"], batch["inverse"], model.kept, model.cell) if "order" in batch else None
         told = {"hint": masks.hint(batch["x0"], batch["known"])} if "known" in batch else {}
         options = told | ({"route": route} if route else {}) | ({"taps": taps} if taps else {})
+        options |= {"dropped": batch["dropped"]} if "dropped" in batch else {}
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
         output, tapped = output if taps else (output, ())
         hidden = dict(zip(taps, tapped, strict=True))

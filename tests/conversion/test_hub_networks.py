@@ -29,6 +29,11 @@ TEXTS = dataclasses.replace(tiny.TEXTS, identity={"encoder": "/home/jane/bert", 
 CASES = {
     "DiG": ({"model__name": "DiG-tiny/2"}, {}, "x_embedder.proj.weight"),
     "JiT": (IMAGE_FLOW | PARTS, {}, "blocks.attention.qkv.kernel"),
+    "sprint": (
+        {"tokens__method": "sprint", "tokens__start": 1, "tokens__tail": 1, "model__depth": 3},
+        {},
+        "sprint.fusion.kernel",
+    ),
     "mask": ({"data__mask": "boxes"}, {}, "blocks.attention.qkv.kernel"),
     "text": ({"model__text": "cross"}, {"texts": TEXTS, "class_names": ()}, "blocks.cross.q.kernel"),
     "latents": (

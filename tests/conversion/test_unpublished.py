@@ -26,3 +26,11 @@ def test_each_is_told_by_its_name(part):
 
 def test_digs_own_rms_norm_is_published():
     assert unpublished(make_run("DiG-S/2", norm="rms")) == ""
+
+
+def test_sprint_is_refused_in_a_line():
+    run = make_run("DiT-S/2")
+    run.config.tokens.method = "sprint"
+    assert "tokens.method=sprint" in unpublished(run) and "\n" not in unpublished(run)
+    run.config.tokens.method = "route"
+    assert unpublished(run) == ""

@@ -113,6 +113,14 @@ def test_a_value_that_gives_arrays_another_form(key, value):
     assert str(before) != str(after)
 
 
+def test_the_fusion_of_sprint_is_another_form():
+    for methods in (("none", "sprint"), ("sprint", "route")):
+        old, new = (describe(tokens__method=method) for method in methods)
+        assert list(compare(new, old).misfits) == ["tokens.method"]
+    old, new = (describe(tokens__method="sprint", tokens__rate=rate) for rate in (0.75, 0.0))
+    assert list(compare(new, old).changes) == ["tokens.rate"]
+
+
 def test_what_keeps_the_form_of_the_state():
     """What may change on the word fits the state: its arrays, and their nesting, which orbax compares too."""
     state = tiny.make_trainer().shapes

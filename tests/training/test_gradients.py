@@ -39,6 +39,7 @@ def gradient(shape, x64: bool, accumulation: int = 1, text: bool = False, **chan
     if "tokens__method" in changes:
         order = rng.permuted(np.tile(np.arange(16, dtype=np.int32), (BATCH, 1)), axis=1)
         batch |= {"order": order, "inverse": np.argsort(order, axis=1).astype(np.int32)}
+        batch |= {"dropped": rng.random(BATCH) < 0.3} if changes["tokens__method"] == "sprint" else {}
     with jax.enable_x64(x64):
         trainer = tiny.make_trainer(shape, texts=TEXTS if text else None, **changes)
         params = jax.device_put(tiny.random_like(trainer.shapes.params, dtype=dtype), trainer.shardings.params)
@@ -138,21 +139,27 @@ def test_every_leaf_of_a_flow_on_pixels_on_every_mesh(shape):
 ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4}
 
 
-# Of the middle blocks nothing but the tokens that they see; the gathers' transposes are gathers (models/routing.py).
+# Of the middle blocks nothing but the tokens that they see; the gathers' transposes are gathers (models/routing.py). With
+# SPRINT, the fusion, and some images without their middle blocks.
+@pytest.mark.parametrize("method", ["route", "sprint"])
 @pytest.mark.parametrize("shape", MOST_IS_SLOW)
-def test_every_leaf_with_a_route_on_every_mesh(shape):
-    grads, loss, terms = gradient(shape, True, 4 if shape == (2, 2, 2) else 1, **ROUTE)  # 8 devices of (8, 1, 1) take 16 rows
-    reference = gradient(ONE, True, **ROUTE)
+def test_every_leaf_with_a_route_on_every_mesh(shape, method):
+    changes = ROUTE | {"tokens__method": method}
+    grads, loss, terms = gradient(shape, True, 4 if shape == (2, 2, 2) else 1, **changes)  # 8 devices of (8, 1, 1) take 16 rows
+    reference = gradient(ONE, True, **changes)
     errors = tiny.relative_errors(grads, reference[0])
+    assert len(errors) == 21 + (3 if method == "sprint" else 0)
     assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
     np.testing.assert_allclose(loss, reference[1], rtol=1e-12)
     np.testing.assert_allclose(terms["loss"], reference[2]["loss"], rtol=1e-12)
 
 
 @pytest.mark.slow
-def test_every_leaf_of_dig_with_a_route():
+@pytest.mark.parametrize("method", ["route", "sprint"])
+def test_every_leaf_of_dig_with_a_route(method):
     """Whatever tokens it keeps: the scans take them as a grid of 4 x 2."""
-    dig = ROUTE | {"model__name": "DiG-tiny/2", "model__directions": 2, "tokens__pattern": "cells"}
+    dig = {"model__name": "DiG-tiny/2", "model__directions": 2, "tokens__pattern": "cells", "tokens__method": method}
+    dig = ROUTE | dig
     errors = tiny.relative_errors(gradient((2, 2, 2), True, 4, **dig)[0], gradient(ONE, True, **dig)[0])
     assert max(errors.values()) < 1e-12, {name: error for name, error in errors.items() if error >= 1e-12}
 
