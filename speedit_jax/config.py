@@ -83,12 +83,14 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     diffusion.loss = "mse"  # mse, rescaled_mse, or the variational bound alone: kl or rescaled_kl; docs/speedit.md
 
     c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
-    tokens.method = "none"  # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765)
-    tokens.rate = 0.5  # share of an image's tokens that skip them
+    # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765); mask: in a second pass some are masked (DiT; MDT,
+    # arXiv 2303.14389)
+    tokens.method = "none"
+    tokens.rate = 0.5  # share of an image's tokens that skip them or are masked; MDT's is 0.3
     # Which they are: random (DiT), or cells: all but one of each cell of the grid, of 1 x 2 tokens (rate 0.5) or 2 x 2 (0.75).
     tokens.pattern = "random"
-    tokens.start = 2  # first blocks, which see all tokens
-    tokens.tail = 3  # last blocks, which see all tokens again
+    tokens.start = 2  # first blocks, which see all tokens; not of mask, whose first block does not
+    tokens.tail = 3  # last blocks, which see all tokens again; MDT's is 2
 
     c.regularizer = regularizer = ml_collections.ConfigDict()  # losses added to the objective: docs/acceleration.md
     # Weight of a loss that drives hidden states of different examples apart (DiT; arXiv 2506.09027): 0.5; 0 is off.

@@ -97,6 +97,7 @@ class Backbone(nn.Module):
         route: Route | None = None,
         taps: Sequence[int] = (),
         hint: jax.Array | None = None,
+        fill: Callable[..., jax.Array] | None = None,
     ) -> jax.Array | tuple[jax.Array, list[jax.Array]]:
         """The network's output.
 
@@ -108,6 +109,8 @@ class Backbone(nn.Module):
           taps: numbers of blocks, rising, after which the tokens are returned, too.
           hint: what is known of x0, [B, H, W, C + 1] as diffusion/masks.py says, of a network that is initialised with it; None:
             nothing, as a hint of zeros.
+          fill: (the tokens that a route keeps, the route, a block's conditioning) -> all tokens, in place of those that come
+            from before the middle blocks.
 
         Returns:
           [B, H, W, out_channels] float32; with taps a pair, the second the list of the tokens [B, T or fewer, D] at each.
@@ -143,7 +146,7 @@ class Backbone(nn.Module):
         repeats, rest = divmod(self.depth, self.period)
         tapped = []
         if route is not None or taps:
-            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps)
+            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps, fill)
         else:
             if repeats:
                 tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
@@ -161,7 +164,7 @@ class Backbone(nn.Module):
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return (out, tapped) if taps else out
 
-    def _in_parts(self, grid, tokens, conditioning, route, taps) -> tuple[jax.Array, list[jax.Array]]:
+    def _in_parts(self, grid, tokens, conditioning, route, taps, fill) -> tuple[jax.Array, list[jax.Array]]:
         """The blocks, cut where the route begins and ends and at the taps: (tokens, those at each tap)."""
         first, last = self.middle if route is not None else (0, 0)
         cuts = sorted({0, first, last, *taps, self.depth})
@@ -175,7 +178,8 @@ class Backbone(nn.Module):
             tokens = self._part(blocks, start, end, tokens, conditioning, among)
             tapped += [tokens] * (end in taps)
             if end == last > first:
-                tokens, among = taken_back(tokens, among.skipping, route), None
+                tokens = fill(tokens, route, *conditioning) if fill else taken_back(tokens, among.skipping, route)
+                among = None
         return self.constrain(tokens, ACTIVATIONS), tapped
 
     def _part(self, blocks, start, end, tokens, conditioning, among):

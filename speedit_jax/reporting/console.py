@@ -32,11 +32,14 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     ]
     if model.kept is not None:
         lines.append(f"tokens     {route_line(model)}")
+    if model.interpolater:
+        extra = parameter_overview.count_parameters(parts.shapes.heads["mask"])
+        lines.append(f"           {extra:,} parameters that only training has stand in for the masked tokens")
     if parts.projector:
         of = config.regularizer
         lines.append(
             f"alignment  of block {of.align_depth} with block {of.align_teacher_depth} of the EMA network, through a head of"
-            f" {parameter_overview.count_parameters(parts.shapes.heads):,} parameters that only training has"
+            f" {parameter_overview.count_parameters(parts.shapes.heads['align']):,} parameters that only training has"
         )
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
@@ -72,10 +75,11 @@ def opening(parts: Assembly, source: Source) -> list[str]:
 
 
 def route_line(model: Model) -> str:
-    """Which tokens the middle blocks of a model with a route see in training, and what that saves."""
+    """Which tokens the blocks of a model with a route see in training, and what a step costs, of one without."""
     start, end = model.middle
     share = model.step_flops / (3 * model.forward_flops)
-    return f"blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
+    where = "in a second pass " if model.interpolater else ""
+    return f"{where}blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
 
 
 def decay_line(parts: Assembly) -> list[str]:

@@ -95,6 +95,7 @@ _FORMS = {
     "model.convolution": lambda start: start == "none",
     "diffusion.variance": lambda variance: variance == "learned_range",  # the last layer's width
     "optim.clip_norm": lambda norm: norm > 0,  # the optimizer's nesting
+    "tokens.method": lambda method: method == "mask",  # the side-interpolater
     "regularizer.align": lambda weight: weight > 0,  # the head between the networks
 }
 
