@@ -84,13 +84,14 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
 
     c.tokens = tokens = ml_collections.ConfigDict()  # which tokens the middle blocks see in training: docs/acceleration.md
     # none: all; route: some skip the middle blocks (TREAD, arXiv 2501.04765); sprint: the others' result is fused with what all
-    # tokens were before (SPRINT, arXiv 2510.21986).
+    # tokens were before (SPRINT, arXiv 2510.21986); mask: in a second pass some are masked (DiT; MDT, arXiv 2303.14389).
     tokens.method = "none"
-    tokens.rate = 0.5  # share of an image's tokens that skip them; SPRINT's 0.75, and 0, none, for its last phase
+    # Share of an image's tokens that skip them or are masked; SPRINT's 0.75, and 0, none, for its last phase; MDT's 0.3.
+    tokens.rate = 0.5
     # Which they are: random (DiT), or cells: all but one of each cell of the grid, of 1 x 2 tokens (rate 0.5) or 2 x 2 (0.75).
     tokens.pattern = "random"
-    tokens.start = 2  # first blocks, which see all tokens
-    tokens.tail = 3  # last blocks, which see all tokens again; SPRINT's 2
+    tokens.start = 2  # first blocks, which see all tokens; not of mask, whose first block does not
+    tokens.tail = 3  # last blocks, which see all tokens again; SPRINT's and MDT's 2
     tokens.path_drop = 0.1  # sprint: share of the images whose middle blocks are dropped, for path-drop guidance
 
     c.regularizer = regularizer = ml_collections.ConfigDict()  # losses added to the objective: docs/acceleration.md

@@ -101,6 +101,7 @@ class Backbone(nn.Module):
         taps: Sequence[int] = (),
         hint: jax.Array | None = None,
         dropped: jax.Array | bool | None = None,
+        fill: Callable[..., jax.Array] | None = None,
     ) -> jax.Array | tuple[jax.Array, list[jax.Array]]:
         """The network's output.
 
@@ -114,6 +115,8 @@ class Backbone(nn.Module):
             nothing, as a hint of zeros.
           dropped: bool [B], the images to which the middle blocks of a fused network add nothing; None: none. True: all, and the
             middle blocks are not computed.
+          fill: (the tokens that a route keeps, the route, a block's conditioning) -> all tokens, in place of those that come
+            from before the middle blocks.
 
         Returns:
           [B, H, W, out_channels] float32; with taps a pair, the second the list of the tokens [B, T or fewer, D] at each.
@@ -150,7 +153,7 @@ class Backbone(nn.Module):
         fuse = Fusion(self.dtype, name="sprint") if self.fused else None
         tapped = []
         if route is not None or taps or (fuse and not self.is_initializing()):
-            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps, fuse, dropped)
+            tokens, tapped = self._in_parts(grid, tokens, (modulation, *conditioning), route, taps, fuse, dropped, fill)
         else:
             if repeats:
                 tokens, _ = self._scan(make_blocks, repeats)(tokens, modulation, *conditioning)
@@ -170,7 +173,7 @@ class Backbone(nn.Module):
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return (out, tapped) if taps else out
 
-    def _in_parts(self, grid, tokens, conditioning, route, taps, fuse, dropped) -> tuple[jax.Array, list[jax.Array]]:
+    def _in_parts(self, grid, tokens, conditioning, route, taps, fuse, dropped, fill) -> tuple[jax.Array, list[jax.Array]]:
         """The blocks, cut where the middle begins and ends and at the taps: (tokens, those at each tap)."""
         first, last = self.middle if route is not None or fuse else (0, 0)
         cuts = sorted({0, first, last, *taps, self.depth})
@@ -187,7 +190,12 @@ class Backbone(nn.Module):
                 tokens = self._part(blocks, start, end, tokens, conditioning, among)
             tapped += [tokens] * (end in taps)
             if end == last > first:
-                tokens = fuse(before, tokens, route, dropped) if fuse else taken_back(tokens, among.skipping, route)
+                if fuse:
+                    tokens = fuse(before, tokens, route, dropped)
+                elif fill:
+                    tokens = fill(tokens, route, *conditioning)
+                else:
+                    tokens = taken_back(tokens, among.skipping, route)
                 among = None
         return self.constrain(tokens, ACTIVATIONS), tapped
 

@@ -18,6 +18,7 @@ from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, rem
 from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
 from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
+from speedit_jax.models.masking import Interpolater, SideInterpolater, make_interpolater
 from speedit_jax.models.routing import CELLS, Cell
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
@@ -28,6 +29,7 @@ SIZES = {
 PATCHES = (1, 2, 4, 8, 16, 32)
 TIME_FREQ_SHIFTS = (0, 1)
 TEXT_WAYS = ("cross", "pooled")
+TOKEN_METHODS = ("none", "route", "sprint", "mask")
 ADALN = ("block", "single")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -38,8 +40,8 @@ class Model:
 
     Attributes:
       init: key -> parameters, a nested dict of float32 arrays.
-      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=(), hint=None, dropped=None) -> [B, H, W, C or 2C], as Backbone
-        says; y is labels int [B], or text as models/condition.py says.
+      apply: (params, x [B, H, W, C], t [B], y, route=None, taps=(), hint=None, dropped=None, fill=None) -> [B, H, W, C or 2C], as
+        Backbone says; y is labels int [B], or text as models/condition.py says.
       axes: like the parameters, with a tuple of logical axis names for each.
       image_shape: (H, W, C).
       num_classes: 0 is unconditional, or conditioned on text.
@@ -56,8 +58,9 @@ class Model:
       hinted: it takes what is known of an image, to fill the rest.
       cell: rows and columns of the cells of which they see one token each; None: any tokens.
       forward_flops: of one image, matrix products and filters only, with all tokens in all blocks.
-      step_flops: the same of one image in a training step: forward, and twice that backward.
+      step_flops: the same of one image in a training step: forward, and twice that backward, in all of its passes.
       dtype: name of the activations' dtype.
+      interpolater: of masked training, whose steps have a second pass in which the route's tokens are masked; None of others.
     """
 
     init: Callable[[jax.Array], Any]
@@ -81,6 +84,7 @@ class Model:
     forward_flops: int
     step_flops: int
     dtype: str
+    interpolater: Interpolater | None = None
 
     @property
     def tokens(self) -> int:
@@ -199,16 +203,16 @@ def build(
             final_norm=config.norm if backbone == "DiT" else "layer",  # DiG's is layer in the published code
         )
 
+    # One image, which no mesh divides, and no kernel: the initial values do not depend on either.
+    plain, sharded = network("xla", lambda x, names: x, None, None), network(mixer, constrain, batch_axes, head_axis)
+
     def boxed_init(key):
-        # One image, which no mesh divides, and no kernel: the values do not depend on either.
-        plain = network("xla", lambda x, names: x, None, None)
         x = jnp.zeros((1, *image_shape))
         y = text_rows(text, 1) if text else jax.ShapeDtypeStruct((1,), jnp.int32)
         y = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), y)
         hint = jnp.zeros((1, h, w, c + 1)) if hinted else None
         return plain.init(key, x, jnp.zeros((1,), jnp.int32), y, hint=hint)["params"]
 
-    sharded = network(mixer, constrain, batch_axes, head_axis)
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     shapes, count = nn.meta.unbox(boxes), grid[0] * grid[1]
     text_tokens = text.length if text and config.text == "cross" else 1
@@ -218,6 +222,13 @@ def build(
         forward += cross_attention_flops(count, text_tokens, width, depth)
         if kept is not None:
             skipped += cross_attention_flops(count - kept, text_tokens, width, middle[1] - middle[0])
+    step, interpolater = forward - skipped, None
+    if tokens is not None and tokens.method == "mask":
+        interpolater = _interpolater(plain, sharded, grid, text)
+        side = jax.eval_shape(interpolater.init, jax.random.key(0))
+        step += forward + weights_flops(side, count, text_tokens) + mixer_flops(backbone, count, width, 1, heads)
+        if text and config.text == "cross":
+            step += cross_attention_flops(count, text_tokens, width, 1)
     return Model(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
         apply=lambda params, x, t, y, **options: sharded.apply({"params": params}, x, t, y, **options),
@@ -238,9 +249,20 @@ def build(
         hinted=hinted,
         cell=cell,
         forward_flops=forward,
-        step_flops=3 * (forward - skipped),
+        step_flops=3 * step,
         dtype=dtype_name,
+        interpolater=interpolater,
     )
+
+
+def _interpolater(plain: Backbone, sharded: Backbone, grid: tuple[int, int], text: TextShape | None) -> Interpolater:
+    """Of the blocks of a network, as it is at the start and as it is on a mesh."""
+    width = plain.width
+    conditioning = (jax.ShapeDtypeStruct((1, 6, width) if plain.adaln_single else (1, width), jnp.float32),)
+    if plain.text == "cross":
+        conditioning += (jax.ShapeDtypeStruct((1, text.length, width), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    sides = (SideInterpolater(of.make_block(0, grid, None), grid, plain.position_scale) for of in (plain, sharded))
+    return make_interpolater(*sides, width, conditioning)
 
 
 def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, image_shape: tuple[int, int, int]) -> None:
@@ -301,10 +323,16 @@ def _route(
     """
     if tokens is None or tokens.method == "none":
         return (0, 0), None, None
-    if tokens.method not in ("route", "sprint"):
-        raise UserError(f"unknown tokens.method {tokens.method!r}; choose none, route or sprint")
+    if tokens.method not in TOKEN_METHODS:
+        raise UserError(f"unknown tokens.method {tokens.method!r}; choose one of {', '.join(TOKEN_METHODS)}")
+    if tokens.method == "mask" and backbone == "DiG":
+        raise UserError("tokens.method=mask is for DiT: DiG's convolution would have to fill the masked tokens in each block")
     start, tail, rate = tokens.start, tokens.tail, tokens.rate
-    if start < 1 or tail < 1 or start + tail >= depth:
+    if tokens.method == "mask":
+        start = 0
+        if not 1 <= tail < depth:
+            raise UserError(f"tokens.tail={tail}: must be at least 1 and leave blocks before it, of {depth}")
+    elif start < 1 or tail < 1 or start + tail >= depth:
         raise UserError(
             f"tokens.start={start}, tokens.tail={tail}: both must be at least 1 and leave blocks between them, of {depth}"
         )

@@ -32,11 +32,14 @@ def opening(parts: Assembly, source: Source) -> list[str]:
     ]
     if line := route_line(model):
         lines.append(f"tokens     {line}")
+    if model.interpolater:
+        extra = parameter_overview.count_parameters(parts.shapes.heads["mask"])
+        lines.append(f"           {extra:,} parameters that only training has stand in for the masked tokens")
     if parts.projector:
         of = config.regularizer
         lines.append(
             f"alignment  of block {of.align_depth} with block {of.align_teacher_depth} of the EMA network, through a head of"
-            f" {parameter_overview.count_parameters(parts.shapes.heads):,} parameters that only training has"
+            f" {parameter_overview.count_parameters(parts.shapes.heads['align']):,} parameters that only training has"
         )
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
@@ -72,12 +75,14 @@ def opening(parts: Assembly, source: Source) -> list[str]:
 
 
 def route_line(model: Model) -> str:
-    """Which tokens the middle blocks of a model see in training, and what that saves; "" where they are like all blocks."""
+    """Which tokens the middle blocks of a model see in training, and what a step costs, of one where all see all; else ""."""
     start, end = model.middle
     share = model.step_flops / (3 * model.forward_flops)
     line = f"blocks {start} to {end - 1} see {model.kept or 'all'} of {model.tokens} tokens: {share:.2f} of the FLOPs"
     if model.path_drop is not None:
         return f"{line}; fused with what the blocks before return, and dropped in {model.path_drop:.0%} of the images"
+    if model.interpolater:
+        return f"in a second pass {line}"
     return line if model.kept is not None else ""
 
 

@@ -31,7 +31,7 @@ def check_sparse(strong: float, weak: float, model: Model, guided: bool) -> None
     if strong == weak:
         return
     given = f"sparse_strong={strong}, sparse_weak={weak}"
-    if model.kept is None or model.path_drop is not None:
+    if model.kept is None or model.path_drop is not None or model.interpolater:
         raise UserError(f"{given}: sparse guidance is for models that were trained with tokens.method=route")
     if guided:
         raise UserError(f"{given}: there is another guide already; choose one")

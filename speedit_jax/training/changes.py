@@ -94,7 +94,8 @@ _FORMS = {
     "model.label_dropout": lambda rate: rate > 0,  # the null label's row
     "model.convolution": lambda start: start == "none",
     "diffusion.variance": lambda variance: variance == "learned_range",  # the last layer's width
-    "tokens.method": lambda method: method == "sprint",  # the fusion and the mask token
+    # The fusion and the mask token, or the side-interpolater.
+    "tokens.method": lambda method: method if method in ("sprint", "mask") else "",
     "optim.clip_norm": lambda norm: norm > 0,  # the optimizer's nesting
     "regularizer.align": lambda weight: weight > 0,  # the head between the networks
 }

@@ -94,7 +94,7 @@ def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion
     depth, group, (first, last) = of.dispersive_depth, of.dispersive_group, model.middle
     if model.blocks is None or not 1 <= depth <= model.blocks:
         raise UserError(f"regularizer.dispersive_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
-    if first < depth <= last:
+    if first < depth <= last and not model.interpolater:  # that is of the unmasked pass
         raise UserError(f"regularizer.dispersive_depth={depth}: blocks {first} to {last - 1} do not see all tokens (tokens.*)")
     if group < 2 or training.batch_size % (group * training.accumulation):
         raise UserError(

@@ -27,6 +27,8 @@ _STREAMS = {
     "tokens": 6,
     "negatives": 7,
     "teacher_time": 8,
+    "masked_noise": 9,
+    "masked_labels": 10,
     "masks": 13,
     "path_drop": 15,
 }
@@ -88,16 +90,24 @@ def make_draw(
             "importance": importance,
             "y": drop_conditions(stream(key, "label_dropout"), batch[kind], config.model.label_dropout, null),
         }
+        passes = [inputs]
+        if model.interpolater:
+            inputs["masked"] = {
+                "noise": jax.random.normal(stream(key, "masked_noise"), x0.shape, x0.dtype),
+                "y": drop_conditions(stream(key, "masked_labels"), batch[kind], config.model.label_dropout, null),
+            }
+            passes.append(inputs["masked"])
         if model.kept is not None:
             order, inverse = draw_route(stream(key, "tokens"), x0.shape[0], model.grid, model.kept, model.cell)
-            inputs |= {"order": order, "inverse": inverse}
+            passes[-1].update(order=order, inverse=inverse)
         if model.path_drop:
             inputs["dropped"] = jax.random.bernoulli(stream(key, "path_drop"), model.path_drop, (x0.shape[0],))
         if model.hinted:
             inputs["known"] = known_parts(stream(key, "masks"), x0.shape, config.data, encoded_by)
         if regularizer.contrastive:
-            target = diffusion.target(x0, inputs["t"], inputs["noise"])
-            inputs["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
+            for one in passes:
+                target = diffusion.target(x0, inputs["t"], one["noise"])
+                one["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
         if regularizer.align:
             gap = regularizer.align_time_gap * jax.random.uniform(stream(key, "teacher_time"), t.shape)
             inputs["teacher_t"] = diffusion.less_noise(inputs["t"], gap)

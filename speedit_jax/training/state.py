@@ -31,7 +31,8 @@ class TrainState:
       extra_ema: decay, as text -> an average with that decay.
       opt: the optimizer's state.
       timesteps: the timestep strategy's state.
-      heads: parameters that only training uses, beside the network's and without an average: {} or {"align": Projector's}.
+      heads: parameters that only training uses, beside the network's and without an average: {} or with "align", Projector's, and
+        "mask", Interpolater's.
       skipped: [] int32, steps whose gradient was not finite and that changed nothing.
       skipped_in_a_row: [] int32.
     """
@@ -107,7 +108,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
 
 
-_HEADS = 1  # folded into the key of the initial weights for those of the heads
+_HEADS, _MASK = 1, 2  # folded into the key of the initial weights for those of the heads
 
 
 def initial_state(
@@ -121,6 +122,8 @@ def initial_state(
     """The state before the first step: a pure function of the key, the same on every mesh."""
     params = model.init(key)
     heads = {"align": projector.init(jax.random.fold_in(key, _HEADS))} if projector else {}
+    if model.interpolater:
+        heads["mask"] = model.interpolater.init(jax.random.fold_in(key, _MASK))
     zero = jnp.zeros((), jnp.int32)
     # The copies keep params and averages from sharing a buffer, which donation would free twice.
     ema, *extra = (jax.tree.map(jnp.copy, params) for _ in range(1 + len(extra_ema_decays)))
@@ -143,6 +146,8 @@ def state_shardings(
     )
     params = sharding.param_shardings(mesh, model.axes, shapes.params)
     heads = {"align": sharding.param_shardings(mesh, projector.axes, shapes.heads["align"])} if projector else {}
+    if model.interpolater:
+        heads["mask"] = sharding.param_shardings(mesh, model.interpolater.axes, shapes.heads["mask"])
     everywhere = sharding.replicated(mesh)
     opt = optax.tree.map_params(optimizer, lambda _, s: s, shapes.opt, params | heads, transform_non_params=lambda _: everywhere)
     return shapes, TrainState(

@@ -1,6 +1,7 @@
 """The training step, a pure function (state, batch, key) -> (state, metrics)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from speedit_jax.diffusion.gaussian import GaussianDiffusion, mean_flat
 from speedit_jax.models.align import Projector
 from speedit_jax.models.build import Model
 from speedit_jax.models.condition import Condition
+from speedit_jax.models.masking import Interpolater
 from speedit_jax.models.routing import Route, taken
 from speedit_jax.training.inputs import make_draw, stream
 from speedit_jax.training.state import TrainState, learning_rate
@@ -38,6 +40,7 @@ def make_loss(
     diffusion: GaussianDiffusion | FlowMatching,
     regularizer: ml_collections.ConfigDict | None = None,
     projector: Projector | None = None,
+    interpolater: Interpolater | None = None,
 ) -> Callable:
     """loss(params, {x0, noise, t, weight, importance, y}) -> (scalar, {"mse", "loss" and, where there is one, "vb"}).
 
@@ -49,27 +52,38 @@ def make_loss(
     "dispersive", "contrast" with the target of another example, "negative", in the batch, and, with `projector`, "align".
     That wants the head's parameters beside the network's, as params["align"], "teacher_t" in the batch, and a third argument,
     the weights of the teacher.
+    With `interpolater` there is a second pass (MDT, arXiv 2303.14389), of the batch with what its "masked" replaces, in which
+    the tokens of a route are masked. The scalar is then the mean of both passes' objectives, contrast included, and each
+    example's "mse" of this pass is "masked_mse"; all else is of the first pass. That wants params["mask"].
     """
     dispersive, contrastive = (regularizer.dispersive, regularizer.contrastive) if regularizer else (0.0, 0.0)
     aligned = make_alignment(model, diffusion, regularizer, projector) if projector else None
     depths = {regularizer.dispersive_depth} if dispersive else set()
     taps = tuple(sorted(depths | {regularizer.align_depth} if aligned else depths))
 
-    def loss(params, batch, teacher=None):
+    def run(params, batch, taps=(), **options):
+        """One pass: (scalar, terms, what the network is told, route, {depth: tokens} of the taps)."""
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         route = Route(batch["order"], batch["inverse"], model.kept, model.cell) if "order" in batch else None
         told = {"hint": masks.hint(batch["x0"], batch["known"])} if "known" in batch else {}
-        options = told | ({"route": route} if route else {}) | ({"taps": taps} if taps else {})
+        options |= told | ({"route": route} if route else {}) | ({"taps": taps} if taps else {})
         options |= {"dropped": batch["dropped"]} if "dropped" in batch else {}
         output = model.apply(params, x_t, diffusion.model_time(batch["t"]), batch["y"], **options)
         output, tapped = output if taps else (output, ())
-        hidden = dict(zip(taps, tapped, strict=True))
         terms = diffusion.losses(output, batch["x0"], x_t, batch["t"], batch["noise"])
         terms["loss"] = diffusion.objective(terms, batch["weight"])
         value = (batch["importance"] * terms["loss"]).mean()
         if contrastive:
             terms["contrast"] = mean_flat((diffusion.split_output(output) - batch["negative"]) ** 2)
             value -= contrastive * (batch["importance"] * batch["weight"] * terms["contrast"]).mean()
+        return value, terms, told, route, dict(zip(taps, tapped, strict=True))
+
+    def loss(params, batch, teacher=None):
+        value, terms, told, route, hidden = run(params, batch, taps)
+        if interpolater:
+            fill = functools.partial(interpolater.apply, params["mask"])
+            masked_value, masked, *_ = run(params, batch | batch["masked"], fill=fill)
+            value, terms["masked_mse"] = (value + masked_value) / 2, masked["mse"]
         if dispersive:
             group, temperature = regularizer.dispersive_group, regularizer.dispersive_temperature
             terms["dispersive"] = regularizers.dispersive(hidden[regularizer.dispersive_depth], group, temperature)
@@ -180,8 +194,8 @@ def make_train_step(
     each step folds its number in, so any step can be computed again from the state before it.
     """
     loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
-    regularized = config.regularizer.dispersive or config.regularizer.contrastive or projector
-    trained = make_loss(model, diffusion, config.regularizer, projector) if regularized else loss_of
+    more = config.regularizer.dispersive or config.regularizer.contrastive or projector or model.interpolater
+    trained = make_loss(model, diffusion, config.regularizer, projector, model.interpolater) if more else loss_of
     gradient = make_gradient(trained, config.training.accumulation)
     schedule = learning_rate(config)
     draw = make_draw(model, diffusion, strategy, config, encoded_by, null_text)

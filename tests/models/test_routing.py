@@ -173,7 +173,7 @@ def test_draws():
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"method": "mask"}, r"tokens\.method 'mask'.*none, route or sprint"),
+        ({"method": "skip"}, r"tokens\.method 'skip'.*none, route, sprint, mask"),
         ({"start": 0}, r"tokens\.start=0, tokens\.tail=1"),
         ({"start": 4}, r"tokens\.start=4.*of 5"),
         ({"tail": 0}, r"tokens\.tail=0"),
