@@ -34,9 +34,13 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"tokens     {route_line(model)}")
     if parts.projector:
         of = config.regularizer
+        target = f"block {of.align_teacher_depth} of the EMA network"
+        if parts.features:
+            target = f"features {'x'.join(map(str, parts.features))} of {source.features.identity['encoder']}"
+        until = f", until step {of.align_until:,}" if of.align_until else ""
         lines.append(
-            f"alignment  of block {of.align_depth} with block {of.align_teacher_depth} of the EMA network, through a head of"
-            f" {parameter_overview.count_parameters(parts.shapes.heads):,} parameters that only training has"
+            f"alignment  of block {of.align_depth} with {target}, through a head of"
+            f" {parameter_overview.count_parameters(parts.shapes.heads):,} parameters that only training has{until}"
         )
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(
