@@ -127,6 +127,7 @@ def open_images(run: Run) -> Source:
     config.data.source = _SOURCE.value or config.data.source
     config.data.split = _SPLIT.value or (config.data.split if not _SOURCE.value else "train")
     config.data.height, config.data.width, config.data.channels = run.meta["image_shape"]
+    config.data.features = ""  # which only training wants
     source = open_source(config.data)
     if source.encoded_by:
         raise UserError(f"--source={config.data.source}: give images, not latents")

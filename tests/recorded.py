@@ -43,3 +43,12 @@ def write_clip(directory: Path, processor: dict | None = None, **config) -> Path
     found = {name: value.astype(np.float32) for name, value in weights("clip").items()}
     save_file(found | {"logit_scale": np.array(2.6, np.float32)}, directory / "model.safetensors")
     return directory
+
+
+def write_dinov2(directory: Path, kind: str = "mlp", **config) -> Path:
+    """A DINOv2 as a directory of transformers; `kind` is its MLP, mlp or swiglu."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(recorded("dinov2")["text"][kind] | config))
+    found = {name.removeprefix(f"{kind}/"): value for name, value in weights("dinov2").items() if name.startswith(f"{kind}/")}
+    save_file(found, directory / "model.safetensors")
+    return directory

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from speedit_jax import sharding
 from speedit_jax.config import get_config
-from speedit_jax.data.description import DescribedTexts, Description
+from speedit_jax.data.description import DescribedFeatures, DescribedTexts, Description
 from speedit_jax.models.build import Model
 from speedit_jax.training import assembly
 from speedit_jax.training.assembly import Assembly, assemble
@@ -89,10 +89,18 @@ def make_model(init, **fields: Any) -> Model:
 
 
 def make_trainer(
-    shape: tuple[int, int, int] = ONE, model: Model | None = None, strategy=None, optimizer=None, texts=None, **changes
+    shape: tuple[int, int, int] = ONE,
+    model: Model | None = None,
+    strategy=None,
+    optimizer=None,
+    texts=None,
+    features=None,
+    **changes,
 ):
-    """A trainer on a mesh of `shape`, on classes or on `texts`; given parts replace those of the config."""
-    data = Description(IMAGE, tuple(map(str, range(CLASSES))), texts=texts)
+    """A trainer on a mesh of `shape`, on classes or on `texts`, perhaps with features (h, w, F); given parts replace those of the
+    config."""
+    of_images = features and DescribedFeatures(features)
+    data = Description(IMAGE, tuple(map(str, range(CLASSES))), texts=texts, features=of_images)
     parts = assemble(make_config(**changes), data, make_mesh(shape))
     given = {"model": model, "strategy": strategy, "optimizer": optimizer}
     fields = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}

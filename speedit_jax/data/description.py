@@ -25,6 +25,17 @@ class DescribedTexts:
 
 
 @dataclasses.dataclass(frozen=True)
+class DescribedFeatures:
+    """Has the attribute of a store of features that training reads, and no features.
+
+    Attributes:
+      shape: (h, w, F), of an image's.
+    """
+
+    shape: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Description:
     """Has the attributes of a data source, and no records: for imported weights, and for compiling without data.
 
@@ -34,6 +45,7 @@ class Description:
       fingerprint: of the data.
       encoded_by: the identity of the autoencoder whose latents the data are; None for images.
       texts: the captions; None without any.
+      features: of the images; None without any.
     """
 
     image_shape: tuple[int, int, int]
@@ -41,3 +53,4 @@ class Description:
     fingerprint: str = ""
     encoded_by: dict[str, Any] | None = None
     texts: DescribedTexts | None = None
+    features: DescribedFeatures | None = None

@@ -22,12 +22,14 @@ READ_AHEAD = 2  # batches: the next one is whole when it is asked for, and threa
 
 @dataclasses.dataclass(frozen=True)
 class _Flip(grain.transforms.RandomMap):
-    """Mirrors a share of the images left to right; of latents, takes those of the mirror image."""
+    """Mirrors a share of the images left to right; of latents and features, takes those of the mirror image."""
 
     share: float
 
     def random_map(self, record, rng: np.random.Generator):
         mirrored = rng.random() < self.share
+        if "features" in record:
+            record |= {"features": record["features"].read(bool(mirrored))}
         if "moments" in record:
             return record | {"moments": record["moments"][int(mirrored)]}
         return record | {"image": record["image"][:, ::-1]} if mirrored else record
@@ -40,7 +42,8 @@ class _DrawCaption(grain.transforms.RandomMap):
         return _with_caption(record, int(rng.integers(len(record["texts"].tokens))))
 
 
-def _first_caption(record):
+def _plain(record):
+    record = {name: value for name, value in record.items() if name != "features"}
     return _with_caption(record, 0) if "texts" in record else record
 
 
@@ -84,10 +87,11 @@ def batches(
     Yields:
       {"image": [len(rows), H, W, C] float32, "label": [len(rows)] int32}; of latents "moments" [len(rows), h, w, 2C] for "image".
       With captions also "text": {"tokens": [len(rows), L, E] float16, padded with zeros, "length": [len(rows)] int32}, of one
-      caption of each record, drawn anew in each epoch.
+      caption of each record, drawn anew in each epoch. With features also "features": [len(rows), h, w, F] float16, of the mirror
+      image where that is taken.
     """
     records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if flip or source.encoded_by:
+    if flip or source.encoded_by or getattr(source, "features", None):
         records = records.random_map(_Flip(0.5 if flip else 0.0))
     if getattr(source, "texts", None):
         records = records.random_map(_DrawCaption())
@@ -98,9 +102,9 @@ def batches(
 def in_order(source: Source, first: int, last: int, batch_size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:
     """Records first..last-1 in batches, the last one smaller, loaded ahead in threads; 0 threads read when asked.
 
-    With captions "text" is the first of each record's.
+    With captions "text" is the first of each record's. Features, which only training wants, are left out.
     """
-    return _batched(grain.MapDataset.source(source)[first:last].map(_first_caption), batch_size, threads)
+    return _batched(grain.MapDataset.source(source)[first:last].map(_plain), batch_size, threads)
 
 
 def _batched(examples: grain.MapDataset, size: int, threads: int) -> Iterator[dict[str, np.ndarray]]:

@@ -7,7 +7,8 @@
 `synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
 `blobs`        coloured blobs with captions (data/blobs.py), no files
 
-With data.text each record also has its captions, encoded (data/texts.py).
+With data.text each record also has its captions, encoded (data/texts.py), and with data.features what an image encoder made of the
+image (data/features.py).
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from speedit_jax import storage
 from speedit_jax.data.blobs import SPLITS as _BLOB_SPLITS
 from speedit_jax.data.blobs import BlobSource
 from speedit_jax.data.classes import choose, relabel
+from speedit_jax.data.features import with_features
 from speedit_jax.data.folder import FolderSource, open_folder
 from speedit_jax.data.images import parse_background
 from speedit_jax.data.latents import open_latents
@@ -161,15 +163,16 @@ def name_of(source: Source, index: int) -> str:
 
 
 def open_source(config: ml_collections.ConfigDict) -> Source:
-    """The source of `config`, the config's `data` section, in which `background` and `text` may be missing.
+    """The source of `config`, the config's `data` section, in which `background`, `text` and `features` may be missing.
 
     Says on stderr what a folder holds besides images.
 
     Raises:
-      UserError: unknown or missing source, images of another shape than the config says, or captions of other images.
+      UserError: unknown or missing source, images of another shape than the config says, or captions or features of other images.
     """
-    source = _open(config)
-    return with_texts(source, config.text) if config.get("text") else source
+    images = _open(config)
+    source = with_texts(images, config.text) if config.get("text") else images
+    return with_features(source, config.features, images, config.flip) if config.get("features") else source
 
 
 def _open(config: ml_collections.ConfigDict) -> Source:

@@ -5,9 +5,12 @@ r"""Losses that are added to an objective and need no network but the trained on
      between -log G, far apart, and 0, all the same
 (2)  contrastive flow matching (arXiv 2506.05350): mean (v_i - u_i)^2 - lambda mean (v_i - u_j)^2 with j another example of the
      batch and u_j its own target. Its minimiser is (E[u | x] - lambda E[u]) / (1 - lambda)
-(3)  alignment of tokens z with a teacher's tokens h (SRA, arXiv 2505.02831), D channels each, mean over tokens:
+(3)  alignment of tokens z with a teacher's tokens h (SRA, arXiv 2505.02831; REPA, arXiv 2410.06940), D channels each, mean over
+     tokens:
        cosine:     1 - z h / (|z| |h|)
        smooth_l1:  mean over channels of d^2 / (2 beta) where d < beta, and else d - beta / 2,  d = |z - h|, beta = 0.05
+(4)  spatial normalisation of such h, of each channel over the tokens of an image (iREPA, arXiv 2512.10794):
+       (h - a mean h) / (std h + 1e-6),  std with n - 1
 """
 
 import jax
@@ -59,6 +62,21 @@ def alignment(z: jax.Array, h: jax.Array, kind: str) -> jax.Array:
     """
     dtype = jnp.promote_types(z.dtype, jnp.float32)
     return ALIGNMENTS[kind](z.astype(dtype), jax.lax.stop_gradient(h).astype(dtype)).mean(axis=1)
+
+
+def of_grid(features: jax.Array, grid: tuple[int, int], spatial_norm: float) -> jax.Array:
+    """Features [B, h, w, F] as targets of (3) for tokens on `grid`: [B, T, F], at least float32.
+
+    A finer grid is averaged over the part of it that a token stands for. With `spatial_norm`, a, (4) follows.
+    """
+    count, h, w, width = features.shape
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    parts = features.reshape(count, grid[0], h // grid[0], grid[1], w // grid[1], width)
+    tokens = parts.mean(axis=(2, 4)).reshape(count, -1, width)
+    if not spatial_norm:
+        return tokens
+    mean, std = tokens.mean(axis=1, keepdims=True), tokens.std(axis=1, keepdims=True, ddof=1)
+    return (tokens - spatial_norm * mean) / (std + 1e-6)
 
 
 def negatives(key: jax.Array, count: int) -> jax.Array:

@@ -135,7 +135,7 @@ def _open_source(config: ml_collections.ConfigDict, source: Source) -> Source:
         return source
     data = config.data.copy_and_resolve_references()
     data.source = section.loss_source or data.source
-    data.text = section.loss_text
+    data.text, data.features = section.loss_text, ""
     data.split = section.loss_split or ("train" if section.loss_source else data.split)
     try:
         return open_source(data)

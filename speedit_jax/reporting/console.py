@@ -37,9 +37,13 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"           {extra:,} parameters that only training has stand in for the masked tokens")
     if parts.projector:
         of = config.regularizer
+        target = f"block {of.align_teacher_depth} of the EMA network"
+        if parts.features:
+            target = f"features {'x'.join(map(str, parts.features))} of {source.features.identity['encoder']}"
+        until = f", until step {of.align_until:,}" if of.align_until else ""
         lines.append(
-            f"alignment  of block {of.align_depth} with block {of.align_teacher_depth} of the EMA network, through a head of"
-            f" {parameter_overview.count_parameters(parts.shapes.heads['align']):,} parameters that only training has"
+            f"alignment  of block {of.align_depth} with {target}, through a head of"
+            f" {parameter_overview.count_parameters(parts.shapes.heads['align']):,} parameters that only training has{until}"
         )
     if parse_name(config.model.name)[0] == "DiG" and model.tokens < GLA_PAYS_FROM:
         lines.append(

@@ -127,7 +127,8 @@ class Assembly:
       encoded_by: the identity of the autoencoder whose latents the model learns; None where it learns images.
       online: whether the autoencoder encodes each batch of images on its way to the step.
       texts: the captions, as data/texts.py has them; None without text.
-      projector: the head of self-representation alignment; None without it.
+      projector: the head of alignment; None without it.
+      features: the shape of the features of an image, (h, w, F), that it aligns with; None where it does not.
     """
 
     config: ml_collections.ConfigDict
@@ -141,14 +142,17 @@ class Assembly:
     online: bool = False
     texts: Any = None
     projector: Projector | None = None
+    features: tuple[int, int, int] | None = None
 
     @property
     def step_flops(self) -> int:
         """Of one image in a training step, its part in alignment included: matrix products and filters only."""
         if not self.projector:
             return self.model.step_flops
-        share = self.config.regularizer.align_teacher_depth / self.model.blocks  # what stands around the blocks is small
         head = 3 * self.model.tokens * self.projector.forward_flops
+        if self.features:
+            return self.model.step_flops + head
+        share = self.config.regularizer.align_teacher_depth / self.model.blocks  # what stands around the blocks is small
         return self.model.step_flops + round(share * self.model.forward_flops) + head
 
     @property
@@ -172,7 +176,7 @@ class Assembly:
         return self._states[1]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text."""
+        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text, features."""
         batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
         name, channels = ("moments", 2 * channels) if self.encoded_by else ("image", channels)
         shapes = {
@@ -180,6 +184,7 @@ class Assembly:
             "label": jax.ShapeDtypeStruct((batch,), jnp.int32),
         }
         shapes |= {"text": self.model.conditions(batch)} if self.model.text else {}
+        shapes |= {"features": jax.ShapeDtypeStruct((batch, *self.features), jnp.float16)} if self.features else {}
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.rows), shapes)
 
     @property
@@ -238,7 +243,11 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
     texts = getattr(source, "texts", None)
     model = make_model(config, mesh, image_shape, len(source.class_names), texts and TextShape.of(texts))
-    check_regularizer(config, model, diffusion)
+    features = getattr(source, "features", None)
+    features = features and features.shape
+    check_regularizer(config, model, diffusion, features)
     encoded_by = autoencoder.identity if online else source.encoded_by
-    projector = make_projector(model) if config.regularizer.align else None
-    return Assembly(config, mesh, model, diffusion, strategy, optimizer, autoencoder, encoded_by, online, texts, projector)
+    given = (config.regularizer.align_head, features[2]) if features else ()
+    projector = make_projector(model, *given) if config.regularizer.align else None
+    around = (autoencoder, encoded_by, online, texts, projector, features)
+    return Assembly(config, mesh, model, diffusion, strategy, optimizer, *around)

@@ -32,6 +32,7 @@ KEYS = {
     "data.background": Kind.CHANGES,
     "data.vae": Kind.DATA,
     "data.text": Kind.DATA,
+    "data.features": Kind.DATA,
     "data.mask": Kind.CHANGES,
     "data.mask_all": Kind.CHANGES,
     "data.flip": Kind.CHANGES,
@@ -98,6 +99,8 @@ _FORMS = {
     "tokens.method": lambda method: method if method in ("sprint", "mask") else "",
     "optim.clip_norm": lambda norm: norm > 0,  # the optimizer's nesting
     "regularizer.align": lambda weight: weight > 0,  # the head between the networks
+    "regularizer.align_target": lambda target: target,  # which head
+    "regularizer.align_head": lambda head: head,
 }
 
 
@@ -155,6 +158,9 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: I
         misfits["latents"] = [(of.get("latents") or {}).get("vae", "none") for of in (saved, wanted)]
     if not same_text(saved.get("text"), wanted.get("text")):
         misfits["text"] = [(of.get("text") or {}).get("encoder", {}).get("encoder", "none") for of in (saved, wanted)]
+    widths = [of["features"]["shape"][2] for of in (saved, wanted) if of.get("features")]
+    if len(set(widths)) > 1:
+        misfits["features"] = widths
     return Differences(found[Kind.ROUNDING], changes, misfits)
 
 
@@ -216,6 +222,8 @@ def _spell(key: str, old: Any, new: Any) -> str:
         return f"the autoencoder has changed (was {old}, now {new})"
     if key == "text":
         return f"the text encoder has changed (was {old}, now {new})"
+    if key == "features":
+        return f"the width of data.features was {old}, now {new}"
     if key == "class_names":
         renamed = [f"{a!r} was {b!r}" for a, b in zip(new, old, strict=True) if a != b]
         return f"{len(renamed)} classes have other names ({', '.join(renamed[:2])})"

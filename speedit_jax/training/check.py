@@ -12,8 +12,10 @@ from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
 from speedit_jax.diffusion.masks import KINDS
 from speedit_jax.errors import UserError
+from speedit_jax.models.align import HEADS
 from speedit_jax.models.build import Model
 
+ALIGN_TARGETS = ("ema", "features")
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
     "seed": 0,
@@ -76,14 +78,25 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"training.extra_ema_decays={config.training.extra_ema_decays}: must lie in [0, 1)")
 
 
-def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion: GaussianDiffusion | FlowMatching) -> None:
-    """Raises a UserError for an added loss that this run cannot have; what is off is not looked at."""
+def check_regularizer(
+    config: ml_collections.ConfigDict,
+    model: Model,
+    diffusion: GaussianDiffusion | FlowMatching,
+    features: tuple[int, int, int] | None = None,
+) -> None:
+    """Raises a UserError for an added loss that this run cannot have; what is off is not looked at.
+
+    Args:
+      features: the shape of an image's features, (h, w, F); None without them.
+    """
     of, training = config.regularizer, config.training
     for name in ("dispersive", "contrastive", "align"):
         if not 0 <= of[name] < (1 if name == "contrastive" else math.inf):
             raise UserError(f"regularizer.{name}={of[name]}: must be 0, for off, or a positive weight (contrastive: below 1)")
     if of.align:
-        _check_alignment(of, model)
+        _check_alignment(of, model, features)
+    elif features:
+        raise UserError("data.features is set, but nothing uses it: set regularizer.align and regularizer.align_target=features")
     if of.contrastive and (not isinstance(diffusion, FlowMatching) or diffusion.predicts_x0):
         raise UserError(
             "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
@@ -105,17 +118,48 @@ def check_regularizer(config: ml_collections.ConfigDict, model: Model, diffusion
         raise UserError(f"regularizer.dispersive_temperature={of.dispersive_temperature}: must be positive")
 
 
-def _check_alignment(of: ml_collections.ConfigDict, model: Model) -> None:
+def _check_alignment(of: ml_collections.ConfigDict, model: Model, features: tuple[int, int, int] | None) -> None:
+    if of.align_target not in ALIGN_TARGETS:
+        raise UserError(f"unknown regularizer.align_target {of.align_target!r}; choose one of {', '.join(ALIGN_TARGETS)}")
+    if of.align_loss not in regularizers.ALIGNMENTS:
+        raise UserError(f"unknown regularizer.align_loss {of.align_loss!r}; choose one of {', '.join(regularizers.ALIGNMENTS)}")
+    if of.align_until < 0:
+        raise UserError(f"regularizer.align_until={of.align_until}: must be 0, for never, or a number of steps")
+    if of.align_target == "features":
+        return _check_features(of, model, features)
+    if features:
+        raise UserError("data.features is set, but regularizer.align_target=ema does not use it: set it to features")
     depth, teacher = of.align_depth, of.align_teacher_depth
     if model.blocks is None or not 1 <= depth <= teacher <= model.blocks:
         raise UserError(
             f"regularizer.align_depth={depth}, align_teacher_depth={teacher}: the model must be a DiT, and these must lie in"
             " 1..its depth, the teacher's not before the other"
         )
-    if of.align_loss not in regularizers.ALIGNMENTS:
-        raise UserError(f"unknown regularizer.align_loss {of.align_loss!r}; choose one of {', '.join(regularizers.ALIGNMENTS)}")
     if not 0 <= of.align_time_gap <= 1:
         raise UserError(f"regularizer.align_time_gap={of.align_time_gap}: must lie in 0..1, the whole schedule")
+
+
+def _check_features(of: ml_collections.ConfigDict, model: Model, features: tuple[int, int, int] | None) -> None:
+    if not features:
+        raise UserError("regularizer.align_target=features wants data.features, a directory that speedit_jax.features wrote")
+    (first, last), depth, head = model.middle, of.align_depth, of.align_head
+    if model.blocks is None or not 1 <= depth <= model.blocks:
+        raise UserError(f"regularizer.align_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
+    if head not in HEADS:
+        raise UserError(f"unknown regularizer.align_head {head!r}; choose one of {', '.join(HEADS)}")
+    if head == "conv" and first < depth <= last:
+        raise UserError(
+            f"regularizer.align_head=conv wants the whole grid of tokens, and blocks {first} to {last - 1} do not see it (tokens.*);"
+            f" choose mlp, or another regularizer.align_depth than {depth}"
+        )
+    if any(side % tokens for side, tokens in zip(features[:2], model.grid, strict=True)):
+        grids = ["x".join(map(str, grid)) for grid in (features[:2], model.grid)]
+        raise UserError(
+            f"data.features has a grid of {grids[0]}, and the network has {grids[1]} tokens: it must be the same, or a multiple;"
+            f" run speedit_jax.features with --grid={model.grid[0]},{model.grid[1]}"
+        )
+    if of.align_spatial_norm < 0 or (of.align_spatial_norm and model.tokens < 2):
+        raise UserError(f"regularizer.align_spatial_norm={of.align_spatial_norm}: must not be negative, and wants several tokens")
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from speedit_jax.diffusion import masks, regularizers
@@ -108,7 +109,11 @@ def make_draw(
             for one in passes:
                 target = diffusion.target(x0, inputs["t"], one["noise"])
                 one["negative"] = target[regularizers.negatives(stream(key, "negatives"), x0.shape[0])]
-        if regularizer.align:
+        if regularizer.align and regularizer.align_until:
+            inputs["aligning"] = jnp.broadcast_to((state.step < regularizer.align_until).astype(importance.dtype), t.shape)
+        if regularizer.align and regularizer.align_target == "features":
+            inputs["features"] = batch["features"]
+        elif regularizer.align:
             gap = regularizer.align_time_gap * jax.random.uniform(stream(key, "teacher_time"), t.shape)
             inputs["teacher_t"] = diffusion.less_noise(inputs["t"], gap)
         return t, inputs

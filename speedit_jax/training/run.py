@@ -37,8 +37,9 @@ def describe(
       image_shape: of what the model draws.
       encoded_by: the identity of the autoencoder whose latents the model draws; None where it draws images.
     """
-    texts = getattr(source, "texts", None)
-    return {
+    texts, features = (getattr(source, name, None) for name in ("texts", "features"))
+    of_features = {"features": {"encoder": features.identity, "shape": list(features.shape)}} if features else {}
+    return of_features | {
         # JSON knows no tuples: a run compares with what it reads back.
         "config": json.loads(json.dumps(config.to_dict())),
         "image_shape": list(image_shape),

@@ -50,8 +50,8 @@ def make_loss(
     These are each example's, [B], the loss by diffusion.objective; the scalar is the mean over the batch of importance * loss.
     What the config's section `regularizer` switches on is added to the scalar and not to the loss, which strategies learn from:
     "dispersive", "contrast" with the target of another example, "negative", in the batch, and, with `projector`, "align".
-    That wants the head's parameters beside the network's, as params["align"], "teacher_t" in the batch, and a third argument,
-    the weights of the teacher.
+    That wants the head's parameters beside the network's, as params["align"], and either "features" in the batch or "teacher_t"
+    and a third argument, the weights of the teacher; and, where it stops, "aligning" [B], 1 before that and 0 afterwards.
     With `interpolater` there is a second pass (MDT, arXiv 2303.14389), of the batch with what its "masked" replaces, in which
     the tokens of a route are masked. The scalar is then the mean of both passes' objectives, contrast included, and each
     example's "mse" of this pass is "masked_mse"; all else is of the first pass. That wants params["mask"].
@@ -90,7 +90,8 @@ def make_loss(
             value += dispersive * terms["dispersive"].mean()
         if aligned:
             terms["align"] = aligned(params["align"], hidden[regularizer.align_depth], batch, teacher, route, told)
-            value += regularizer.align * (batch["importance"] * terms["align"]).mean()
+            importance = batch["importance"] * batch["aligning"] if regularizer.align_until else batch["importance"]
+            value += regularizer.align * (importance * terms["align"]).mean()
         return value, terms
 
     return loss
@@ -99,18 +100,25 @@ def make_loss(
 def make_alignment(
     model: Model, diffusion: GaussianDiffusion | FlowMatching, regularizer: ml_collections.ConfigDict, projector: Projector
 ) -> Callable:
-    """alignment(head, hidden, batch, teacher, route, told) -> [B]: self-representation alignment (SRA, arXiv 2505.02831).
+    """alignment(head, hidden, batch, teacher, route, told) -> [B], with all tokens of an image that `hidden` has.
 
-    The teacher sees the same images with the same noise, the same, perhaps dropped, conditions and the same known parts, `told`,
-    but at the times batch["teacher_t"], and all tokens in all blocks. Of these it is compared at those tokens that `hidden` has.
+    The target is batch["features"] (REPA, arXiv 2410.06940), or what a teacher makes of the image (self-representation alignment,
+    SRA, arXiv 2505.02831). The teacher sees the same images with the same noise, the same, perhaps dropped, conditions and the
+    same known parts, `told`, but at the times batch["teacher_t"], and all tokens in all blocks.
     """
     (first, last), depth = model.middle, regularizer.align_depth
 
-    def alignment(head, hidden, batch, teacher, route, told):
+    def of_teacher(batch, teacher, told):
         t = batch["teacher_t"]
         x_t = diffusion.q_sample(batch["x0"], t, batch["noise"])
         taps = (regularizer.align_teacher_depth,)  # what comes after is not computed
-        _, (target,) = model.apply(teacher, x_t, diffusion.model_time(t), batch["y"], taps=taps, **told)
+        return model.apply(teacher, x_t, diffusion.model_time(t), batch["y"], taps=taps, **told)[1][0]
+
+    def alignment(head, hidden, batch, teacher, route, told):
+        if regularizer.align_target == "features":
+            target = regularizers.of_grid(batch["features"], model.grid, regularizer.align_spatial_norm)
+        else:
+            target = of_teacher(batch, teacher, told)
         if route and first < depth <= last:
             target, _ = taken(target, route)
         return regularizers.alignment(projector.apply(head, hidden), target, regularizer.align_loss)
@@ -190,13 +198,14 @@ def make_train_step(
 
     The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
     {"moments": [B, h, w, 2C], "label"}; of a model with text also {"text": {"tokens" [B, L, E], "length" [B]}}, whose null
-    condition is `null_text`. `projector` is of alignment, where that is switched on. The key is the run's and never changes:
+    condition is `null_text`; with features also {"features": [B, h, w, F]}. `projector` is of alignment, where that is on. The key is the run's and never changes:
     each step folds its number in, so any step can be computed again from the state before it.
     """
     loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
     more = config.regularizer.dispersive or config.regularizer.contrastive or projector or model.interpolater
     trained = make_loss(model, diffusion, config.regularizer, projector, model.interpolater) if more else loss_of
     gradient = make_gradient(trained, config.training.accumulation)
+    self_aligned = projector is not None and config.regularizer.align_target == "ema"
     schedule = learning_rate(config)
     draw = make_draw(model, diffusion, strategy, config, encoded_by, null_text)
 
@@ -209,7 +218,7 @@ def make_train_step(
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         t, inputs = draw(state, batch, key)
-        variables, teacher = state.params | state.heads, (state.ema,) if projector else ()
+        variables, teacher = state.params | state.heads, (state.ema,) if self_aligned else ()
         grads, loss, terms = gradient(variables, inputs, *teacher)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
