@@ -1,12 +1,14 @@
-"""Does it pay that tokens skip the middle blocks (tokens.method=route)? On the digits, at equal steps and at equal FLOPs.
+"""Does it pay that the middle blocks see fewer tokens? On the digits, at equal steps and at equal FLOPs.
 
   python -m benchmarks.digits_routes --steps=1500 --seeds=0,1,2 --workdir=runs/routes --out=docs/results/digits_routes.json
 
-Trains configs/digits.py with uniform timesteps and with SpeeDiT, each with and without a route, at a constant learning rate. The
-first and the last block see all tokens, and half of the tokens skip the two between. The runs with a route go on until they have
-used as many FLOPs as the others. Measured at --steps and at the end, of the EMA, with all tokens in all blocks: the held-out mse,
-and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss does not compare: half of
-the tokens make it harder.
+Trains configs/digits.py with uniform timesteps and with SpeeDiT, in three arms: plain, with a route past the middle blocks
+(tokens.method=route), and with SPRINT (tokens.method=sprint), at a constant learning rate. The first and the last block see all
+tokens. With a route half of the tokens skip the two between, and with SPRINT three quarters, as published. A run with a
+route goes on until it has used as many FLOPs as the plain one. A run with SPRINT spends what it has saved on its second phase,
+with all tokens, which starts from the EMA of the first. Measured at --steps and at the end, of the EMA, with all tokens in all
+blocks: the held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss
+does not compare: fewer tokens make it harder.
 """
 
 import argparse
@@ -16,27 +18,37 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from speedit_jax import storage
 from speedit_jax.config import get_config
-from speedit_jax.models.build import build
+from speedit_jax.models.build import Model, build
 
 STRATEGIES = ("uniform", "speedit")
-ROUTE = {"tokens.method": "route", "tokens.start": 1, "tokens.tail": 1}
+PLACE = {"tokens.start": 1, "tokens.tail": 1}
+ARMS = {
+    "plain": {},
+    "route": PLACE | {"tokens.method": "route"},
+    "sprint": PLACE | {"tokens.method": "sprint", "tokens.rate": 0.75, "tokens.pattern": "cells"},
+}
+ALL_TOKENS = {"tokens.rate": 0.0}
 MODEL = "DiT-tiny/2"
 
 
-def share_of_flops() -> float:
-    """Of a step with the route, of one without."""
+def model_of(settings: dict[str, Any]) -> Model:
     config = get_config(MODEL)
-    config.update_from_flattened_dict(ROUTE)
+    config.update_from_flattened_dict(settings)
     common = {"image_shape": (8, 8, 1), "num_classes": 10, "learned_variance": True, "platform": "cpu"}
-    model = build(config.model, tokens=config.tokens, **common)
-    return model.step_flops / (3 * model.forward_flops)
+    return build(config.model, tokens=config.tokens, **common)
 
 
-def train(workdir: Path, strategy: str, routed: bool, steps: int, until: int, seed: int) -> list[dict]:
-    """What was measured at `steps` and, if that is later, at `until`: [{"step", "fid", "heldout_mse"}]."""
+def share_of_flops(settings: dict[str, Any]) -> float:
+    """Of a step with these settings, of a plain one."""
+    return model_of(settings).step_flops / model_of({}).step_flops
+
+
+def train(workdir: Path, strategy: str, arm: dict[str, Any], steps: int, until: int, seed: int) -> list[dict]:
+    """What was measured at `steps` and, if that is another, at `until`: [{"step", "fid", "heldout_mse"}]."""
     settings = {
         "seed": seed,
         "timesteps.strategy": strategy,
@@ -49,7 +61,7 @@ def train(workdir: Path, strategy: str, routed: bool, steps: int, until: int, se
         "evaluation.batch_size": 250,
         "evaluation.loss_every": steps,
         "evaluation.loss_images": 360,
-    } | (ROUTE if routed else {})
+    } | arm
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "speedit_jax.train", f"--config=configs/digits.py:{MODEL}", f"--workdir={workdir}", *flags]
     subprocess.run(command, check=True)
@@ -61,15 +73,29 @@ def said(row: dict) -> str:
     return f"fid {row['fid']:.3f}, held-out mse {row['heldout_mse']:.4f}"
 
 
+def measure(workdir: Path, strategy: str, arm: str, steps: int, seed: int) -> list[dict]:
+    """The rows of a run, or of both phases of SPRINT, with the FLOPs that they took in steps of the plain network."""
+    settings, share = ARMS[arm], share_of_flops(ARMS[arm])
+    until = round(steps / share) if arm == "route" else steps
+    rows = [row | {"dense_steps": row["step"] * share} for row in train(workdir, strategy, settings, steps, until, seed)]
+    if arm == "sprint":
+        share_of_all = share_of_flops(settings | ALL_TOKENS)
+        second = round(steps * (1 - share) / share_of_all)
+        settings = settings | ALL_TOKENS | {"init_from": str(workdir)}
+        (row,) = train(workdir.with_name(f"{workdir.name}_all_tokens"), strategy, settings, second, second, seed)
+        rows.append(row | {"step": steps + second, "dense_steps": steps * share + second * share_of_all})
+    return rows
+
+
 def summary(record: dict) -> list[str]:
-    """A line for each strategy, with and without the route, at equal steps and at equal FLOPs: means over the seeds."""
+    """A line for each strategy and arm at equal steps and at equal FLOPs: means over the seeds."""
     lines = []
-    for strategy, routed in itertools.product(STRATEGIES, (False, True)):
-        runs = [run["rows"] for run in record["runs"] if (run["strategy"], run["routed"]) == (strategy, routed)]
+    for strategy, arm in itertools.product(STRATEGIES, ARMS):
+        runs = [run["rows"] for run in record["runs"] if (run["strategy"], run["arm"]) == (strategy, arm)]
         for rows in zip(*runs, strict=True):
             fids, mses = [row["fid"] for row in rows], [row["heldout_mse"] for row in rows]
             lines.append(
-                f"{strategy}{', route' if routed else ''}, step {rows[0]['step']}: fid {statistics.mean(fids):.3f}"
+                f"{strategy}, {arm}, step {rows[0]['step']}: fid {statistics.mean(fids):.3f}"
                 f" ({min(fids):.3f} to {max(fids):.3f}), held-out mse {statistics.mean(mses):.4f}"
                 f" ({min(mses):.4f} to {max(mses):.4f})"
             )
@@ -78,21 +104,24 @@ def summary(record: dict) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="of the runs without a route; more than the 100 of the warm-up")
+    parser.add_argument("--steps", type=int, default=1500, help="of the plain runs; more than the 100 of the warm-up")
     parser.add_argument("--seeds", default="0", help="numbers with commas between")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="of these, with commas between")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of these, with commas between")
     parser.add_argument("--workdir", type=Path, required=True, help="of the runs, which go on where they are")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="what it holds of other runs of as many steps stays")
     args = parser.parse_args()
-    share, seeds = share_of_flops(), [int(seed) for seed in args.seeds.split(",")]
-    record = {"model": MODEL, "steps": args.steps, "share_of_flops": share, "runs": []}
-    for seed, strategy, routed in itertools.product(seeds, STRATEGIES, (False, True)):
-        until = round(args.steps / share) if routed else args.steps
-        name = f"{strategy}{'_route' if routed else ''}_seed{seed}"
-        rows = train(args.workdir / name, strategy, routed, args.steps, until, seed)
+    record = {"model": MODEL, "steps": args.steps, "share_of_flops": {arm: share_of_flops(ARMS[arm]) for arm in ARMS}, "runs": []}
+    if args.out.exists() and (old := json.loads(args.out.read_text()))["steps"] == args.steps:
+        record["runs"] = old["runs"]
+    chosen = (map(int, args.seeds.split(",")), args.strategies.split(","), args.arms.split(","))
+    for seed, strategy, arm in itertools.product(*chosen):
+        name = f"{strategy}_{arm}_seed{seed}"
+        rows = measure(args.workdir / name, strategy, arm, args.steps, seed)
         for row in rows:
-            row["dense_steps"] = row["step"] * (share if routed else 1)
-            print(f"{name}: step {row['step']} (FLOPs of {row['dense_steps']:.0f} dense steps): {said(row)}")
-        record["runs"].append({"strategy": strategy, "routed": routed, "seed": seed, "rows": rows})
+            print(f"{name}: step {row['step']} (FLOPs of {row['dense_steps']:.0f} plain steps): {said(row)}")
+        run = {"strategy": strategy, "arm": arm, "seed": seed}
+        record["runs"] = [old for old in record["runs"] if {key: old[key] for key in run} != run] + [run | {"rows": rows}]
         storage.write_json(args.out, record)
     for line in summary(record):
         print(line)

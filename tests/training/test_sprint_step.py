@@ -90,11 +90,10 @@ def test_starts_from_a_plain_run_as_the_same_network(tmp_path):
     tiny.assert_same(params, plain)
     np.testing.assert_array_equal(sprint["fusion"]["kernel"], np.eye(64, 32))
     assert not sprint["fusion"]["bias"].any() and 0.01 < sprint["mask"].std() < 0.03
+    # Compiled, the two are different programs: tests/models/test_sprint.py compares them to the bit.
     x, t, y = tiny.random_batch()["image"], np.full(tiny.BATCH, 300), np.arange(tiny.BATCH) % 10
-    other = tiny.make_trainer(**PLACE)
-    with jax.disable_jit():
-        out = trainer.model.apply(params | {"sprint": sprint}, x[:2], t[:2], y[:2])
-        tiny.assert_same(out, other.model.apply(plain, x[:2], t[:2], y[:2]))
+    out = jax.jit(trainer.model.apply)(params | {"sprint": sprint}, x, t, y)
+    np.testing.assert_allclose(out, jax.jit(tiny.make_trainer(**PLACE).model.apply)(plain, x, t, y), atol=1e-5)
 
 
 def test_dense_fine_tuning_takes_everything_over(tmp_path):
