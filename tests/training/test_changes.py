@@ -113,6 +113,10 @@ def test_a_value_that_gives_arrays_another_form(key, value):
     assert str(before) != str(after)
 
 
+def test_masked_training_has_arrays_of_its_own():
+    assert list(compare(describe(tokens__method="mask")).misfits) == ["tokens.method"]
+
+
 def test_what_keeps_the_form_of_the_state():
     """What may change on the word fits the state: its arrays, and their nesting, which orbax compares too."""
     state = tiny.make_trainer().shapes
