@@ -34,7 +34,7 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"tokens     {route_line(model)}")
     if model.interpolater:
         extra = parameter_overview.count_parameters(parts.shapes.heads["mask"])
-        lines.append(f"           {extra:,} parameters that only training has stand in for the masked tokens")
+        lines.append(f"           the masked tokens are guessed by {extra:,} parameters that only training has")
     if parts.projector:
         of = config.regularizer
         lines.append(
@@ -78,7 +78,7 @@ def route_line(model: Model) -> str:
     """Which tokens the blocks of a model with a route see in training, and what a step costs, of one without."""
     start, end = model.middle
     share = model.step_flops / (3 * model.forward_flops)
-    where = "in a second pass " if model.interpolater else ""
+    where = "a second pass, in which " if model.interpolater else ""
     return f"{where}blocks {start} to {end - 1} see {model.kept} of {model.tokens} tokens: {share:.2f} of the FLOPs"
 
 
