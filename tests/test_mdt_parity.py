@@ -1,4 +1,4 @@
-"""The masked pass against the published PyTorch code of MDT's first version, whose numbers fixtures/make_mdt_fixture.py recorded."""
+"""The masked pass against the published code of MDT's first version, whose numbers fixtures/make_mdt_fixture.py recorded."""
 
 import functools
 

@@ -18,7 +18,7 @@ from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, rem
 from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
 from speedit_jax.models.flops import cross_attention_flops, mixer_flops, skipped_flops, weights_flops
-from speedit_jax.models.masking import Interpolater, SideInterpolater, make_interpolater
+from speedit_jax.models.masking import Interpolater, make_interpolater
 from speedit_jax.models.routing import CELLS, Cell
 
 # backbone -> size -> (width, depth, heads); S to XL are the papers', tiny is for small images and tests.
@@ -224,7 +224,7 @@ def build(
             skipped += cross_attention_flops(count - kept, text_tokens, width, middle[1] - middle[0])
     step, interpolater = forward - skipped, None
     if tokens is not None and tokens.method == "mask":
-        interpolater = _interpolater(plain, sharded, grid, text)
+        interpolater = make_interpolater(plain, sharded, grid, text)
         side = jax.eval_shape(interpolater.init, jax.random.key(0))
         step += forward + weights_flops(side, count, text_tokens) + mixer_flops(backbone, count, width, 1, heads)
         if text and config.text == "cross":
@@ -253,16 +253,6 @@ def build(
         dtype=dtype_name,
         interpolater=interpolater,
     )
-
-
-def _interpolater(plain: Backbone, sharded: Backbone, grid: tuple[int, int], text: TextShape | None) -> Interpolater:
-    """Of the blocks of a network, as it is at the start and as it is on a mesh."""
-    width = plain.width
-    conditioning = (jax.ShapeDtypeStruct((1, 6, width) if plain.adaln_single else (1, width), jnp.float32),)
-    if plain.text == "cross":
-        conditioning += (jax.ShapeDtypeStruct((1, text.length, width), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))
-    sides = (SideInterpolater(of.make_block(0, grid, None), grid, plain.position_scale) for of in (plain, sharded))
-    return make_interpolater(*sides, width, conditioning)
 
 
 def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, image_shape: tuple[int, int, int]) -> None:

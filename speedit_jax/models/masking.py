@@ -13,21 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from speedit_jax.models import layers
+from speedit_jax.models.backbone import Backbone
+from speedit_jax.models.condition import TextShape
 from speedit_jax.models.routing import Route, taken_back
-
-MakeBlock = Callable[..., nn.Module]  # name -> a block over all tokens
 
 
 class SideInterpolater(nn.Module):
     """One learned token in the place of each masked token, and a block that turns them into guesses.
 
     Attributes:
-      make_block: the block's constructor.
+      make_block: the block's constructor: name -> module.
       grid: rows and columns of the tokens.
       position_scale: divides positions.
     """
 
-    make_block: MakeBlock
+    make_block: Callable[..., nn.Module]
     grid: tuple[int, int]
     position_scale: float
 
@@ -60,24 +60,27 @@ class Interpolater:
     axes: Any
 
 
-def make_interpolater(
-    plain: SideInterpolater, sharded: SideInterpolater, width: int, conditioning: tuple[jax.ShapeDtypeStruct, ...]
-) -> Interpolater:
-    """Applies `sharded`, which is on a mesh, and initialises `plain`, which is not.
+def make_interpolater(plain: Backbone, sharded: Backbone, grid: tuple[int, int], text: TextShape | None) -> Interpolater:
+    """Of a network's blocks.
 
     Args:
-      conditioning: what a block takes besides its tokens, of one image.
+      plain: the network on one device, which makes the initial parameters.
+      sharded: the same on the mesh.
+      grid: rows and columns of the tokens.
+      text: the form of its text, if it has any.
     """
-    count = plain.grid[0] * plain.grid[1]
-    ids = jnp.arange(count)[None]
+    width, ids = plain.width, jnp.arange(grid[0] * grid[1])[None]
+    initial, on_mesh = (SideInterpolater(of.make_block(0, grid, None), grid, of.position_scale) for of in (plain, sharded))
 
     def boxed_init(key):
-        given = (jnp.zeros(s.shape, s.dtype) for s in conditioning)
-        return plain.init(key, jnp.zeros((1, 1, width)), Route(ids, ids, 1), *given)["params"]
+        conditioning = (jnp.zeros((1, 6, width) if plain.adaln_single else (1, width)),)
+        if plain.text == "cross":
+            conditioning += (jnp.zeros((1, text.length, width)), jnp.zeros((1,), jnp.int32))
+        return initial.init(key, jnp.zeros((1, 1, width)), Route(ids, ids, 1), *conditioning)["params"]
 
     boxes = jax.eval_shape(boxed_init, jax.random.key(0))
     return Interpolater(
         init=lambda key: nn.meta.unbox(boxed_init(key)),
-        apply=lambda params, *given: sharded.apply({"params": params}, *given),
+        apply=lambda params, *given: on_mesh.apply({"params": params}, *given),
         axes=jax.tree.map(lambda box: tuple(box.names), boxes, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)),
     )

@@ -34,7 +34,7 @@ def opening(parts: Assembly, source: Source) -> list[str]:
         lines.append(f"tokens     {line}")
     if model.interpolater:
         extra = parameter_overview.count_parameters(parts.shapes.heads["mask"])
-        lines.append(f"           {extra:,} parameters that only training has stand in for the masked tokens")
+        lines.append(f"           the masked tokens are guessed by {extra:,} parameters that only training has")
     if parts.projector:
         of = config.regularizer
         target = f"block {of.align_teacher_depth} of the EMA network"
@@ -86,7 +86,7 @@ def route_line(model: Model) -> str:
     if model.path_drop is not None:
         return f"{line}; fused with what the blocks before return, and dropped in {model.path_drop:.0%} of the images"
     if model.interpolater:
-        return f"in a second pass {line}"
+        return f"a second pass, in which {line}"
     return line if model.kept is not None else ""
 
 

@@ -61,8 +61,8 @@ def make_loss(
     depths = {regularizer.dispersive_depth} if dispersive else set()
     taps = tuple(sorted(depths | {regularizer.align_depth} if aligned else depths))
 
-    def run(params, batch, taps=(), **options):
-        """One pass: (scalar, terms, what the network is told, route, {depth: tokens} of the taps)."""
+    def one_pass(params, batch, taps=(), **options):
+        """(scalar, terms, what the network is told, route, {depth: tokens} of the taps)."""
         x_t = diffusion.q_sample(batch["x0"], batch["t"], batch["noise"])
         route = Route(batch["order"], batch["inverse"], model.kept, model.cell) if "order" in batch else None
         told = {"hint": masks.hint(batch["x0"], batch["known"])} if "known" in batch else {}
@@ -79,10 +79,10 @@ def make_loss(
         return value, terms, told, route, dict(zip(taps, tapped, strict=True))
 
     def loss(params, batch, teacher=None):
-        value, terms, told, route, hidden = run(params, batch, taps)
+        value, terms, told, route, hidden = one_pass(params, batch, taps)
         if interpolater:
             fill = functools.partial(interpolater.apply, params["mask"])
-            masked_value, masked, *_ = run(params, batch | batch["masked"], fill=fill)
+            masked_value, masked, *_ = one_pass(params, batch | batch["masked"], fill=fill)
             value, terms["masked_mse"] = (value + masked_value) / 2, masked["mse"]
         if dispersive:
             group, temperature = regularizer.dispersive_group, regularizer.dispersive_temperature

@@ -121,6 +121,10 @@ def test_the_fusion_of_sprint_is_another_form():
     assert list(compare(new, old).changes) == ["tokens.rate"]
 
 
+def test_masked_training_has_arrays_of_its_own():
+    assert list(compare(describe(tokens__method="mask")).misfits) == ["tokens.method"]
+
+
 def test_what_keeps_the_form_of_the_state():
     """What may change on the word fits the state: its arrays, and their nesting, which orbax compares too."""
     state = tiny.make_trainer().shapes
