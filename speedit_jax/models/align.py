@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from speedit_jax.models.build import Model, activations_dtype
 from speedit_jax.models.layers import dense, xavier
 
-
 HIDDEN = 2048  # REPA's, whatever D and F are
 
 
