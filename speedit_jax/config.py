@@ -30,7 +30,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     data.background = "white"  # behind transparent parts of images, whose hidden colours mean nothing: a name or "#rrggbb"
     data.vae = ""  # a diffusers VAE, directory or hub name: encodes images at every step, and decodes latents to images
     data.text = ""  # the captions of these images: a directory that speedit_jax.encode_text wrote; "" trains on classes
-    # What an image encoder made of these images, for regularizer.align_target=features: a directory that speedit_jax.features wrote
+    # What an image encoder made of these images, for regularizer.align_target=features: a directory of speedit_jax.features.
     data.features = ""
     # Random parts of each image that the network is told, so that it learns to fill the rest: boxes, strokes or mixed; "" trains
     # on whole images alone: docs/inpainting.md
@@ -104,8 +104,8 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     regularizer.dispersive_group = 16  # examples that drive each other apart; divides batch_size / accumulation
     # Weight of contrastive flow matching (flows that predict the velocity; arXiv 2506.05350): 0.05; 0 is off.
     regularizer.contrastive = 0.0
-    # Weight of a loss that pulls early hidden states to align_target (DiT): 0.5 with cosine, 0.2 with smooth_l1, 1.0 with conv; 0
-    # is off.
+    # Weight of a loss that pulls an early hidden state to align_target (DiT): 0.5 with cosine, 0.2 with smooth_l1, 1.0 with conv;
+    # 0 is off.
     regularizer.align = 0.0
     # ema: later hidden states of the EMA network on a less noisy image (SRA, arXiv 2505.02831); features: those of the image
     # without noise in data.features (REPA, arXiv 2410.06940).
@@ -115,11 +115,11 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     regularizer.align_teacher_depth = 8  # ema: blocks before the EMA network's; 20 of flows, or 16, for L and XL
     regularizer.align_time_gap = 0.2  # ema: that network's image is less noisy by a random part of this share of the schedule
     regularizer.align_head = "mlp"  # features: mlp (three layers, REPA) or conv (3x3 on the grid, iREPA, arXiv 2512.10794)
-    # features: share of their mean over an image that is taken off before each channel is scaled to a standard deviation of 1 over
-    # the image, as iREPA does with 0.6 to 1; 0 does neither.
+    # features: share of their mean over an image that is taken off before each channel is scaled to a standard deviation of 1
+    # over that image, as iREPA does with 0.6 to 1; 0 does neither.
     regularizer.align_spatial_norm = 0.0
-    # Optimizer steps after which the weight is 0, as features hold a network back in the end (HASTE, arXiv 2505.16792: 250,000); 0
-    # never.
+    # Optimizer steps after which the weight is 0, because alignment holds a network back in the end (HASTE, arXiv 2505.16792:
+    # 250,000); 0 never.
     regularizer.align_until = 0
 
     c.timesteps = timesteps = ml_collections.ConfigDict()

@@ -58,8 +58,8 @@ def write_shard(path: Path, examples: Iterable[np.ndarray], name: Callable[[int]
 def belongs_to(source: Any) -> dict[str, Any]:
     """What is recorded of the images that features are of; latents have the features of the images that they were made of."""
     of = source.header.get("images", {}) if source.encoded_by else {}
-    fingerprint = of.get("fingerprint") if source.encoded_by else source.fingerprint
-    return {"count": len(source), "fingerprint": fingerprint, "image_shape": list(of.get("shape", source.image_shape))}
+    shape = list(of.get("shape", source.image_shape))
+    return {"count": len(source), "fingerprint": of.get("fingerprint", source.fingerprint), "image_shape": shape}
 
 
 def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> None:
@@ -72,8 +72,8 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> 
     different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if different and set(different) <= {"data.fingerprint", "data.count"}:
         raise UserError(
-            f"{what['data']['source']} has changed since {directory} was begun: images were added, removed or edited; name another"
-            " --out, or remove that directory to encode all images again"
+            f"{what['data']['source']} has changed since {directory} was begun: images were added, removed or edited;"
+            " name another --out, or remove that directory to encode all images again"
         )
     if different:
         raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
@@ -217,8 +217,8 @@ def with_features(source: Any, directory: str, images: Any, flip: bool) -> Featu
     (height, width, _), (h, w, _) = wanted["image_shape"], found["image_shape"]
     if height * w != width * h:
         raise UserError(
-            f"data.features={directory} holds features of images that were cropped to {h}x{w}, and these are {height}x{width}; run"
-            f" {_COMMAND} with --size={height},{width}"
+            f"data.features={directory} holds features of images that were cropped to {h}x{w}, and these are {height}x{width};"
+            f" run {_COMMAND} with --size={height},{width}"
         )
     if flip and not store.mirrored:
         raise UserError(

@@ -1,4 +1,5 @@
-"""A directory of ArrayRecord shards that several processes may write, and of which a kill loses at most one: latents and texts.
+"""A directory of ArrayRecord shards that several processes may write, and of which a kill loses at most one: latents, texts
+and features.
 
 00000-of-00013.array_record   the records
 00000-of-00013.json           the shard's facts, its checksum among them, written last: without it the shard counts as missing

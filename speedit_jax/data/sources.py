@@ -7,7 +7,7 @@
 `synthetic`    coloured blobs drawn from the index: any shape, any number of classes, no files
 `blobs`        coloured blobs with captions (data/blobs.py), no files
 
-With data.text each record also has its captions, encoded (data/texts.py), and with data.features what an image encoder made of the
+With data.text each record also has its captions, encoded (data/texts.py); with data.features what an image encoder made of the
 image (data/features.py).
 """
 

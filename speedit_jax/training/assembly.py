@@ -176,7 +176,8 @@ class Assembly:
         return self._states[1]
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text, features."""
+        """Of the batch that the step takes: images [B, H, W, C] or an autoencoder's moments [B, h, w, 2C], labels [B], text and
+        features."""
         batch, (*size, channels) = self.config.training.batch_size, self.model.image_shape
         name, channels = ("moments", 2 * channels) if self.encoded_by else ("image", channels)
         shapes = {

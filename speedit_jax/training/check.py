@@ -149,8 +149,8 @@ def _check_features(of: ml_collections.ConfigDict, model: Model, features: tuple
         raise UserError(f"unknown regularizer.align_head {head!r}; choose one of {', '.join(HEADS)}")
     if head == "conv" and first < depth <= last:
         raise UserError(
-            f"regularizer.align_head=conv wants the whole grid of tokens, and blocks {first} to {last - 1} do not see it (tokens.*);"
-            f" choose mlp, or another regularizer.align_depth than {depth}"
+            f"regularizer.align_head=conv wants the whole grid of tokens, and blocks {first} to {last - 1} do not see it"
+            f" (tokens.*); choose mlp, or another regularizer.align_depth than {depth}"
         )
     if any(side % tokens for side, tokens in zip(features[:2], model.grid, strict=True)):
         grids = ["x".join(map(str, grid)) for grid in (features[:2], model.grid)]

@@ -198,8 +198,9 @@ def make_train_step(
 
     The batch is {"image": [B, H, W, C] in [-1, 1], "label": [B] int}, or, given `encoded_by`, the identity of an Autoencoder, its
     {"moments": [B, h, w, 2C], "label"}; of a model with text also {"text": {"tokens" [B, L, E], "length" [B]}}, whose null
-    condition is `null_text`; with features also {"features": [B, h, w, F]}. `projector` is of alignment, where that is on. The key is the run's and never changes:
-    each step folds its number in, so any step can be computed again from the state before it.
+    condition is `null_text`; to align with features also {"features": [B, h, w, F]}. `projector` is of alignment, where that is
+    switched on. The key is the run's and never changes: each step folds its number in, so any step can be computed again from the
+    state before it.
     """
     loss_of = make_loss(model, diffusion)  # what the probe measures: the objective alone
     more = config.regularizer.dispersive or config.regularizer.contrastive or projector or model.interpolater

@@ -7,7 +7,7 @@ import pytest
 
 from speedit_jax.diffusion.flow import PATHS, FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
-from speedit_jax.diffusion.regularizers import ALIGNMENTS, alignment, dispersive, negatives
+from speedit_jax.diffusion.regularizers import ALIGNMENTS, alignment, dispersive, negatives, of_grid
 from speedit_jax.diffusion.schedules import make_schedule
 
 
@@ -123,6 +123,26 @@ def test_alignment_of_what_is_aligned_or_zero(kind):
         np.testing.assert_allclose(
             alignment(5 * z, states(2, 12, 1).reshape(2, 3, 4), kind), alignment(z, states(2, 12, 1).reshape(2, 3, 4), kind)
         )
+
+
+def test_features_normalised_over_an_image():
+    """With all of the mean taken off: mean 0, deviation 1, whatever an affine map makes of each channel of an image."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((3, 4, 6, 5))
+    found = of_grid(jnp.asarray(features), (4, 6), 1.0)
+    np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-12)
+    np.testing.assert_allclose(found.std(axis=1, ddof=1), 1, rtol=1e-5)  # 1e-6 is added to it
+    mapped = features * rng.uniform(1, 9, (3, 1, 1, 5)) + rng.standard_normal((3, 1, 1, 5))
+    np.testing.assert_allclose(of_grid(jnp.asarray(mapped), (4, 6), 1.0), found, atol=1e-5)
+    # A channel that is the same everywhere says nothing.
+    assert not of_grid(jnp.ones((1, 4, 6, 5)), (4, 6), 1.0).any()
+
+
+def test_features_of_a_finer_grid_are_averaged():
+    features = np.random.default_rng(0).standard_normal((2, 4, 6, 5)).astype(np.float16)
+    found = of_grid(jnp.asarray(features), (2, 2), 0.0)
+    assert found.shape == (2, 4, 5) and found.dtype == np.float32
+    np.testing.assert_allclose(found[:, 1], features[:, :2, 3:].astype(np.float32).mean(axis=(1, 2)), atol=1e-6)
 
 
 def test_less_noise():

@@ -17,7 +17,7 @@ ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "mode
 ROUTED = ALIGN | ROUTE | {"regularizer__align_depth": 2, "regularizer__align_teacher_depth": 3}
 
 
-def make_batch(model, flow=False):
+def make_batch(model, flow=False, features=None):
     rng = np.random.default_rng(0)
     batch = {name: rng.standard_normal((tiny.BATCH, *tiny.IMAGE)) for name in ("x0", "noise")}
     batch |= {name: rng.uniform(0.1, 0.9, tiny.BATCH) for name in ("weight", "importance")}
@@ -25,20 +25,22 @@ def make_batch(model, flow=False):
     t, gap = rng.uniform(0.1, 0.9, tiny.BATCH), rng.uniform(0, 0.1, tiny.BATCH)
     times = {"t": t, "teacher_t": t + gap}
     batch |= times if flow else {name: (1000 * (1 - t)).astype(np.int32) for name, t in times.items()}
+    if features:
+        batch["features"] = rng.standard_normal((tiny.BATCH, *features))
     if model.kept is not None:
         order = rng.permuted(np.tile(np.arange(16, dtype=np.int32), (tiny.BATCH, 1)), axis=1)
         batch |= {"order": order, "inverse": np.argsort(order, axis=1).astype(np.int32)}
     return batch
 
 
-def gradient(shape, accumulation, **changes):
+def gradient(shape, accumulation, features=None, **changes):
     """((gradient, loss, terms), trainer, parameters, teacher, batch) in float64."""
     with jax.enable_x64(True):
-        trainer = tiny.make_trainer(shape, **changes)
+        trainer = tiny.make_trainer(shape, features=features, **changes)
         shapes, shardings = (of.params | of.heads for of in (trainer.shapes, trainer.shardings))
         params = jax.device_put(tiny.random_like(shapes, dtype=np.float64), shardings)
         teacher = jax.device_put(tiny.random_like(trainer.shapes.params, 1, np.float64), trainer.shardings.params)
-        batch = make_batch(trainer.model, "diffusion__path" in changes)
+        batch = make_batch(trainer.model, "diffusion__path" in changes, features)
         loss = make_loss(trainer.model, trainer.diffusion, trainer.config.regularizer, trainer.projector)
         with jax.set_mesh(trainer.mesh):
             found = jax.jit(make_gradient(loss, accumulation))(params, jax.device_put(batch, trainer.rows), teacher)
