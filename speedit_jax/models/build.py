@@ -86,6 +86,11 @@ class Model:
     dtype: str
     interpolater: Interpolater | None = None
 
+    def sees_all(self, depth: int) -> bool:
+        """Whether the tokens after `depth` blocks are all of an image's, in the pass of a training step whose tokens are tapped."""
+        first, last = self.middle
+        return self.kept is None or self.interpolater is not None or not first < depth <= last
+
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1]

@@ -107,7 +107,7 @@ def check_regularizer(
     depth, group, (first, last) = of.dispersive_depth, of.dispersive_group, model.middle
     if model.blocks is None or not 1 <= depth <= model.blocks:
         raise UserError(f"regularizer.dispersive_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
-    if first < depth <= last and not model.interpolater:  # that is of the unmasked pass
+    if not model.sees_all(depth):
         raise UserError(f"regularizer.dispersive_depth={depth}: blocks {first} to {last - 1} do not see all tokens (tokens.*)")
     if group < 2 or training.batch_size % (group * training.accumulation):
         raise UserError(
@@ -147,7 +147,7 @@ def _check_features(of: ml_collections.ConfigDict, model: Model, features: tuple
         raise UserError(f"regularizer.align_depth={depth}: the model must be a DiT, and this must lie in 1..its depth")
     if head not in HEADS:
         raise UserError(f"unknown regularizer.align_head {head!r}; choose one of {', '.join(HEADS)}")
-    if head == "conv" and first < depth <= last:
+    if head == "conv" and not model.sees_all(depth):
         raise UserError(
             f"regularizer.align_head=conv wants the whole grid of tokens, and blocks {first} to {last - 1} do not see it"
             f" (tokens.*); choose mlp, or another regularizer.align_depth than {depth}"

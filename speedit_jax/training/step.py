@@ -106,7 +106,6 @@ def make_alignment(
     SRA, arXiv 2505.02831). The teacher sees the same images with the same noise, the same, perhaps dropped, conditions and the
     same known parts, `told`, but at the times batch["teacher_t"], and all tokens in all blocks.
     """
-    (first, last), depth = model.middle, regularizer.align_depth
 
     def of_teacher(batch, teacher, told):
         t = batch["teacher_t"]
@@ -119,7 +118,7 @@ def make_alignment(
             target = regularizers.of_grid(batch["features"], model.grid, regularizer.align_spatial_norm)
         else:
             target = of_teacher(batch, teacher, told)
-        if route and first < depth <= last:
+        if route and not model.sees_all(regularizer.align_depth):
             target, _ = taken(target, route)
         return regularizers.alignment(projector.apply(head, hidden), target, regularizer.align_loss)
 
