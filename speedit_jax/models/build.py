@@ -87,7 +87,7 @@ class Model:
     interpolater: Interpolater | None = None
 
     def sees_all(self, depth: int) -> bool:
-        """Whether the tokens after `depth` blocks are all of an image's, in the pass of a training step whose tokens are tapped."""
+        """Whether the tokens after `depth` blocks are all of an image, in the pass of a training step that is tapped."""
         first, last = self.middle
         return self.kept is None or self.interpolater is not None or not first < depth <= last
 
