@@ -81,13 +81,21 @@ def test_a_training_pass_with_dropped_paths(sprint):
     """Values, and every gradient that the published code has: its mask token has none."""
     model, params = network(), weights(sprint)
 
-    def loss(params):
-        out = routed(model, sprint, params, dropped=jnp.asarray(sprint["dropped"]))
-        return (out * nhwc(sprint["cotangent"])).sum(), out
+    @jax.jit
+    def gradient(params, dropped):
+        def loss(params):
+            out = routed(model, sprint, params, dropped=dropped)
+            return (out * nhwc(sprint["cotangent"])).sum(), out
 
-    gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return jax.grad(loss, has_aux=True)(params)
+
+    ours, out = gradient(params, sprint["dropped"])
     assert_close(out, nhwc(sprint["trained"]), 1e-5)
-    theirs = as_ours(section(sprint, "gradient/"), gradient["sprint"]["mask"])
-    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(theirs), strict=True):
+    theirs = as_ours(section(sprint, "gradient/"), ours["sprint"]["mask"])
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
         assert np.asarray(other).any(), path
         assert_close(leaf, other, 2e-5)
+    # Where all paths are dropped, the middle blocks have no gradient, exactly.
+    all_dropped, _ = gradient(params, np.ones_like(sprint["dropped"]))
+    for leaf in map(np.asarray, jax.tree.leaves(all_dropped["blocks"])):
+        assert not leaf[1:3].any() and leaf[0].any() and leaf[3].any()

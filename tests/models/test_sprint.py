@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,7 @@ def written_out(params, x, t, y, seen, dropped):
     return out.reshape(len(x), 4, 4, 2, 2, 3).swapaxes(2, 3).reshape(x.shape)
 
 
+@pytest.mark.slow
 def test_against_a_network_that_is_written_out():
     """Values and gradients, with a route and a dropped path."""
     with jax.enable_x64(True):
@@ -88,11 +90,10 @@ def test_against_a_network_that_is_written_out():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12 * scale), gradient, reference)
 
 
-@pytest.mark.parametrize("cell", [None, (1, 2)])
-def test_the_fusion_token_by_token(cell):
+def test_the_fusion_token_by_token():
     """Of whatever backbone: the mask token is where a route's tokens are not, and everywhere in a dropped image."""
     rng = np.random.default_rng(0)
-    route = Route(*draw_route(jax.random.key(1), 3, (2, 4), 4, cell), 4, cell)
+    route = Route(*draw_route(jax.random.key(1), 3, (2, 4), 4, (1, 2)), 4, (1, 2))
     before, seen = rng.standard_normal((3, 8, 6)).astype(np.float32), rng.standard_normal((3, 4, 6)).astype(np.float32)
     fusion = {"kernel": rng.standard_normal((12, 6)).astype(np.float32), "bias": rng.standard_normal(6).astype(np.float32)}
     mask = rng.standard_normal(6).astype(np.float32)
@@ -105,7 +106,16 @@ def test_the_fusion_token_by_token(cell):
             np.testing.assert_allclose(out[image, token], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DiT-tiny/2", pytest.param("DiG-tiny/2", marks=pytest.mark.slow)])
+def test_the_first_fusion_is_what_the_middle_blocks_return():
+    """To the bit, where they see all tokens."""
+    before, seen = np.random.default_rng(0).standard_normal((2, 3, 8, 6)).astype(np.float32)
+    params = jax.jit(Fusion(jnp.float32).init)(jax.random.key(0), before, seen, None, None)
+    out = jax.jit(Fusion(jnp.float32).apply)(nn.meta.unbox(params), before, seen, None, None)
+    np.testing.assert_array_equal(out, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])
 def test_it_begins_as_the_plain_network_to_the_bit(name):
     """With its initial parameters. Operation by operation: compiled, the two are different programs."""
     fused, plain = (make(name=name, depth=3, rate=0, method=method) for method in ("sprint", "none"))
@@ -118,6 +128,7 @@ def test_it_begins_as_the_plain_network_to_the_bit(name):
     assert np.asarray(out).tobytes() == np.asarray(expected).tobytes()
 
 
+@pytest.mark.slow
 def test_what_a_dropped_image_does_not_depend_on():
     """The middle blocks have no gradient of it, exactly, and the mask token none of images that keep all tokens."""
     model = make(rate=0)
@@ -153,6 +164,7 @@ def test_dig_on_cells(remat):
     assert all(np.isfinite(leaf).all() and np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_flops_are_xlas():
     """Of a gradient, the depth unrolled, relative to the plain network: XLA counts norms and activations too."""
     sizes = {"image_shape": (16, 16, 4), "width": 128, "heads": 2, "scan_unroll": DEPTH, "rate": 0.75}

@@ -140,8 +140,8 @@ ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "mode
 
 
 # Of the middle blocks nothing but the tokens that they see; the gathers' transposes are gathers (models/routing.py). With
-# SPRINT, the fusion, and some images without their middle blocks.
-@pytest.mark.parametrize("method", ["route", "sprint"])
+# SPRINT, which does all that a route does, the fusion, and some images without their middle blocks.
+@pytest.mark.parametrize("method", [pytest.param("route", marks=pytest.mark.slow), "sprint"])
 @pytest.mark.parametrize("shape", MOST_IS_SLOW)
 def test_every_leaf_with_a_route_on_every_mesh(shape, method):
     changes = ROUTE | {"tokens__method": method}

@@ -13,8 +13,11 @@ from speedit_jax.models.routing import draw_route
 ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4}
 
 
+OFF = {"tokens__rate": 0.9, "tokens__start": 0, "tokens__path_drop": 7.0}
+
+
 def test_a_method_that_is_off_leaves_the_step_as_it_is():
-    text = [tiny.make_trainer(**of).lower_step().as_text() for of in ({}, {"tokens__rate": 0.9, "tokens__start": 0})]
+    text = [tiny.make_trainer(**of).lower_step().as_text() for of in ({}, OFF)]
     assert text[0] == text[1]
 
 
