@@ -34,10 +34,13 @@ def named(node: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+def headings(text: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+
+
 def anchors(text: str) -> set[str]:
     """As GitHub makes them of headings."""
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings(text)}
 
 
 def wrong_links(page: Path, text: str) -> list[str]:
@@ -111,6 +114,13 @@ def wrong_command(line: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_names_exist(page):
     assert wrong_links(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_section_is_there_twice(page):
+    """As a merge can leave it."""
+    found = headings(page.read_text())
+    assert sorted(found) == sorted(set(found))
 
 
 def test_commands_on_the_pages_exist():

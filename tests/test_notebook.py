@@ -23,10 +23,10 @@ def test_it_trains_samples_and_plots(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", COMPILATION)  # and one device
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:  # the same cells, fewer steps
-        cell.source = cell.source.replace("training.num_steps=1000", "training.num_steps=120")
+        cell.source = cell.source.replace('num_steps=1000"', 'num_steps=40", "--config.optim.warmup_steps=10"')
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     text = "\n".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "Next             python -m speedit_jax.sample" in text and "DiT-tiny/2 speedit step 120" in text
+    assert "Next             python -m speedit_jax.sample" in text and "DiT-tiny/2 speedit step 40" in text
     shown = [picture for cell in notebook.cells for picture in pictures(cell)]
     assert len(shown) == 2 and all(picture.std() > 10 for picture in shown)
     error = float(text.rsplit("at t = 500: ", 1)[1].split()[0])
