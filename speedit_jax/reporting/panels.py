@@ -44,7 +44,7 @@ _QUARTERS = ("q1, least noisy", "q2", "q3", "q4, noisiest")
 _FEW = {"log": True, "smooth": False, "marks": True}  # of what is measured now and then
 PANELS = (
     Panel("Loss", {"loss": "loss"}, log=True),
-    Panel("Mean squared error", {"mse": "mse"}, log=True),
+    Panel("Mean squared error", {"mse": "mse", "masked_mse": "with masked tokens"}, log=True),
     Panel("Held-out mean squared error", {"heldout_mse": "EMA weights", "raw_heldout_mse": "raw weights"}, **_FEW),
     Panel("Variational bound, bits per dimension", {"vb": "vb"}, log=True),
     Panel("Loss by quarter of the schedule", {f"loss_q{i + 1}": name for i, name in enumerate(_QUARTERS)}, log=True),

@@ -160,10 +160,20 @@ def learned(before, after):
     return {name for name in new if (np.asarray(new[name]) != np.asarray(old[name])).any()}
 
 
-def test_a_step():
-    """The same again to the bit; the side-interpolater learns, and is no part of the network or its average."""
+def test_the_state():
+    """The side-interpolater is no part of the network or its average; a step keeps the state's form."""
     plain, trainer = tiny.make_trainer(model__depth=3), tiny.make_trainer(**MASK)
     assert flat(trainer.shapes.ema).keys() == flat(trainer.shapes.params).keys() == flat(plain.shapes.params).keys()
+    assert sorted(trainer.shapes.heads) == ["mask"] and sorted(trainer.shapes.heads["mask"]) == ["side", "token"]
+    after, metrics = trainer.lower_step().out_info
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), after) == jax.tree.map(lambda s: (s.shape, s.dtype), trainer.shapes)
+    assert "masked_mse" in metrics
+
+
+@pytest.mark.slow
+def test_a_step():
+    """The same again to the bit, and all of the side-interpolater learns."""
+    trainer = tiny.make_trainer(**MASK)
     state, step, key = trainer.state(tiny.random_like(trainer.shapes.params)), trainer.train_step(), jax.random.key(0)
     (after, metrics), again = (step(state, tiny.random_batch(), key) for _ in range(2))
     tiny.assert_same((after, metrics), again)
