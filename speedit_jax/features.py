@@ -27,7 +27,9 @@ from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.dinov2 import Dinov2Encoder
 from speedit_jax.errors import UserError
 
-_DATA = flags.DEFINE_string("data", None, "Images: folder:PATH, tfds:NAME, digits or blobs, as config.data.source.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Images: folder:PATH, tfds:NAME, digits or blobs, as config.data.source; with --from_npy also latents:PATH."
+)
 _SPLIT = flags.DEFINE_string("split", "train", "Split of tfds, digits or blobs, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH; as for speedit_jax.encode.")
