@@ -93,9 +93,11 @@ def test_meshes_microbatches_and_remat_change_only_the_rounding(case):
 
 
 def test_after_the_stop_the_gradient_is_the_plain_one_to_the_bit():
-    trainer = tiny.make_trainer(features=FEATURES, **REPA, regularizer__align_until=10)
+    keys = REPA | FLOW | {"diffusion__variance": "fixed_small", "regularizer__align_until": 10}
+    trainer = tiny.make_trainer(features=FEATURES, **keys)
     params = tiny.random_like(trainer.shapes.params | trainer.shapes.heads)
-    batch = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, make_batch(trainer.model, features=FEATURES))
+    batch = make_batch(trainer.model, flow=True, features=FEATURES)
+    batch = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == float else x, batch)
 
     # The plain loss, but with the depth cut at the tap; and one operation after another. XLA fuses two programs differently.
     def cut(*given):
