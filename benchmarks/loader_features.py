@@ -3,8 +3,8 @@
   python -m benchmarks.loader_features --out=docs/results/loader_features.json
 
 Writes latents of 256 pixels (32 x 32 x 4) and features of 16 x 16 x 768 of as many images, random numbers, of images and of
-mirror images, and reads shuffled batches of both with 4 threads, in turn. After the first round the files are in memory, so
-this measures the work of reading and of putting together, not a disk: the JSON has the bytes that an image takes from that.
+mirror images, and reads shuffled batches of both with 4 threads, in turn. The files are in the system's memory after the first
+round, so this measures the work of reading and of putting together, not a disk.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from speedit_jax import cli, sharding, storage
-from speedit_jax.data.description import DescribedTexts, Description
+from speedit_jax.data.description import DescribedFeatures, DescribedTexts, Description
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder
 from speedit_jax.errors import UserError
@@ -45,24 +45,28 @@ _NUM_CLASSES = flags.DEFINE_integer("num_classes", None, "With --image_shape: 0 
 _TEXT_SHAPE = flags.DEFINE_list(
     "text_shape", None, "With --image_shape, in place of --num_classes: L,E of captions, tokens and width; 1,E is pooled."
 )
+_FEATURES_SHAPE = flags.DEFINE_list(
+    "features_shape", None, "With --image_shape and regularizer.align_target=features: H,W,F of the features of an image."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write the numbers as JSON.")
 
 AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder runs before each step, or after the sampler
 
 
 def described() -> Description | None:
-    """What --image_shape and --num_classes or --text_shape say of the data; None without them."""
+    """What --image_shape and --num_classes or --text_shape, and --features_shape, say of the data; None without them."""
     if _IMAGE_SHAPE.value is None:
         return None
     height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
+    features = DescribedFeatures(tuple(numbers(_FEATURES_SHAPE, "H,W,F"))) if _FEATURES_SHAPE.value is not None else None
     if _TEXT_SHAPE.value is not None:
         length, text_width = numbers(_TEXT_SHAPE, "L,E")
         null = (np.zeros((1, text_width), np.float16), 1)
         texts = DescribedTexts({"encoder": "--text_shape"}, text_width, length, length == 1, null)
-        return Description((height, width, channels), (), texts=texts)
+        return Description((height, width, channels), (), texts=texts, features=features)
     if _NUM_CLASSES.value is None:
         raise UserError("--num_classes is missing; 0 is unconditional")
-    return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))))
+    return Description((height, width, channels), tuple(map(str, range(_NUM_CLASSES.value))), features=features)
 
 
 def numbers(flag: flags.FlagHolder, form: str) -> list[int]:

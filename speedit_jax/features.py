@@ -24,10 +24,12 @@ from speedit_jax import cli, sharding, storage
 from speedit_jax.config import get_config
 from speedit_jax.data import features, loader, shards
 from speedit_jax.data.sources import Source, name_of, open_source
-from speedit_jax.encoders.dinov2 import Dinov2Encoder
+from speedit_jax.encoders.dinov2 import POSITIONS, Dinov2Encoder
 from speedit_jax.errors import UserError
 
-_DATA = flags.DEFINE_string("data", None, "Images: folder:PATH, tfds:NAME, digits or blobs, as config.data.source.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Images: folder:PATH, tfds:NAME, digits or blobs, as config.data.source; with --from_npy also latents:PATH."
+)
 _SPLIT = flags.DEFINE_string("split", "train", "Split of tfds, digits or blobs, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH; as for speedit_jax.encode.")
@@ -38,7 +40,9 @@ _DINO = flags.DEFINE_string("dino", None, "Directory of a DINOv2: config.json an
 _FROM_NPY = flags.DEFINE_string(
     "from_npy", None, "Instead of --dino: a .npy of features [n, h, w, F], in the order of --data; with --mirror [n, 2, h, w, F]."
 )
-_GRID = flags.DEFINE_list("grid", None, "Rows and columns of features, ROWS,COLUMNS or one number; a 16th of --size by default.")
+_GRID = flags.DEFINE_list(
+    "grid", None, "Rows and columns of features, ROWS,COLUMNS or one number; of --dino; a 16th of --size by default."
+)
 _MIRROR = flags.DEFINE_bool("mirror", False, "Also the features of every mirror image, which data.flip=True needs.")
 _OUT = flags.DEFINE_string("out", None, "Output directory.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Batch size over the devices of this process.", lower_bound=1)
@@ -47,6 +51,9 @@ _SHARD_SIZE = flags.DEFINE_integer(
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of the encoder; auto: float32 on CPU, else bfloat16."
+)
+_POSITIONS = flags.DEFINE_enum(
+    "positions", "repa", POSITIONS, "The DINOv2's table of positions, at the grid: with antialiasing as REPA, or as transformers."
 )
 _THREADS = flags.DEFINE_integer("threads", 4, "Threads that decode images.", lower_bound=0)
 _MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "How many undecodable files to replace by the next image.", lower_bound=0)
@@ -85,7 +92,7 @@ def opened(source: Source) -> tuple[tuple[int, ...], dict, Callable[[int, int, t
     grid = pair(_GRID, "ROWS,COLUMNS or one number") if given else (shape[0] // 16, shape[1] // 16)
     # Each process encodes alone, on its own devices: nothing is shared but the directory.
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
-    encoder = Dinov2Encoder(_DINO.value, grid, mesh, _DTYPE.value)
+    encoder = Dinov2Encoder(_DINO.value, grid, mesh, _DTYPE.value, _POSITIONS.value)
     return encoder.shape, encoder.identity, lambda first, last, bar: examples(source, encoder, first, last, bar)
 
 

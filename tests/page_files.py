@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recorded
 from commands import ROOT, Result, assert_works
 from PIL import Image
 from stand_ins import shrunk
@@ -76,6 +77,17 @@ class Files:
     @functools.cached_property
     def vae(self) -> Path:
         return vae_weights.write_vae(self.directory / "vae", "four")
+
+    @functools.cached_property
+    def dino(self) -> Path:
+        return recorded.write_dinov2(self.directory / "dino")
+
+    @functools.cached_property
+    def features(self) -> Path:
+        """Of the images, as an array."""
+        path = self.directory / "features.npy"
+        np.save(path, np.random.default_rng(0).standard_normal((32, 2, 2, 5)))
+        return path
 
     @functools.cached_property
     def latents(self) -> Path:

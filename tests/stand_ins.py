@@ -44,7 +44,7 @@ WORDS = {
 # Flags of commands that have no config; these too.
 FLAGS = {"num_images": 16, "batch_size": 16, "num_steps": 4, "size": 32}
 # Of these commands, always.
-ALWAYS = {"likelihood": ["--num_images=16", "--num_steps=5"]}
+ALWAYS = {"likelihood": ["--num_images=16", "--num_steps=5"], "features": ["--grid=8"]}  # as many as the small network's tokens
 BENCHMARKS = {
     "emoji_text": [],
     "kill_object_store": ["--kills=1", "--steps=20"],

@@ -15,6 +15,10 @@ MISTAKES = {
     "no config": (["--topology=v5e:2x2"], ["--config is missing"]),
     "no topology": (TINY[:1], ["--topology is missing"]),
     "classes": ([*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1"], ["--num_classes is missing"]),
+    "features": (
+        [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", "--features_shape=4,4"],
+        ["--features_shape=4,4: give H,W,F"],
+    ),
 }
 
 

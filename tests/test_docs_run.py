@@ -58,6 +58,7 @@ PLACES = {
     "/path/to/images": "images",
     "/path/to/sd-vae-ft-ema": "vae",
     "/path/to/vae": "vae",
+    "/path/to/dinov2-base": "dino",
     "/data/photographs": "photos",
     "/data/photos": "photos",
     "/data/imagenet/train": "images",
@@ -74,7 +75,7 @@ PRESENT = {
         "mask.png": "mask",
         "DiT-XL-2-256x256.pt": "dit_weights",
     },
-    "docs/acceleration.md": {"data/imagenet256": "latents"},
+    "docs/acceleration.md": {"data/imagenet256": "latents", "mine.npy": "features"},
     "docs/evaluation.md": {
         "runs/digits": "digits_run",
         "runs/mine/new.npz": "samples",

@@ -13,6 +13,7 @@ from speedit_jax.interop.directories import CONFIG
 from speedit_jax.interop.transformers_files import weights_file
 from speedit_jax.models.dinov2 import load_dinov2, resized
 
+POSITIONS = ("repa", "transformers")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images, 0 to 1
 
 
@@ -27,6 +28,7 @@ class Dinov2Encoder:
       grid: (h, w).
       mesh: its batch axes divide B.
       dtype: of the inputs of linear layers: "auto" (float32 on CPU, bfloat16 elsewhere), "float32" or "bfloat16".
+      positions: of POSITIONS: how the table of positions is resampled to the grid, with antialiasing or without.
 
     Attributes:
       shape: (h, w, F).
@@ -36,16 +38,16 @@ class Dinov2Encoder:
       UserError: it cannot be read.
     """
 
-    def __init__(self, where: str, grid: tuple[int, int], mesh: Mesh, dtype: str = "auto"):
+    def __init__(self, where: str, grid: tuple[int, int], mesh: Mesh, dtype: str = "auto", positions: str = "repa"):
         given = storage.path(where)
         if not (given / CONFIG).is_file():
             raise UserError(f"{where} holds no {CONFIG}; give a directory with {CONFIG} and model.safetensors of a DINOv2")
         directory = storage.fetched(given)
         dtype = {"auto": "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"}.get(dtype, dtype)
-        dinov2, params = load_dinov2(directory, jnp.bfloat16 if dtype == "bfloat16" else None)
+        dinov2, params = load_dinov2(directory, jnp.bfloat16 if dtype == "bfloat16" else None, positions == "repa")
         self.shape = (*grid, dinov2.config.hidden_size)
         weights = storage.sha256(weights_file(directory))
-        self.identity: dict[str, Any] = {"encoder": where, "weights": weights, "grid": list(grid), "dtype": dtype}
+        self.identity: dict[str, Any] = {"encoder": where, "weights": weights, "dtype": dtype, "positions": positions}
         self._rows = sharding.batch_sharding(mesh)
         self._params = jax.device_put(params, sharding.replicated(mesh))
         size = tuple(side * dinov2.config.patch_size for side in grid)

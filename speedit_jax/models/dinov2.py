@@ -67,6 +67,17 @@ def resized(images: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.einsum("hH,wW,nHWc->nhwc", rows, columns, images, precision=_HIGHEST)
 
 
+def positions(table: jax.Array, grid: tuple[int, int], antialias: bool) -> jax.Array:
+    """A table of positions [1, S, S, D] for another grid: [1, *grid, D]; itself where the grid is its own.
+
+    Args:
+      antialias: as REPA's code, by timm; else as transformers.
+    """
+    if table.shape[1:3] == grid:
+        return table
+    return jax.image.resize(table, (1, *grid, table.shape[3]), "cubic") if antialias else resized(table, grid)
+
+
 class _Layer(nn.Module):
     """x [n, L, D] -> [n, L, D], pre-LN; what each half adds is scaled by channel."""
 
@@ -109,6 +120,7 @@ class _Network(nn.Module):
 
     config: Dinov2Config
     dtype: jnp.dtype | None
+    antialias: bool
 
     @nn.compact
     def __call__(self, images):
@@ -119,9 +131,7 @@ class _Network(nn.Module):
         grid = x.shape[1:3]
         first = self.param("embeddings.cls_token", nn.initializers.normal(), (1, 1, width))
         places = self.param("embeddings.position_embeddings", nn.initializers.normal(), (1, side**2 + 1, width))
-        of_patches = places[:, 1:].reshape(1, side, side, width)
-        if grid != (side, side):
-            of_patches = resized(of_patches, grid)
+        of_patches = positions(places[:, 1:].reshape(1, side, side, width), grid, self.antialias)
         x = (x + of_patches).reshape(len(x), -1, width)
         x = jnp.concatenate([jnp.broadcast_to(first + places[:, :1], (len(x), 1, width)), x], axis=1)
         for i in range(config.num_hidden_layers):
@@ -144,12 +154,13 @@ class Dinov2:
     apply: Callable[[Any, jax.Array], jax.Array]
 
 
-def build_dinov2(config: Dinov2Config, dtype: jnp.dtype | None = None) -> Dinov2:
+def build_dinov2(config: Dinov2Config, dtype: jnp.dtype | None = None, antialias: bool = False) -> Dinov2:
     """
     Args:
       dtype: of the inputs of linear layers; None is the parameters' own.
+      antialias: as in `positions`.
     """
-    network = _Network(config, dtype)
+    network = _Network(config, dtype, antialias)
     like = jnp.zeros((1, config.patch_size, config.patch_size, 3))
     return Dinov2(
         config,
@@ -158,11 +169,11 @@ def build_dinov2(config: Dinov2Config, dtype: jnp.dtype | None = None) -> Dinov2
     )
 
 
-def load_dinov2(directory: Path, dtype: jnp.dtype | None = None) -> tuple[Dinov2, Any]:
-    """The network in a directory of transformers, and its parameters, NumPy arrays.
+def load_dinov2(directory: Path, dtype: jnp.dtype | None = None, antialias: bool = False) -> tuple[Dinov2, Any]:
+    """The network in a directory of transformers, as `build_dinov2` has it, and its parameters, NumPy arrays.
 
     Raises:
       UserError: it is of another kind, or its weights do not fit its config.
     """
-    dinov2 = build_dinov2(Dinov2Config.of(files.read_config(directory)), dtype)
+    dinov2 = build_dinov2(Dinov2Config.of(files.read_config(directory)), dtype, antialias)
     return dinov2, files.read_params(directory, jax.eval_shape(dinov2.init, jax.random.key(0)))

@@ -17,7 +17,7 @@ def directory(tmp_path_factory):
 
 
 def test_features_of_pictures(directory):
-    encoder = Dinov2Encoder(str(directory), (2, 5), tiny.make_mesh(tiny.ONE))
+    encoder = Dinov2Encoder(str(directory), (2, 5), tiny.make_mesh(tiny.ONE), positions="transformers")
     found = encoder(2 * RECORDED["pictures"].astype(np.float32) - 1)
     assert encoder.shape == found.shape[1:] == (2, 5, 12) and found.dtype == np.float32
     np.testing.assert_allclose(found, RECORDED["features/mlp/other"], atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 from errors import assert_one_line
 from recorded import recorded, write_dinov2
 
-from speedit_jax.models.dinov2 import bicubic, load_dinov2, resized
+from speedit_jax.models.dinov2 import bicubic, load_dinov2, positions, resized
 
 RECORDED = recorded("dinov2")
 
@@ -50,6 +50,18 @@ def test_resampling_is_pytorchs(size, out):
     x = np.random.default_rng(0).standard_normal((2, 3, size, 4))
     wanted = torch.nn.functional.interpolate(torch.tensor(x), (out, 4), mode="bicubic").numpy()
     np.testing.assert_allclose(np.einsum("oi,ncik->ncok", bicubic(size, out), x), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_positions_are_resampled_as_in_transformers_or_repa(antialias):
+    """REPA's code leaves it to timm, which calls this function of PyTorch with antialiasing; from 37 x 37 to 16 x 16."""
+    torch = pytest.importorskip("torch")
+    table = np.random.default_rng(0).standard_normal((1, 37, 37, 2))
+    size = {"size": (16, 16), "mode": "bicubic", "antialias": antialias}
+    wanted = torch.nn.functional.interpolate(torch.tensor(table).permute(0, 3, 1, 2), **size).permute(0, 2, 3, 1)
+    with jax.enable_x64(True):
+        found = positions(jax.numpy.asarray(table), (16, 16), antialias)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-12)
 
 
 def test_resampling_of_a_picture():

@@ -60,6 +60,9 @@ OTHER = {
     "regularizer.dispersive": (0.5, Kind.CHANGES),
     "regularizer.align": (0.5, Kind.FORM),
     "regularizer.align_depth": (1, Kind.CHANGES),
+    "regularizer.align_target": ("features", Kind.FORM),
+    "regularizer.align_head": ("conv", Kind.FORM),
+    "regularizer.align_until": (9, Kind.CHANGES),
     "timesteps.strategy": ("uniform", Kind.CHANGES),
     "timesteps.sampling": ("uniform", Kind.CHANGES),
     "optim.learning_rate": (1.0, Kind.CHANGES),
@@ -193,3 +196,10 @@ def test_auto_is_what_it_stands_for():
 def test_many_changes_are_counted():
     found = compare(describe(optim__b1=0.5, optim__b2=0.5, seed=1, model__dtype="bfloat16"))
     assert changes.spelled(found.changes).endswith("optim.b2 was 0.999, now 0.5 and 1 more")
+
+
+def test_features_of_another_width_do_not_fit():
+    """The head ends with it."""
+    old, new, deeper = (describe() | {"features": {"encoder": {}, "shape": [4, 4, width]}} for width in (6, 8, 6))
+    assert compare(new, old).misfits == {"features": [6, 8]} and not compare(deeper, old).misfits
+    assert changes.spelled({"features": [6, 8]}) == "the width of data.features was 6, now 8"

@@ -123,7 +123,8 @@ def test_a_network_is_aligned_with_itself():
 
 
 def test_off_is_the_plain_step():
-    off = {"regularizer__align_depth": 99, "regularizer__align_loss": "no", "regularizer__align_time_gap": -1.0}
+    of_none = {"depth": 99, "loss": "no", "time_gap": -1.0, "target": "no", "head": "no", "spatial_norm": -1.0, "until": -1}
+    off = {f"regularizer__align_{name}": value for name, value in of_none.items()}
     text = [tiny.make_trainer(**of).lower_step().as_text() for of in ({}, off)]
     assert text[0] == text[1]
 
