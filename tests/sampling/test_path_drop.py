@@ -54,7 +54,7 @@ def test_the_formula_at_steps_with_and_without_guidance():
         np.testing.assert_allclose(denoise(x, t)[..., :channels], expected, atol=1e-6)
 
 
-def test_a_sampler_whose_last_steps_are_not_guided():
+def test_a_sampler_whose_first_and_last_steps_are_not_guided():
     """Euler's steps, one by one: two passes each inside of the interval, and one outside."""
     (conditional, other), scale = predictions(**FLOW), PDG.guidance_scale
     x = np.asarray(image_noise(KEY, jnp.asarray(INDICES), 0, IMAGE))
