@@ -92,7 +92,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     tokens.rate = 0.5
     # Which they are: random (DiT), or cells: all but one of each cell of the grid, of 1 x 2 tokens (rate 0.5) or 2 x 2 (0.75).
     tokens.pattern = "random"
-    tokens.start = 2  # first blocks, which see all tokens; not of mask, whose first block does not
+    tokens.start = 2  # first blocks, which see all tokens; mask does not use it
     tokens.tail = 3  # last blocks, which see all tokens again; SPRINT's and MDT's 2
     tokens.path_drop = 0.1  # sprint: share of the images whose middle blocks are dropped, for path-drop guidance
 
