@@ -130,7 +130,7 @@ def aot() -> int | None:
         print(f"text: {model.text.length} tokens of {model.text.width}, {size:.1f} MiB a batch over all devices", flush=True)
     record = {"what": what, "topology": topology, "mesh": dict(mesh.shape), "config": config.to_dict(), "jax": jax.__version__}
     if what == "train":
-        record["model_flops_per_device"] = 3 * model.forward_flops * config.training.batch_size / mesh.size
+        record["model_flops_per_device"] = parts.step_flops * config.training.batch_size / mesh.size
     since = time.perf_counter()
     try:
         for name, lowered in programs(parts, what).items():

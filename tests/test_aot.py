@@ -54,6 +54,20 @@ def test_a_product_without_a_triton_kernel_is_cublas(run):
 
 
 @pytest.mark.slow
+def test_its_flops_are_those_of_the_step(run, tmp_path):
+    """With a route it has fewer than three forward passes."""
+    pytest.importorskip("libtpu")
+    flags = ["--config=configs/base.py:DiT-tiny/2", "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=2"]
+    flags += ["--config.tokens.start=1", "--config.tokens.tail=1", f"--out={tmp_path / 'aot.json'}"]
+    counts = []
+    for method in ("none", "route"):
+        result = run("aot", *flags, f"--config.tokens.method={method}")
+        assert_works(result)
+        counts.append(json.loads((tmp_path / "aot.json").read_text())["model_flops_per_device"])
+    assert "0.76 of the FLOPs" in result.out and round(counts[1] / counts[0], 2) == 0.76
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_says_so(run):
     pytest.importorskip("libtpu")
     flags = ["--config=configs/imagenet.py:DiT-XL/2", "--topology=v5e:2x2", "--image_shape=32,32,4", "--num_classes=1000"]
