@@ -1,6 +1,7 @@
 """Does a run that is killed and started again end in the same bits as one that was left alone?
 
   python -m benchmarks.kill_resume --kills=20 --steps=200 --seed=0 --out=docs/results/kill_resume.json
+  python -m benchmarks.kill_resume --kills=5 --set model.depth=3 tokens.method=route tokens.start=1 tokens.tail=1
 
 Trains a small digits model once without interruption. Then, for each experiment, starts the same command in a fresh
 directory, strikes it at a random moment, runs the same command again to the end, and compares with the uninterrupted
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -47,8 +48,12 @@ INTERRUPTED = 130
 TIMEOUT = 1200  # seconds, for a machine that is busy with other things
 
 
-def train_command(steps: int) -> list[str]:
-    """A run whose steps take milliseconds, with all that a checkpoint must carry: EMA, cosine, flips, dropped labels."""
+def train_command(steps: int, changes: Sequence[str] = ()) -> list[str]:
+    """A run whose steps take milliseconds, with all that a checkpoint must carry: EMA, cosine, flips, dropped labels.
+
+    Args:
+      changes: KEY=VALUE of the config, over these.
+    """
     overrides = {
         "data.flip": True,
         "model.width": 32,
@@ -67,7 +72,7 @@ def train_command(steps: int) -> list[str]:
         "evaluation.metrics": "fid,pr",
         "evaluation.best": "recall",  # noise surrounds all digits: an early step is the best, and has to outlive later ones
     }
-    flags = [f"--config.{name}={value}" for name, value in overrides.items()]
+    flags = [*(f"--config.{name}={value}" for name, value in overrides.items()), *(f"--config.{change}" for change in changes)]
     return [sys.executable, "-m", "speedit_jax.train", "--config=configs/digits.py", *flags]
 
 
@@ -91,11 +96,11 @@ class Strike:
 class Run:
     """A training process, seen from outside: by its output and by the files it writes."""
 
-    def __init__(self, workdir: Path, attempt: int, steps: int, env: dict[str, str] | None):
+    def __init__(self, workdir: Path, attempt: int, steps: int, env: dict[str, str] | None, changes: Sequence[str] = ()):
         self.workdir, self.steps = workdir, steps
         self.log = workdir.with_name(f"{workdir.name}.{attempt}.log")
         self._started, self._first_step = time.time(), None
-        command = [*train_command(steps), f"--workdir={workdir}"]
+        command = [*train_command(steps, changes), f"--workdir={workdir}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=workdir.parent, env=env, stdout=log, stderr=subprocess.STDOUT)
 
@@ -199,11 +204,13 @@ def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def uninterrupted(workdir: Path, steps: int, env: dict[str, str] | None = None) -> tuple[dict[str, object], dict[str, float]]:
+def uninterrupted(
+    workdir: Path, steps: int, env: dict[str, str] | None = None, changes: Sequence[str] = ()
+) -> tuple[dict[str, object], dict[str, float]]:
     """(evidence, how many seconds the start and the compilation take) of a run that is left alone."""
     for package in ("speedit_jax", "configs"):
         shutil.copytree(ROOT / package, workdir.parent / package, ignore=shutil.ignore_patterns("__pycache__"))
-    run = Run(workdir, 0, steps, env)
+    run = Run(workdir, 0, steps, env, changes)
     seconds, since = {}, time.time()
     for phase in ("starting", "compiling"):
         while run.process.poll() is None and run.phase() == phase:
@@ -215,16 +222,18 @@ def uninterrupted(workdir: Path, steps: int, env: dict[str, str] | None = None) 
     return evidence(workdir), seconds
 
 
-def interrupted(workdir: Path, strikes: list[Strike], steps: int, env: dict[str, str] | None) -> dict:
+def interrupted(
+    workdir: Path, strikes: list[Strike], steps: int, env: dict[str, str] | None, changes: Sequence[str] = ()
+) -> dict:
     """Starts the run once for each strike and once more to finish it. Returns {"hits", "problems"}."""
     hits, problems = [], []
     for attempt, strike in enumerate(strikes):
-        run = Run(workdir, attempt, steps, env)
+        run = Run(workdir, attempt, steps, env, changes)
         hit = run.strike(strike)
         asked = 0 if hit["phase"] == "finished" else -strike.sent if strike.sent == signal.SIGKILL else INTERRUPTED
         problems += run.end(asked)
         hits.append(hit)
-    problems += Run(workdir, len(strikes), steps, env).end(0)
+    problems += Run(workdir, len(strikes), steps, env, changes).end(0)
     return {"hits": hits, "problems": problems}
 
 
@@ -235,11 +244,12 @@ def study(
     steps: int,
     jobs: int = 2,
     env: dict[str, str] | None = None,
+    changes: Sequence[str] = (),
 ) -> Iterator[dict]:
     """Runs the experiments, `jobs` at a time, next to the uninterrupted run; yields {"name", "hits", "problems"} of each."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         names = {
-            pool.submit(interrupted, scratch / name.replace(" ", "-"), strikes, steps, env): name
+            pool.submit(interrupted, scratch / name.replace(" ", "-"), strikes, steps, env, changes): name
             for name, strikes in experiments.items()
         }
         for future in concurrent.futures.as_completed(names):
@@ -270,6 +280,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of the run; at least 100")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--jobs", type=int, default=2, help="experiments at a time")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config, as after --config.")
     parser.add_argument("--out", help="where to write the results as JSON")
     args = parser.parse_args()
     if args.steps < 100:
@@ -279,11 +290,11 @@ def main():
     since, rows = time.time(), []
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        reference, seconds = uninterrupted(scratch / "uninterrupted", args.steps)
+        reference, seconds = uninterrupted(scratch / "uninterrupted", args.steps, changes=args.set)
         print(f"{len(reference)} arrays, log lines and images to compare\n")
         print(f"{'experiment':<12}{'signal':<10}{'phase hit':<12}{'logged step':<13}result", flush=True)
         experiments = plan(np.random.default_rng(args.seed), args.kills, args.steps, seconds)
-        for row in study(experiments, reference, scratch, args.steps, args.jobs):
+        for row in study(experiments, reference, scratch, args.steps, args.jobs, changes=args.set):
             rows.append(row)
             for i, hit in enumerate(row["hits"]):
                 last = i == len(row["hits"]) - 1
@@ -297,6 +308,7 @@ def main():
             "kills": args.kills,
             "steps": args.steps,
             "seed": args.seed,
+            **({"set": args.set} if args.set else {}),
             "minutes": round((time.time() - since) / 60, 1),
             "versions": {"speedit_jax": __version__, "jax": jax.__version__, "python": sys.version.split()[0]},
             "compared": len(reference),

@@ -1,15 +1,16 @@
-"""Does it pay that the middle blocks see fewer tokens? On the digits, at equal steps and at equal FLOPs.
+"""Does it pay that the middle blocks see fewer tokens, or that losses are added? On the digits, at equal steps and equal FLOPs.
 
-  python -m benchmarks.digits_routes --steps=1500 --seeds=0,1,2 --workdir=runs/routes --out=docs/results/digits_routes.json
+  python -m benchmarks.digits_methods --steps=1500 --seeds=0,1,2 --workdir=runs/methods --out=docs/results/digits_methods.json
 
-Trains configs/digits.py with uniform timesteps and with SpeeDiT, in four arms: plain, with a route past the middle blocks
-(tokens.method=route), with SPRINT (tokens.method=sprint), and with a second, masked pass (tokens.method=mask, MDT), at a constant
-learning rate. The first and the last block see all tokens, but in a masked pass only the last one does. With a route half of the
-tokens skip the two between, with SPRINT three quarters, as published, and with masks 30 % are masked. A run with a route goes on
-until it has used as many FLOPs as the plain one, and a run with masks is measured when it has. A run with SPRINT spends what it
-has saved on its second phase, with all tokens, which starts from the EMA of the first. Measured at --steps and at the end, of the
-EMA, with all tokens in all blocks: the held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in
-pixels. The training loss does not compare: fewer tokens make it harder.
+Trains configs/digits.py with uniform timesteps and with SpeeDiT, in six arms: plain, with a route past the middle blocks
+(tokens.method=route), with SPRINT (tokens.method=sprint), with a second, masked pass (tokens.method=mask, MDT), with the
+dispersive loss, and with alignment to the EMA network (SRA), at a constant learning rate. The first and the last block see all
+tokens, but in a masked pass only the last one does. With a route half of the tokens skip the two between, with SPRINT three
+quarters, as published, and with masks 30 % are masked. A run whose steps have fewer FLOPs goes on until it has used as many as
+the plain one, and one whose steps have more is also measured when it has. A run with SPRINT spends what it has saved on its
+second phase, with all tokens, which starts from the EMA of the first. Measured of the EMA, with all tokens in all blocks: the
+held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss does not
+compare.
 """
 
 import argparse
@@ -21,9 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from speedit_jax import storage
 from speedit_jax.config import get_config
-from speedit_jax.models.build import Model, build
+from speedit_jax.data.description import Description
+from speedit_jax.sharding import make_mesh
+from speedit_jax.training.assembly import assemble
 
 STRATEGIES = ("uniform", "speedit")
 PLACE = {"tokens.start": 1, "tokens.tail": 1}
@@ -32,21 +37,23 @@ ARMS = {
     "route": PLACE | {"tokens.method": "route"},
     "sprint": PLACE | {"tokens.method": "sprint", "tokens.rate": 0.75, "tokens.pattern": "cells"},
     "mask": PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
+    "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
+    "align": {"regularizer.align": 0.5, "regularizer.align_depth": 1, "regularizer.align_teacher_depth": 3},
 }
 ALL_TOKENS = {"tokens.rate": 0.0}
 MODEL = "DiT-tiny/2"
 
 
-def model_of(settings: dict[str, Any]) -> Model:
+def step_flops(settings: dict[str, Any]) -> int:
     config = get_config(MODEL)
     config.update_from_flattened_dict(settings)
-    common = {"image_shape": (8, 8, 1), "num_classes": 10, "learned_variance": True, "platform": "cpu"}
-    return build(config.model, tokens=config.tokens, **common)
+    digits = Description((8, 8, 1), tuple("0123456789"))
+    return assemble(config, digits, make_mesh(config.mesh, jax.devices("cpu")[:1])).step_flops
 
 
 def share_of_flops(settings: dict[str, Any]) -> float:
     """Of a step with these settings, of a plain one."""
-    return model_of(settings).step_flops / model_of({}).step_flops
+    return step_flops(settings) / step_flops({})
 
 
 def train(workdir: Path, strategy: str, arm: dict[str, Any], steps: int, until: int, seed: int) -> list[dict]:
