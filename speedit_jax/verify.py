@@ -19,12 +19,12 @@ from speedit_jax.training import integrity, run, set_aside
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run, or of imported weights.")
 _OUT = flags.DEFINE_string("out", None, "Where to write the findings, JSON.")
 
-WHOLE, DAMAGED, UNKNOWN = "whole", "damaged", "unknown"
+WHOLE, DAMAGED, UNKNOWN, REMOVED = "whole", "damaged", "unknown", "removed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Of one part of a run: its path in the workdir, one of WHOLE, DAMAGED and UNKNOWN, and more in words."""
+    """Of one part of a run: its path in the workdir, one of WHOLE, DAMAGED, UNKNOWN and REMOVED, and more in words."""
 
     part: str
     state: str
@@ -32,17 +32,28 @@ class Finding:
 
 
 def check_checkpoint(workdir: Path, name: str) -> Finding:
-    directory = workdir / "checkpoints" / name
     part = f"checkpoints/{name}"
     if name.startswith(set_aside.PREFIX):
         return Finding(part, UNKNOWN, "was set aside, damaged; remove it to free its space")
-    if problem := integrity.damage(directory):
-        return Finding(part, DAMAGED, problem)
-    checksums = integrity.read(directory)
+    directory = workdir / "checkpoints" / name
+    try:
+        state, detail = check_files(directory)
+    except FileNotFoundError as e:
+        state, detail = DAMAGED, storage.first_line(e)
+    if state != WHOLE and not directory.is_dir():
+        state, detail = REMOVED, "by the run that goes on there"
+    return Finding(part, state, detail)
+
+
+def check_files(checkpoint: Path) -> tuple[str, str]:
+    """(state, detail) of a checkpoint's."""
+    if problem := integrity.damage(checkpoint):
+        return DAMAGED, problem
+    checksums = integrity.read(checkpoint)
     if not checksums:
-        return Finding(part, UNKNOWN, "was saved without checksums, by an earlier version")
-    megabytes = sum(storage.size(directory / file) for file in checksums) / 1e6
-    return Finding(part, WHOLE, f"{len(checksums)} files, {megabytes:.1f} MB")
+        return UNKNOWN, "was saved without checksums, by an earlier version"
+    megabytes = sum(storage.size(checkpoint / file) for file in checksums) / 1e6
+    return WHOLE, f"{len(checksums)} files, {megabytes:.1f} MB"
 
 
 def check_run(workdir: Path) -> Finding:

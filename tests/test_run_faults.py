@@ -22,6 +22,8 @@ from speedit_jax.training.checkpoint import peek
 LONGER = ["--config.optim.schedule=constant", "--continue_with_changes", "--config.training.num_steps=9"]  # than TINY
 LONG = ["--config.optim.schedule=constant", "--config.training.num_steps=1000000"]
 
+PROCESSES: list[subprocess.Popen] = []  # of the trainers that the test has started
+
 
 class Trainer:
     """A run without an end; the test makes one."""
@@ -31,6 +33,7 @@ class Trainer:
         argv = [sys.executable, "-m", "speedit_jax.train", *TINY, *LONG, f"--workdir={workdir}", *flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(argv, cwd=ROOT, env=ONE_DEVICE, stdout=log, stderr=subprocess.STDOUT)
+        PROCESSES.append(self.process)
         while self.process.poll() is None and not peek(workdir):
             time.sleep(0.05)
         assert self.process.poll() is None, self.log.read_text()
@@ -45,6 +48,16 @@ class Trainer:
         said = own_lines(self.log.read_text())
         assert "Traceback" not in said and "never awaited" not in said
         return code, [line for line in re.split(r"[\r\n]", said.rpartition("step/s")[2]) if line.strip()]
+
+
+@pytest.fixture(autouse=True)
+def ended():
+    """A test that fails leaves no run behind."""
+    yield
+    while PROCESSES:
+        process = PROCESSES.pop()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
