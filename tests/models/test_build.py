@@ -199,7 +199,7 @@ def test_how_it_is_computed_changes_nothing(name, keys):
     jax.tree.map(close, outputs_and_gradients(**name, **keys), outputs_and_gradients(**name))
 
 
-@pytest.mark.parametrize("name, most", [("DiT-tiny/2", 0.4), ("DiG-tiny/2", 0.75)])
+@pytest.mark.parametrize("name, most", [("DiT-tiny/2", 0.4), pytest.param("DiG-tiny/2", 0.75, marks=pytest.mark.slow)])
 def test_remat_saves_memory(name, most):
     """Temporaries of a gradient under the scan over layers, at 1,024 tokens, of which DiT's logits are the most."""
 
