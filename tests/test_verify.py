@@ -8,10 +8,8 @@ import pytest
 from commands import TINY, assert_fails, assert_works, own_lines
 
 from benchmarks.kill_resume import differences, restore
-from speedit_jax.training import integrity
 from speedit_jax.training.checkpoint import arrays
 from speedit_jax.training.run import open_run
-from speedit_jax.verify import check_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +40,6 @@ def test_a_whole_run(run, trained):
         ["run.json", "whole"],
         ["metrics.jsonl", "whole"],
     ]
-
-
-@pytest.mark.parametrize("look", [1, 2])
-def test_a_checkpoint_that_is_removed_meanwhile(trained, tmp_path, monkeypatch, look):
-    """By the run that goes on there, after verify has looked at it once or twice."""
-    workdir, looks, read = shutil.copytree(trained, tmp_path / "run"), [], integrity.read
-
-    def watched(checkpoint):
-        checksums = read(checkpoint)
-        looks.append(checkpoint)
-        if len(looks) == look:
-            checkpoint.rename(tmp_path / "removed")
-        return checksums
-
-    monkeypatch.setattr(integrity, "read", watched)
-    found = check_checkpoint(workdir, "6")
-    assert (found.part, found.state) == ("checkpoints/6", "removed")
 
 
 def test_what_is_damaged_is_said(run, damaged, tmp_path):
