@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from speedit_jax.config import get_config
 from speedit_jax.models.build import Model, build
 
 HEADS = 2
+FOR_FLOPS = {"image_shape": (16, 16, 4), "width": 128}  # 64 tokens, with the depth unrolled: XLA counts a loop once
 
 
 @functools.cache
@@ -34,3 +36,26 @@ def random_params(model):
 def inputs(batch=3):
     rng = np.random.default_rng(1)
     return jnp.asarray(rng.standard_normal((batch, 8, 8, 3))), jnp.arange(batch) * 300.0, jnp.arange(batch)
+
+
+def share_of_flops(model, plain, outputs, *variables):
+    """Of a training step of `plain`, both made FOR_FLOPS: by the models' own counts, after a comparison with XLA's of a gradient.
+
+    XLA counts norms and activations, too.
+
+    Args:
+      outputs: ((params, *variables), x, t, the numbers of the tokens) -> the outputs of all passes of `model`, a list.
+      variables: shapes of further arrays that are trained.
+    """
+    x, t = jax.ShapeDtypeStruct((2, 16, 16, 4), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def counted(of, outputs, *variables):
+        variables = (jax.eval_shape(of.init, jax.random.key(0)), *variables)
+        gradient = jax.jit(jax.grad(lambda *given: sum((out**2).mean() for out in outputs(*given))))
+        return gradient.lower(variables, x, t, ids).cost_analysis()["flops"]
+
+    share = model.step_flops / plain.step_flops
+    of_plain = counted(plain, lambda variables, x, t, ids: [plain.apply(*variables, x, t, t)])
+    assert counted(model, outputs, *variables) / of_plain == pytest.approx(share, rel=0.02)
+    return share

@@ -205,7 +205,9 @@ def test_other_images_are_not_mixed_in(run, encoded, folder, vae, tmp_path):
     remake(out / "encoding.json", lambda content: content["images"].update(fingerprint="of other images"))
     before = contents(out)
     assert_fails(
-        run("encode", *flags(folder, vae, out)), f"folder:{folder} has changed since {out} was begun", "name another --out"
+        run("encode", *flags(folder, vae, out)),
+        f"images of folder:{folder} were added, removed or edited since {out}",
+        "name another --out",
     )
     assert contents(out) == before
 

@@ -7,7 +7,6 @@ header.json                   describes the whole set; data/shards.py has the re
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from speedit_jax import storage
 from speedit_jax.data import shards
+from speedit_jax.data.joined import JoinedSource, images_of
 from speedit_jax.errors import UserError
 
 _NUMBERS = np.dtype("<f2")  # 2^-11 of a feature: an angle of a hundredth of a degree
@@ -62,9 +62,8 @@ def write_shard(path: Path, examples: Iterable[np.ndarray], name: Callable[[int]
 
 def belongs_to(source: Any) -> dict[str, Any]:
     """What is recorded of the images that features are of; latents have the features of the images that they were made of."""
-    of = source.header.get("images", {}) if source.encoded_by else {}
-    shape = list(of.get("shape", source.image_shape))
-    return {"count": len(source), "fingerprint": of.get("fingerprint", source.fingerprint), "image_shape": shape}
+    images = images_of(source)
+    return {"count": len(source), "fingerprint": images["fingerprint"], "image_shape": list(images["shape"])}
 
 
 def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> None:
@@ -73,15 +72,8 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> 
     Raises:
       UserError: they may not.
     """
-    old, new = _identity(saved), _identity(what)
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if different and set(different) <= {"data.fingerprint", "data.count"}:
-        raise UserError(
-            f"{what['data']['source']} has changed since {directory} was begun: images were added, removed or edited;"
-            " name another --out, or remove that directory to encode all images again"
-        )
-    if different:
-        raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
+    changed = f"images of {what['data']['source']} were added, removed or edited"
+    shards.check_same(directory, _identity(saved), _identity(what), {"data.fingerprint", "data.count"}, changed)
 
 
 def _identity(what: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +86,7 @@ def _identity(what: dict[str, Any]) -> dict[str, Any]:
 
 def write_header(directory: Path, what: dict[str, Any], facts: list[dict[str, Any]]) -> dict[str, Any]:
     """header.json: `what` and the shards' facts."""
-    header = what | {"shards": [{"name": shards.shard_name(i, len(facts)), **shard} for i, shard in enumerate(facts)]}
+    header = what | {"shards": shards.named(facts)}
     storage.write_json(directory / shards.HEADER, header, shared=True)
     return header
 
@@ -135,7 +127,7 @@ class FeatureStore:
     @property
     def checksum(self) -> str:
         """Of all that is stored, 16 hexadecimal digits."""
-        return hashlib.sha256("".join(shard["sha256"] for shard in self.header["shards"]).encode()).hexdigest()[:16]
+        return shards.checksum(self.header)
 
     def read(self, index: int, mirrored: bool) -> np.ndarray:
         """The features of an image, or of its mirror image: float16 [h, w, F].
@@ -164,41 +156,15 @@ class StoredFeatures:
         return self.store.read(self.index, mirrored)
 
 
-class FeaturedSource:
-    """A data source with the features of a store: its records have "features", a `StoredFeatures`, too.
-
-    All else is the source's, except for the fingerprint: with other features the data are others.
-
-    Attributes:
-      features: the store.
-    """
-
-    def __init__(self, source: Any, store: FeatureStore):
-        self._source, self.features = source, store
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_source":  # not there yet, while a copy is being made
-            raise AttributeError(name)
-        return getattr(self._source, name)
+class FeaturedSource(JoinedSource):
+    """A data source with the features of a store: its records have "features", a `StoredFeatures`, too."""
 
     @property
-    def fingerprint(self) -> str:
-        return f"{self._source.fingerprint}+{self.features.checksum}"
+    def features(self) -> FeatureStore:
+        return self._store
 
-    @property
-    def older_fingerprints(self) -> tuple[str, ...]:
-        return tuple(f"{older}+{self.features.checksum}" for older in self._source.older_fingerprints)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._source[index]
-        # Another image stands in for a broken one, with its own features.
-        broken = getattr(self._source, "broken", ())
-        while index in broken:
-            index = (index + 1) % len(self)
-        return record | {"features": StoredFeatures(self.features, index)}
+    def _beside(self, index: int) -> dict[str, Any]:
+        return {"features": StoredFeatures(self.features, index)}
 
 
 def with_features(source: Any, directory: str, images: Any, flip: bool) -> FeaturedSource:

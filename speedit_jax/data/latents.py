@@ -7,7 +7,6 @@ header.json                   describes the whole set; data/shards.py has the re
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -86,14 +85,8 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any], old
     old, new = _identity(saved), _identity(what)
     if old.get("images.fingerprint") in older_fingerprints:
         old["images.fingerprint"] = new["images.fingerprint"]
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if different and set(different) <= {"images.fingerprint", "images.count"}:
-        raise UserError(
-            f"{what['images']['source']} has changed since {directory} was begun: images were added, removed or edited;"
-            " name another --out, or remove that directory to encode all images again"
-        )
-    if different:
-        raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
+    changed = f"images of {what['images']['source']} were added, removed or edited"
+    shards.check_same(directory, old, new, {"images.fingerprint", "images.count"}, changed)
 
 
 def _identity(what: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +104,7 @@ def write_header(directory: Path, what: dict[str, Any], facts: list[dict[str, An
     Raises:
       UserError: names shards that hold numbers that are not finite.
     """
-    named = [{"name": shards.shard_name(i, len(facts)), **shard} for i, shard in enumerate(facts)]
+    named = shards.named(facts)
     _check_sums(directory, named)
     count = sum(shard["records"] for shard in named)
     mean = np.sum([shard["sum"] for shard in named], axis=0) / count
@@ -184,7 +177,7 @@ def open_latents(directory: Path) -> LatentSource:
     header = shards.read_header(directory, _COMMAND)
     _check_sums(directory, header["shards"])
     records = shards.open_records(directory, header, header["count"], _COMMAND)
-    fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
+    fingerprint = shards.checksum(header)
     return LatentSource(
         tuple(header["shape"]), tuple(header["class_names"]), fingerprint, header["latents"], records, directory, header
     )

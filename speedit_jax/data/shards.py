@@ -7,6 +7,7 @@ encoding.json                 what is being encoded, and how; written first
 header.json                   describes the whole set; written when every shard is finished
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -65,6 +66,36 @@ def write_shard(path: Path, write: Callable[[Path], tuple[int, dict[str, Any]]])
         storage.publish(partial, path)
     storage.write_json(path.with_suffix(".json"), facts, shared=True)
     return facts
+
+
+def named(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entry "shards" of header.json: the shards' facts, each with its file's name."""
+    return [{"name": shard_name(i, len(facts)), **shard} for i, shard in enumerate(facts)]
+
+
+def checksum(header: dict[str, Any]) -> str:
+    """Of all records, 16 hexadecimal digits."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in header["shards"]).encode()).hexdigest()[:16]
+
+
+def check_same(directory: Path, old: dict[str, Any], new: dict[str, Any], of_data: set[str], changed: str) -> None:
+    """Whether shards of two encodings may be mixed.
+
+    Args:
+      old, new: what the shards of either depend on, flat.
+      of_data: the keys that say what the data are.
+      changed: what an error says has happened where only those differ.
+
+    Raises:
+      UserError: they may not.
+    """
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if different and set(different) <= of_data:
+        raise UserError(
+            f"{changed} since {directory} was begun; name another --out, or remove that directory to encode all again"
+        )
+    if different:
+        raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
 
 
 def finished_shard(path: Path) -> dict[str, Any] | None:

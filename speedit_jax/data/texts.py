@@ -9,7 +9,6 @@ header.json                   describes the whole set; data/shards.py has the re
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from speedit_jax import storage
 from speedit_jax.data import shards
+from speedit_jax.data.joined import JoinedSource, images_of
 from speedit_jax.errors import UserError
 
 _COUNT = np.dtype("<u2")
@@ -93,14 +93,8 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> 
       UserError: they may not.
     """
     old, new = _identity(saved), _identity(what)
-    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if different and all(key.startswith("data.") and key != "data.shard_size" for key in different):
-        raise UserError(
-            f"images or captions of {what['data']['source']} have changed since {directory} was begun; name another --out, or"
-            " remove that directory to encode all captions again"
-        )
-    if different:
-        raise UserError(f"{directory} was encoded with other settings ({', '.join(different)}); choose another --out")
+    of_data = {key for key in old | new if key.startswith("data.") and key != "data.shard_size"}
+    shards.check_same(directory, old, new, of_data, f"images or captions of {what['data']['source']} have changed")
 
 
 def _identity(what: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +111,7 @@ def write_header(directory: Path, what: dict[str, Any], captions: list[list[str]
         "captions": sum(shard["captions"] for shard in facts) - 1,  # without the null caption
         "longest": max(shard["longest"] for shard in facts),
         "texts": storage.sha256(directory / TEXTS),
-        "shards": [{"name": shards.shard_name(i, len(facts)), **shard} for i, shard in enumerate(facts)],
+        "shards": shards.named(facts),
     }
     storage.write_json(directory / shards.HEADER, header, shared=True)
     return header
@@ -169,7 +163,7 @@ class TextStore:
     @property
     def checksum(self) -> str:
         """Of all that is stored, 16 hexadecimal digits."""
-        return hashlib.sha256("".join(shard["sha256"] for shard in self.header["shards"]).encode()).hexdigest()[:16]
+        return shards.checksum(self.header)
 
     @functools.cached_property
     def null(self) -> tuple[np.ndarray, int]:
@@ -227,41 +221,15 @@ class EncodedCaptions:
         return {"tokens": filled, "length": np.int32(len(tokens))}
 
 
-class CaptionedSource:
-    """A data source with the captions of a store: its records have "texts", an `EncodedCaptions`, too.
-
-    All else is the source's, except for the fingerprint: with other captions, or another encoder, the data are others.
-
-    Attributes:
-      texts: the store.
-    """
-
-    def __init__(self, source: Any, store: TextStore):
-        self._source, self.texts = source, store
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_source":  # not there yet, while a copy is being made
-            raise AttributeError(name)
-        return getattr(self._source, name)
+class CaptionedSource(JoinedSource):
+    """A data source with the captions of a store: its records have "texts", an `EncodedCaptions`, too."""
 
     @property
-    def fingerprint(self) -> str:
-        return f"{self._source.fingerprint}+{self.texts.checksum}"
+    def texts(self) -> TextStore:
+        return self._store
 
-    @property
-    def older_fingerprints(self) -> tuple[str, ...]:
-        return tuple(f"{older}+{self.texts.checksum}" for older in self._source.older_fingerprints)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._source[index]
-        # Another image stands in for a broken one, with its own captions.
-        broken = getattr(self._source, "broken", ())
-        while index in broken:
-            index = (index + 1) % len(self)
-        return record | {"texts": EncodedCaptions(self.texts.encoded(index), self.texts.length)}
+    def _beside(self, index: int) -> dict[str, Any]:
+        return {"texts": EncodedCaptions(self.texts.encoded(index), self.texts.length)}
 
 
 def with_texts(source: Any, directory: str) -> CaptionedSource:
@@ -273,7 +241,7 @@ def with_texts(source: Any, directory: str) -> CaptionedSource:
       UserError: there is no whole store, or it is that of another data set.
     """
     store = open_texts(storage.path(directory))
-    images = source.header.get("images", {}).get("fingerprint") if source.encoded_by else source.fingerprint
+    images = images_of(source)["fingerprint"]
     if (store.fingerprint, store.count) != (images, len(source)):
         raise UserError(
             f"data.text={directory} holds captions of another data set ({store.header['data']['source']}, {store.count:,} images,"

@@ -20,6 +20,11 @@ class Finding:
 
 
 def check_checkpoint(workdir: Path, name: str) -> Finding:
+    """Of a directory in WORKDIR/checkpoints; a trainer that goes on may remove it meanwhile.
+
+    Raises:
+      UserError: this user may not read a file of it.
+    """
     part = f"checkpoints/{name}"
     if name.startswith(set_aside.PREFIX):
         return Finding(part, UNKNOWN, "was set aside, damaged; remove it to free its space")
@@ -34,7 +39,7 @@ def check_checkpoint(workdir: Path, name: str) -> Finding:
 
 
 def check_files(checkpoint: Path) -> tuple[str, str]:
-    """(state, detail) of a checkpoint's."""
+    """(state, detail) of what lies in the directory `checkpoint`."""
     if problem := integrity.damage(checkpoint):
         return DAMAGED, problem
     checksums = integrity.read(checkpoint)
@@ -45,6 +50,7 @@ def check_files(checkpoint: Path) -> tuple[str, str]:
 
 
 def check_run(workdir: Path) -> Finding:
+    """Of run.json; raises a UserError if this user may not read it."""
     path = workdir / run.NAME
     try:
         run.read_run(path)
@@ -58,7 +64,7 @@ def check_run(workdir: Path) -> Finding:
 
 
 def check_metrics(workdir: Path) -> Finding | None:
-    """None where nothing was logged yet."""
+    """Of metrics.jsonl; None where nothing was logged yet."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
