@@ -19,7 +19,7 @@ from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import FIRST, SCALES, STRATEGIES, Piece, make_config, pieces
+from benchmarks.speedup.plan import ATTEMPTS, FIRST, SCALES, STRATEGIES, Piece, make_config, pieces
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
@@ -178,12 +178,13 @@ def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
 
 
 def test_the_plan():
-    for scale in SCALES:
+    for scale in SCALES.keys() - {"tuning"}:
         of = pieces(scale)
-        assert len(set(of)) == len(of)
+        assert len(set(of)) == len(of) and {p.seed for p in of}.isdisjoint(p.seed for p in pieces("tuning"))
         assert [(p.strategy, p.seed) for p in of[:4]] == [*((name, 0) for name in FIRST), (FIRST[0], 1)]
         assert {p.strategy for p in of} == STRATEGIES.keys()
-    cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES}
+    cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES | ATTEMPTS}
+    assert all(cpu[name] != cpu["speedit"] for name in ATTEMPTS)
     assert cpu["uniform_lr_half"].optim.learning_rate * 4 == cpu["uniform_lr_double"].optim.learning_rate == 2e-3
     assert (cpu["dig"].model.name, cpu["dig"].model.width) == ("DiG-S/4", 112)
     assert cpu["uniform"].timesteps.strategy == "uniform" and cpu["logit_normal_v"].diffusion.prediction == "v"
