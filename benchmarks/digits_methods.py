@@ -2,15 +2,24 @@
 
   python -m benchmarks.digits_methods --steps=1500 --seeds=0,1,2 --workdir=runs/methods --out=docs/results/digits_methods.json
 
-Trains configs/digits.py with uniform timesteps and with SpeeDiT, in six arms: plain, with a route past the middle blocks
-(tokens.method=route), with SPRINT (tokens.method=sprint), with a second, masked pass (tokens.method=mask, MDT), with the
-dispersive loss, and with alignment to the EMA network (SRA), at a constant learning rate. The first and the last block see all
-tokens, but in a masked pass only the last one does. With a route half of the tokens skip the two between, with SPRINT three
-quarters, as published, and with masks 30 % are masked. A run whose steps have fewer FLOPs goes on until it has used as many as
-the plain one, and one whose steps have more is also measured when it has. A run with SPRINT spends what it has saved on its
-second phase, with all tokens, which starts from the EMA of the first. Measured of the EMA, with all tokens in all blocks: the
-held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss does not
-compare.
+Trains configs/digits.py with uniform timesteps and with SpeeDiT, at a constant learning rate, in arms:
+  plain
+  route        half of the tokens skip the middle blocks (TREAD)
+  sprint       three quarters do, and then a second phase with all tokens (SPRINT)
+  mask         a second pass, of which 30 % of the tokens are masked (MDT)
+  dispersive   the dispersive loss
+  align        alignment to the EMA network (SRA)
+  features     alignment to the features of an encoder (REPA): of a small classifier of the digits, which is trained here on the
+               same images and their labels
+  flow         a flow that predicts the velocity
+  contrastive  and with the contrastive loss
+  dig          DiG
+  dig_route    and with a route
+The first and the last block see all tokens, but in a masked pass only the last one does. A run whose steps have fewer FLOPs than
+its baseline's goes on until it has used as many, and one whose steps have more is also measured when it has. A run with SPRINT
+spends what it has saved on its second phase, which starts from the EMA of the first. Measured of the EMA, with all tokens in all
+blocks: the held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss
+does not compare.
 """
 
 import argparse
@@ -22,38 +31,90 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import numpy as np
+import optax
 
+from configs.digits import get_config as get_recipe
 from speedit_jax import storage
 from speedit_jax.config import get_config
-from speedit_jax.data.description import Description
+from speedit_jax.data.description import DescribedFeatures, Description
+from speedit_jax.data.sources import open_source
 from speedit_jax.sharding import make_mesh
 from speedit_jax.training.assembly import assemble
 
 STRATEGIES = ("uniform", "speedit")
 PLACE = {"tokens.start": 1, "tokens.tail": 1}
+ALIGN = {"regularizer.align": 0.5, "regularizer.align_depth": 1}
+FLOW = {"diffusion.path": "linear", "diffusion.variance": "fixed_small"}
+DIG = {"model.name": "DiG-tiny/2"}
 ARMS = {
     "plain": {},
     "route": PLACE | {"tokens.method": "route"},
     "sprint": PLACE | {"tokens.method": "sprint", "tokens.rate": 0.75, "tokens.pattern": "cells"},
     "mask": PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
     "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
-    "align": {"regularizer.align": 0.5, "regularizer.align_depth": 1, "regularizer.align_teacher_depth": 3},
+    "align": ALIGN | {"regularizer.align_teacher_depth": 3},
+    "features": ALIGN | {"regularizer.align_target": "features"},
+    "flow": FLOW,
+    "contrastive": FLOW | {"regularizer.contrastive": 0.05},
+    "dig": DIG,
+    "dig_route": DIG | PLACE | {"tokens.method": "route", "tokens.pattern": "cells"},
 }
+BASELINES = {"contrastive": "flow", "dig_route": "dig"}  # of the others it is plain
 ALL_TOKENS = {"tokens.rate": 0.0}
 MODEL = "DiT-tiny/2"
+FEATURES = (4, 4, 64)  # of an image, at each of its tokens
 
 
 def step_flops(settings: dict[str, Any]) -> int:
     config = get_config(MODEL)
     config.update_from_flattened_dict(settings)
-    digits = Description((8, 8, 1), tuple("0123456789"))
+    features = DescribedFeatures(FEATURES) if config.regularizer.align_target == "features" else None
+    digits = Description((8, 8, 1), tuple("0123456789"), features=features)
     return assemble(config, digits, make_mesh(config.mesh, jax.devices("cpu")[:1])).step_flops
 
 
-def share_of_flops(settings: dict[str, Any]) -> float:
-    """Of a step with these settings, of a plain one."""
-    return step_flops(settings) / step_flops({})
+def share_of_flops(arm: str, more: dict[str, Any] | None = None) -> float:
+    """Of a step of an arm, with `more` settings, of one of its baseline."""
+    return step_flops(ARMS[arm] | (more or {})) / step_flops(ARMS[BASELINES.get(arm, "plain")])
+
+
+class Classifier(nn.Module):
+    """Of the digits: images [B, 8, 8, 1] -> (logits [B, 10], features [B, *FEATURES])."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width, stride in ((32, 1), (FEATURES[-1], 2), (FEATURES[-1], 1)):
+            x = nn.relu(nn.Conv(width, (3, 3), stride)(x))
+        return nn.Dense(10)(x.mean((1, 2))), x
+
+
+def write_features(directory: Path, epochs: int = 20, batch: int = 64) -> None:
+    """Trains the classifier, and stores what it makes of the digits as a teacher."""
+    images = open_source(get_recipe(MODEL).data)
+    network, optimizer, rng = Classifier(), optax.adam(1e-3), np.random.default_rng(0)
+    params = network.init(jax.random.key(0), images.images[:1])
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, x, y):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(network.apply(params, x)[0], y).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(epochs):
+        for rows in rng.permutation(len(images))[: len(images) // batch * batch].reshape(-1, batch):
+            params, state = step(params, state, images.images[rows], images.labels[rows])
+    logits, features = jax.jit(network.apply)(params, images.images)
+    print(f"the teacher calls {(logits.argmax(-1) == images.labels).mean():.1%} of the images by their labels")
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(directory / "features.npy", np.asarray(features))
+    command = [sys.executable, "-m", "speedit_jax.features", "--data=digits", f"--from_npy={directory / 'features.npy'}"]
+    subprocess.run([*command, f"--out={directory / 'features'}"], check=True)
 
 
 def train(workdir: Path, strategy: str, arm: dict[str, Any], steps: int, until: int, seed: int) -> list[dict]:
@@ -83,13 +144,15 @@ def said(row: dict) -> str:
 
 
 def measure(workdir: Path, strategy: str, arm: str, steps: int, seed: int) -> list[dict]:
-    """The rows of a run, or of both phases of SPRINT, with the FLOPs that they took in steps of the plain network."""
-    settings, share = ARMS[arm], share_of_flops(ARMS[arm])
+    """The rows of a run, or of both phases of SPRINT, with the FLOPs that they took in steps of its baseline."""
+    settings, share = ARMS[arm], share_of_flops(arm)
+    if arm == "features":
+        settings = settings | {"data.features": str(workdir.parent / "features")}
     first, last = sorted((steps, steps if arm == "sprint" else round(steps / share)))
     rows = train(workdir, strategy, settings, first, last, seed)
     rows = [row | {"dense_steps": row["step"] * share} for row in rows if row["step"] in (first, last)]
     if arm == "sprint":
-        share_of_all = share_of_flops(settings | ALL_TOKENS)
+        share_of_all = share_of_flops(arm, ALL_TOKENS)
         second = round(steps * (1 - share) / share_of_all)
         settings = settings | ALL_TOKENS | {"init_from": str(workdir)}
         (row,) = train(workdir.with_name(f"{workdir.name}_all_tokens"), strategy, settings, second, second, seed)
@@ -121,9 +184,11 @@ def main():
     parser.add_argument("--workdir", type=Path, required=True, help="of the runs, which go on where they are")
     parser.add_argument("--out", type=Path, required=True, help="what it holds of other runs of as many steps stays")
     args = parser.parse_args()
-    record = {"model": MODEL, "steps": args.steps, "share_of_flops": {arm: share_of_flops(ARMS[arm]) for arm in ARMS}, "runs": []}
+    record = {"model": MODEL, "steps": args.steps, "share_of_flops": {arm: share_of_flops(arm) for arm in ARMS}, "runs": []}
     if args.out.exists() and (old := json.loads(args.out.read_text()))["steps"] == args.steps:
         record["runs"] = old["runs"]
+    if "features" in args.arms.split(",") and not (args.workdir / "features").exists():
+        write_features(args.workdir)
     chosen = (map(int, args.seeds.split(",")), args.strategies.split(","), args.arms.split(","))
     for seed, strategy, arm in itertools.product(*chosen):
         name = f"{strategy}_{arm}_seed{seed}"

@@ -11,7 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.speedup.analysis import SHARES, SpeedUp, curve, distance, missing, planned_seeds, read, seeds_of, speed_up
-from benchmarks.speedup.plan import BACKBONES, BASELINE, BASELINE_OF, FIRST, PREDICTIONS, SCALES, STRATEGIES, Piece, pieces
+from benchmarks.speedup.plan import (
+    ATTEMPTS,
+    BACKBONES,
+    BASELINE,
+    BASELINE_OF,
+    FIRST,
+    PREDICTIONS,
+    SCALES,
+    STRATEGIES,
+    Piece,
+    pieces,
+)
 from speedit_jax.errors import UserError
 from speedit_jax.storage import write_text
 
@@ -238,6 +249,27 @@ def backbone_page(records: Records, scale: str, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tuning_page(records: Records, scale: str, out: Path) -> str:
+    """About the attempts, the best one first; its figure is written to `out`."""
+    (image_set,) = SCALES[scale].sets
+    done = {piece.strategy: record["rows"] for piece, record in records.items() if record["complete"]}
+    lines = opening(records, scale, "Is another setting faster than SpeeDiT?")
+    lines += [
+        "One seed each, so a difference of a tenth may be chance. `benchmarks/speedup/plan.py` says what each changes; the",
+        "protocol says what follows from this table.",
+        "",
+    ]
+    rows = []
+    for name in sorted(done, key=lambda name: distance(done[name][-1])):
+        distances = [f"{distance(row):.3g}" for row in done[name][1::2]]
+        rows.append([f"`{name}`", *distances, f"{done[name][-1]['weights']['ema']['accuracy']:.3f}"])
+    lines += table(["", *(f"FD at {row['step']}" for row in next(iter(done.values()), [])[1::2]), "accuracy"], rows)
+    figure = out / f"speedup_{scale}.png"
+    if draw(records, image_set, {"attempts": ["speedit", *ATTEMPTS]}, figure):
+        lines += ["", f"![Fréchet distance against steps]({figure.name})"]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
@@ -248,7 +280,7 @@ def main() -> None:
         records = read(args.raw, args.scale)
     except UserError as e:
         raise SystemExit(f"error: {e}") from e
-    for name, text in (("", page), ("_dig", backbone_page)):
+    for name, text in ({"": tuning_page} if args.scale == "tuning" else {"": page, "_dig": backbone_page}).items():
         path = args.out / f"speedup_{args.scale}{name}.md"
         write_text(path, text(records, args.scale, args.out))
         print(f"{path}: {sum(record['complete'] for record in records.values())} of {len(pieces(args.scale))} runs")
