@@ -36,6 +36,6 @@ def get_config(model_name="DiT-tiny/2"):
     c.evaluation.num_images = 400
     c.evaluation.batch_size = 80
     c.evaluation.features = "pixels"
-    # Off; --config.evaluation.loss_every=500 turns it on, at 3 % of the run, compilation included.
+    # Off; --config.evaluation.loss_every=500 turns it on, at 4 % of the run, compilation included.
     c.evaluation.loss_split = "held_out"
     return c
