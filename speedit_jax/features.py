@@ -102,6 +102,8 @@ def read_array(count: int) -> np.ndarray:
         array = np.load(_FROM_NPY.value, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"--from_npy={_FROM_NPY.value} cannot be read: {storage.first_line(e)}") from e
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"--from_npy={_FROM_NPY.value} is an npz, of several arrays; save the features alone, with np.save")
     form = "[n, 2, h, w, F], images and mirror images," if _MIRROR.value else "[n, h, w, F]"
     if array.ndim != 4 + _MIRROR.value or (_MIRROR.value and array.shape[1] != 2) or array.dtype.kind != "f":
         raise UserError(f"--from_npy={_FROM_NPY.value} holds {array.dtype} of shape {array.shape}, not floats {form}")
