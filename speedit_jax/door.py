@@ -112,6 +112,8 @@ class LoadedRun:
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
         chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
+        if negative_prompt and chosen.sparse:
+            raise UserError("negative_prompt has no effect with sparse_weak: the network with fewer tokens gets the prompts, too")
         if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):
             raise UserError("mask, strength, inpaint, resample and jump need an image")
         if image is not None:
