@@ -102,6 +102,8 @@ def check_regularizer(
             "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
             " samplers would fail; set diffusion.path=linear or gvp"
         )
+    if of.contrastive and training.batch_size < 2:
+        raise UserError("regularizer.contrastive wants another example in each batch: set training.batch_size to 2 or more")
     if not of.dispersive:
         return
     depth, group, (first, last) = of.dispersive_depth, of.dispersive_group, model.middle
