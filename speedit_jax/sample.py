@@ -84,7 +84,12 @@ _CLIP = flags.DEFINE_bool("clip", None, "Clip the predicted image to [-1, 1]; ne
 _IMAGE = flags.DEFINE_string("image", None, "Start from this picture, or complete it: a file, or a directory of files in turn.")
 _MASK = flags.DEFINE_string("mask", None, "Fill where this picture is white, keep --image where it is black; or a directory.")
 _STRENGTH = flags.DEFINE_float("strength", None, "Share of the steps that are run from --image on; 1 ignores what is not kept.")
-_INPAINT = flags.DEFINE_enum("inpaint", None, METHODS, "How the pixels that are kept guide the others. Default: projection.")
+_INPAINT = flags.DEFINE_enum(
+    "inpaint",
+    None,
+    METHODS,
+    "How the pixels that are kept guide the others. Default: network of runs with data.mask, else projection.",
+)
 _RESAMPLE = flags.DEFINE_integer("resample", None, "How often each --jump steps are run. Default: 10 for repaint, else 1.")
 _JUMP = flags.DEFINE_integer("jump", None, "Sampling steps that --resample repeats. Default: 10.")
 _GUIDE_WORKDIR = flags.DEFINE_string("guide_workdir", None, "Autoguidance: a weaker run on the same data.")
