@@ -58,6 +58,9 @@ def described() -> Description | None:
     if _IMAGE_SHAPE.value is None:
         return None
     height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
+    regularizer = _CONFIG.value.regularizer
+    if regularizer.align and regularizer.align_target == "features" and _FEATURES_SHAPE.value is None:
+        raise UserError("--features_shape is missing: with --image_shape the data, and so data.features, are not opened")
     features = DescribedFeatures(tuple(numbers(_FEATURES_SHAPE, "H,W,F"))) if _FEATURES_SHAPE.value is not None else None
     if _TEXT_SHAPE.value is not None:
         length, text_width = numbers(_TEXT_SHAPE, "L,E")

@@ -93,8 +93,9 @@ class LoadedRun:
           image: a picture to start from or to complete, uint8 [H, W, C]; of [n, H, W, C] sample i takes number i mod n.
           mask: where to fill it, bool [H, W] or [n, H, W]; elsewhere its pixels stay.
           strength: the share of the sampling steps that is run from the picture on, (0, 1]; None is 1, pure noise.
-          inpaint: how pixels stay, "projection" or "repaint"; None is projection.
-          resample: how often each `jump` steps are run; None is 10 for repaint and 1 for projection.
+          inpaint: how pixels stay, "projection", "repaint" or, of a run with data.mask, "network"; None is network of such a run,
+            and else projection.
+          resample: how often each `jump` steps are run; None is 10 for repaint and 1 for the others.
           jump: sampling steps that `resample` repeats; None is 10.
           settings: replace those of the run, as `sampling.sampler.Settings`: sampler, num_steps, guidance_scale,
             guidance_channels, clip, ...
@@ -112,6 +113,8 @@ class LoadedRun:
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
         chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
+        if negative_prompt and chosen.sparse:
+            raise UserError("negative_prompt has no effect with sparse_weak: the network with fewer tokens gets the prompts, too")
         if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):
             raise UserError("mask, strength, inpaint, resample and jump need an image")
         if image is not None:

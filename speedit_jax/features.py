@@ -33,6 +33,7 @@ _DATA = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string("split", "train", "Split of tfds, digits or blobs, as config.data.split.")
 _CLASSES = flags.DEFINE_string("classes", "", "Only these classes, as config.data.classes.")
 _SIZE = flags.DEFINE_list("size", ["256"], "Pixels: one side of a square, or HEIGHT,WIDTH; as for speedit_jax.encode.")
+_BACKGROUND = flags.DEFINE_string("background", "white", "Colour behind transparent parts, as config.data.background.")
 _SYNTHETIC_SIZE = flags.DEFINE_integer(
     "synthetic_size", 4096, "Images of the blobs, as config.data.synthetic_size.", lower_bound=1
 )
@@ -74,7 +75,7 @@ def open_images() -> Source:
     shape = (8, 8, 1) if _DATA.value == "digits" else (*pair(_SIZE, "one number of pixels, or HEIGHT,WIDTH"), 3)
     data.height, data.width, data.channels = shape
     data.update(source=_DATA.value, split=_SPLIT.value, classes=_CLASSES.value, synthetic_size=_SYNTHETIC_SIZE.value)
-    data.max_broken = _MAX_BROKEN.value
+    data.max_broken, data.background = _MAX_BROKEN.value, _BACKGROUND.value
     return open_source(ml_collections.ConfigDict(data))
 
 
@@ -102,6 +103,8 @@ def read_array(count: int) -> np.ndarray:
         array = np.load(_FROM_NPY.value, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"--from_npy={_FROM_NPY.value} cannot be read: {storage.first_line(e)}") from e
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"--from_npy={_FROM_NPY.value} is an npz, of several arrays; save the features alone, with np.save")
     form = "[n, 2, h, w, F], images and mirror images," if _MIRROR.value else "[n, h, w, F]"
     if array.ndim != 4 + _MIRROR.value or (_MIRROR.value and array.shape[1] != 2) or array.dtype.kind != "f":
         raise UserError(f"--from_npy={_FROM_NPY.value} holds {array.dtype} of shape {array.shape}, not floats {form}")

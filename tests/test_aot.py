@@ -11,6 +11,7 @@ from PIL import Image
 
 from speedit_jax.testing.vae_weights import write_vae
 
+FEATURES = ["--config.data.features=f", "--config.regularizer.align=0.5", "--config.regularizer.align_target=features"]
 MISTAKES = {
     "no config": (["--topology=v5e:2x2"], ["--config is missing"]),
     "no topology": (TINY[:1], ["--topology is missing"]),
@@ -18,6 +19,10 @@ MISTAKES = {
     "features": (
         [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", "--features_shape=4,4"],
         ["--features_shape=4,4: give H,W,F"],
+    ),
+    "features that are not opened": (
+        [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", *FEATURES],
+        ["--features_shape is missing"],
     ),
 }
 

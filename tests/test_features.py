@@ -105,6 +105,8 @@ def test_an_array_is_a_teacher(run, folder, tmp_path):
     assert_fails(run("features", *flags(folder, tmp_path / "g", teacher)), "features of 12 images", "has 13")
     np.save(tmp_path / "array.npy", array[:, 0])
     assert_fails(run("features", *flags(folder, tmp_path / "g", teacher)), "(13, 4, 4, 3)", "[n, 2, h, w, F]")
+    np.savez(tmp_path / "array.npz", array)
+    assert_fails(run("features", *flags(folder, tmp_path / "g", f"--from_npy={tmp_path / 'array.npz'}")), "array.npz is an npz")
     assert not (tmp_path / "g").exists()
 
 

@@ -130,6 +130,18 @@ def test_flags_that_do_not_fit(run, workdir, tmp_path, flags, words):
     assert_fails(run("sample", f"--workdir={workdir}", f"--out={tmp_path / 'x'}", *flags), *words)
 
 
+def test_sparse_guidance_knows_no_negative_prompt(run, captions, tmp_path):
+    """Both of its networks get the prompts."""
+    route = [f"--config.tokens.{key}" for key in ("method=route", "start=1", "tail=1")] + ["--config.model.depth=3"]
+    flags = [*TINY, *route, f"--config.data.text={captions}", f"--workdir={tmp_path / 'run'}", "--config.training.sample_every=0"]
+    assert_works(run("train", *flags, "--config.training.num_steps=3"))
+    flags = [f"--workdir={tmp_path / 'run'}", *PROMPTS, "--sparse_strong=0.25", "--sparse_weak=0.75", f"--out={tmp_path / 'x'}"]
+    assert_fails(run("sample", *flags, "--negative_prompt=x"), "--negative_prompt has no effect with --sparse_weak")
+    shares = {"sparse_strong": 0.25, "sparse_weak": 0.75}
+    with pytest.raises(UserError, match="negative_prompt has no effect with sparse_weak"):
+        speedit_jax.load(tmp_path / "run").sample(prompts=["a blob"], negative_prompt="x", **shares)
+
+
 def test_prompts_for_a_run_on_classes(run, trained, tmp_path):
     result = run("sample", f"--workdir={trained}", f"--out={tmp_path / 'x'}", "--prompt=a cat")
     assert_fails(result, "--prompt", "was not trained on text", "--class_labels")

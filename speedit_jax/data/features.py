@@ -16,6 +16,7 @@ import numpy as np
 from speedit_jax import storage
 from speedit_jax.data import shards
 from speedit_jax.data.joined import JoinedSource, images_of
+from speedit_jax.data.pixels import WHITE
 from speedit_jax.errors import UserError
 
 _NUMBERS = np.dtype("<f2")  # 2^-11 of a feature: an angle of a hundredth of a degree
@@ -61,9 +62,14 @@ def write_shard(path: Path, examples: Iterable[np.ndarray], name: Callable[[int]
 
 
 def belongs_to(source: Any) -> dict[str, Any]:
-    """What is recorded of the images that features are of; latents have the features of the images that they were made of."""
+    """What is recorded of the images that features are of; latents have the features of the images that they were made of.
+
+    Those are over white, as `encode` has them. White is left out: stores older than "background" are over white, too.
+    """
     images = images_of(source)
-    return {"count": len(source), "fingerprint": images["fingerprint"], "image_shape": list(images["shape"])}
+    background = tuple(getattr(source, "background", WHITE))
+    over = {"background": "#{:02x}{:02x}{:02x}".format(*background)} if background != WHITE else {}
+    return {"count": len(source), "fingerprint": images["fingerprint"], "image_shape": list(images["shape"])} | over
 
 
 def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> None:
@@ -190,6 +196,12 @@ def with_features(source: Any, directory: str, images: Any, flip: bool) -> Featu
         raise UserError(
             f"data.features={directory} holds features of images that were cropped to {h}x{w}, and these are {height}x{width};"
             f" run {_COMMAND} with --size={height},{width}"
+        )
+    over, behind = (of.get("background", "white") for of in (found, wanted))
+    if over != behind:
+        raise UserError(
+            f"data.features={directory} holds features of images over {over}, and these are over {behind} (data.background); run"
+            f" {_COMMAND} with --background={behind}"
         )
     if flip and not store.mirrored:
         raise UserError(

@@ -47,6 +47,13 @@ class JoinedSource:
         raise NotImplementedError
 
 
+def alone(source: Any) -> Any:
+    """The source without the stores beside it."""
+    while isinstance(source, JoinedSource):
+        source = source._source
+    return source
+
+
 def images_of(source: Any) -> dict[str, Any]:
     """{"fingerprint", "shape"} of a source's images: of latents, those that they were made of, where the latents say so."""
     of = source.header.get("images", {}) if source.encoded_by else {}

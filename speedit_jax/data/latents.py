@@ -174,7 +174,7 @@ def _moments(record: bytes) -> np.ndarray:
 
 def open_latents(directory: Path) -> LatentSource:
     """Raises a UserError where `directory` does not hold all that its header says."""
-    header = shards.read_header(directory, _COMMAND)
+    header = _read_header(directory)
     _check_sums(directory, header["shards"])
     records = shards.open_records(directory, header, header["count"], _COMMAND)
     fingerprint = shards.checksum(header)
@@ -183,13 +183,20 @@ def open_latents(directory: Path) -> LatentSource:
     )
 
 
+def _read_header(directory: Path) -> dict[str, Any]:
+    header = shards.read_header(directory, _COMMAND)
+    if "latents" not in header:
+        raise UserError(f"{directory} holds no latents but something else; name a directory that {_COMMAND} wrote")
+    return header
+
+
 def verify(directory: Path) -> dict[str, Any]:
     """Reads every shard, compares checksums and checks that all numbers are finite; returns the header.
 
     Raises:
       UserError: names the shards that differ, or that hold numbers that are not finite.
     """
-    header = shards.read_header(directory, _COMMAND)
+    header = _read_header(directory)
     bad = shards.damaged(directory, header)
     if bad:
         raise UserError(f"{directory}: {shards.listed(bad)} missing or damaged; remove them and run speedit_jax.encode again")

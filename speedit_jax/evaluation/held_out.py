@@ -18,6 +18,7 @@ import numpy as np
 from speedit_jax import sharding
 from speedit_jax.data import loader
 from speedit_jax.data.image_sets import EvenlySpaced
+from speedit_jax.data.joined import alone
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
@@ -52,7 +53,7 @@ class HeldOutLoss:
         self._source = _open_source(parts.config, source)
         _check_fits(parts, self._source, source)
         self._count = min(section.loss_images, len(self._source))
-        self._seen = self._source.fingerprint == source.fingerprint
+        self._seen = alone(self._source).fingerprint == alone(source).fingerprint
         self._levels = levels(self._count, section.seed)
         num_steps = parts.diffusion.schedule.num_steps
         steps = np.floor(self._levels * num_steps).astype(np.int32)

@@ -39,6 +39,18 @@ def check_sparse(strong: float, weak: float, model: Model, guided: bool) -> None
         raise UserError(f"{given}: must be 0 <= sparse_strong < sparse_weak < 1")
     if model.cell and not {strong, weak} <= {0, *CELLS}:
         raise UserError(f"{given}: with tokens.pattern=cells they must be of 0, {', '.join(map(str, CELLS))}")
+    for rate in (strong, weak) if model.cell else ():
+        cell = CELLS.get(rate, (1, 1))
+        if any(side % part for side, part in zip(model.grid, cell, strict=True)):
+            grid, wanted = (f"{rows} x {columns}" for rows, columns in (model.grid, cell))
+            raise UserError(f"{given}: the grid of {grid} tokens has no cells of {wanted}, which a share of {rate} wants")
+    if _kept(model, strong) == _kept(model, weak):
+        raise UserError(f"{given}: of {model.tokens} tokens both make as many skip, so nothing would be guided")
+
+
+def _kept(model: Model, rate: float) -> int:
+    """How many tokens the middle blocks see where this share of them skips."""
+    return model.tokens - int(rate * model.tokens)
 
 
 def sparse_networks(
@@ -57,7 +69,7 @@ def sparse_networks(
     """
 
     def network(number: int, rate: float) -> Architecture:
-        kept = model.tokens - int(rate * model.tokens)
+        kept = _kept(model, rate)
         cell = CELLS.get(rate) if model.cell else None
 
         def route(level):

@@ -102,6 +102,8 @@ def check_regularizer(
             "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
             " samplers would fail; set diffusion.path=linear or gvp"
         )
+    if of.contrastive and training.batch_size < 2:
+        raise UserError("regularizer.contrastive wants another example in each batch: set training.batch_size to 2 or more")
     if not of.dispersive:
         return
     depth, group, (first, last) = of.dispersive_depth, of.dispersive_group, model.middle
@@ -129,6 +131,11 @@ def _check_alignment(of: ml_collections.ConfigDict, model: Model, features: tupl
         return _check_features(of, model, features)
     if features:
         raise UserError("data.features is set, but regularizer.align_target=ema does not use it: set it to features")
+    if of.align_head == "conv" or of.align_spatial_norm:
+        raise UserError(
+            f"regularizer.align_head={of.align_head}, align_spatial_norm={of.align_spatial_norm}: conv and this norm are for"
+            " regularizer.align_target=features; the EMA network's states have a head of their own, and are taken as they are"
+        )
     depth, teacher = of.align_depth, of.align_teacher_depth
     if model.blocks is None or not 1 <= depth <= teacher <= model.blocks:
         raise UserError(

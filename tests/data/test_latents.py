@@ -133,6 +133,15 @@ def test_what_is_missing_or_damaged_is_named(written, case):
         open_config(written)
 
 
+def test_a_directory_of_something_else(written):
+    """Texts and features are stored in the same way."""
+    header = json.loads((written / "header.json").read_text())
+    (written / "header.json").write_text(json.dumps({key: value for key, value in header.items() if key != "latents"}))
+    for read in (open_config, latents.verify):
+        with pytest.raises(UserError, match=f"{written} holds no latents but something else"):
+            read(written)
+
+
 def test_verify(written):
     assert latents.verify(written) == json.loads((written / "header.json").read_text())
     damage_bytes(written)

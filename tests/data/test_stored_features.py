@@ -113,6 +113,21 @@ def test_latents_have_the_features_of_their_images(tmp_path):
             np.testing.assert_array_equal(moments, source[i]["moments"][flipped])
 
 
+def test_the_background_is_part_of_the_images(tmp_path):
+    """Transparent parts show it, and the fingerprint, of the files, does not tell."""
+    write(tmp_path / "images" / "0.png")
+    folder, prints = f"folder:{tmp_path / 'images'}", {}
+    for colour in ("white", "#ff0000"):
+        source = open_source(config(folder, background=colour))
+        prints[colour] = features.belongs_to(source)
+        write_store(tmp_path / colour, **prints[colour])
+        assert open_source(config(folder, background=colour, features=str(tmp_path / colour))).features.data["count"] == 1
+    assert "background" not in prints["white"] and prints["#ff0000"]["background"] == "#ff0000"
+    for theirs, ours in (("white", "#ff0000"), ("#ff0000", "white")):
+        of_others = config(folder, background=ours, features=str(tmp_path / theirs))
+        assert_one_line(lambda of=of_others: open_source(of), f"over {theirs}", f"over {ours}", f"--background={ours}")
+
+
 def test_other_features_are_other_data(store, tmp_path):
     write_store(tmp_path / "same")
     write_store(tmp_path / "other", mirrored=False)

@@ -1,6 +1,7 @@
 """The held-out loss: its definition, computed directly, and that nothing else moves it."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import tiny
 from errors import assert_one_line
 
+from speedit_jax.data.features import FeaturedSource
 from speedit_jax.data.sources import ArraySource, load_digits, open_source
 from speedit_jax.evaluation.held_out import LEVELS, HeldOutLoss, levels
 from speedit_jax.models.vae import VaeConfig, to_latents
@@ -134,6 +136,10 @@ def test_training_examples_are_called_that():
     assert "not held out" not in str(held_out()[0])
     for split in ("", "train"):
         assert "these are training examples, not held out" in str(held_out(evaluation__loss_split=split)[0])
+    # Features are read in training alone, and the examples are the same with them.
+    source = FeaturedSource(open_source(tiny.make_config(**DIGITS).data), types.SimpleNamespace(checksum="f"))
+    assert "these are training examples" in str(held_out(source=source, evaluation__loss_split="train")[0])
+    assert "not held out" not in str(held_out(source=source)[0])
 
 
 @pytest.mark.parametrize(

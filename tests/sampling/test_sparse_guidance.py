@@ -14,6 +14,7 @@ from speedit_jax.diffusion.samplers import guided
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.sampler import Settings, make_sampler
 from speedit_jax.sampling.sparse_guidance import sparse_networks
+from speedit_jax.training import assembly
 
 KEY, INDICES = jax.random.key(5), np.arange(4)
 LABELS = INDICES % 3
@@ -85,11 +86,24 @@ def test_an_image_does_not_depend_on_its_batch():
     [
         (0.5, 0.25, r"0 <= sparse_strong < sparse_weak < 1"),
         (0.0, 1.0, r"0 <= sparse_strong < sparse_weak < 1"),
+        (0.0, 0.05, r"of 16 tokens both make as many skip"),
     ],
 )
 def test_impossible_shares(strong, weak, message):
     with pytest.raises(UserError, match=message):
         draw(dataclasses.replace(SPARSE, sparse_strong=strong, sparse_weak=weak))
+
+
+@pytest.mark.parametrize("name", ["DiT-tiny/2", "DiG-tiny/2"])
+def test_cells_that_the_grid_does_not_have(name):
+    """Five rows of four tokens: cells of 1 x 2 are trained with, and there are none of 2 x 2."""
+    config = tiny.make_config(**ROUTE | {"model__name": name, "tokens__pattern": "cells"})
+    mesh, diffusion = tiny.make_mesh(ONE), assembly.make_diffusion(config)
+    model = assembly.make_model(config, mesh, (10, 8, 1), 3)
+    cells = dataclasses.replace(SETTINGS, sparse_strong=0.0, sparse_weak=0.5)
+    make_sampler(model, diffusion, cells, mesh)
+    with pytest.raises(UserError, match=r"sparse_weak=0\.75: the grid of 5 x 4 tokens has no cells of 2 x 2"):
+        make_sampler(model, diffusion, dataclasses.replace(cells, sparse_weak=0.75), mesh)
 
 
 def test_only_of_routed_models_and_of_one_guide():

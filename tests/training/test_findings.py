@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from speedit_jax import storage
 from speedit_jax.training import integrity
 from speedit_jax.training.findings import check_checkpoint
 
@@ -23,3 +24,20 @@ def test_a_checkpoint_that_is_removed_meanwhile(trained, tmp_path, monkeypatch, 
     monkeypatch.setattr(integrity, "read", watched)
     found = check_checkpoint(workdir, "6")
     assert (found.part, found.state) == ("checkpoints/6", "removed")
+
+
+def test_a_checkpoint_whose_files_are_being_removed(trained, tmp_path, monkeypatch):
+    """In an object store, which removes them one by one: commit_success.txt first."""
+    workdir, read = shutil.copytree(trained, tmp_path / "run"), integrity.read
+    (workdir / "checkpoints" / "6" / integrity.COMMIT).touch()
+
+    def watched(checkpoint):
+        checksums = read(checkpoint)
+        for name in (integrity.COMMIT, integrity.META):
+            (checkpoint / name).unlink(missing_ok=True)
+        return checksums
+
+    assert check_checkpoint(workdir, "6").state == "whole"
+    monkeypatch.setattr(storage, "is_remote", lambda path: True)
+    monkeypatch.setattr(integrity, "read", watched)
+    assert check_checkpoint(workdir, "6").state == "removed"

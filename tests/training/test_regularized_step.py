@@ -73,6 +73,7 @@ def test_a_step_with_both():
         ({"regularizer__contrastive": 0.05}, r"regularizer\.contrastive is for flows that predict the velocity"),
         (CONTRASTIVE | {"diffusion__prediction": "x0"}, r"regularizer\.contrastive is for flows"),
         ({"regularizer__contrastive": 1.0}, r"regularizer\.contrastive=1\.0"),
+        (CONTRASTIVE | {"training__batch_size": 1}, r"another example in each batch"),
         ({"regularizer__dispersive": -1.0}, r"regularizer\.dispersive=-1\.0"),
         (DISPERSIVE | {"regularizer__dispersive_depth": 3}, r"dispersive_depth=3.*1\.\.its depth"),
         (DISPERSIVE | {"model__name": "DiG-tiny/2"}, r"must be a DiT"),

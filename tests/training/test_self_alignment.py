@@ -188,6 +188,8 @@ def test_flops_are_xlas():
         (ALIGN | {"model__name": "DiG-tiny/2"}, r"must be a DiT"),
         (ALIGN | {"regularizer__align_loss": "l2"}, r"align_loss 'l2'.*cosine, smooth_l1"),
         (ALIGN | {"regularizer__align_time_gap": 1.5}, r"align_time_gap=1\.5"),
+        (ALIGN | {"regularizer__align_head": "conv"}, r"align_head=conv.*align_target=features"),
+        (ALIGN | {"regularizer__align_spatial_norm": 0.6}, r"align_spatial_norm=0\.6.*align_target=features"),
     ],
 )
 def test_impossible_settings(changes, message):
