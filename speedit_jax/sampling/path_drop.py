@@ -15,10 +15,11 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
 
 
-def check_path_drop(model: Model, guided: bool) -> None:
+def check_path_drop(model: Model, scale: float, guided: bool) -> None:
     """Raises a UserError for a model that has no such guidance.
 
     Args:
+      scale: w.
       guided: whether there is another guide.
     """
     if model.path_drop is None:
@@ -29,6 +30,8 @@ def check_path_drop(model: Model, guided: bool) -> None:
         raise UserError("path_drop_guidance needs a model trained with classes or text and model.label_dropout > 0")
     if guided:
         raise UserError("path_drop_guidance: there is another guide already; choose one")
+    if scale == 1:
+        raise UserError("path_drop_guidance has no effect at guidance_scale=1; give another scale")
 
 
 def without_middle(model: Model, params: Any, null: Any) -> Callable[..., jax.Array]:

@@ -129,7 +129,7 @@ def _check(settings: Settings, model: Model, guide: Model | None) -> None:
     channels = model.image_shape[-1]
     check_sparse(settings.sparse_strong, settings.sparse_weak, model, guide is not None)
     if settings.path_drop_guidance:
-        check_path_drop(model, guide is not None)
+        check_path_drop(model, settings.guidance_scale, guide is not None)
     if settings.guidance_scale != 1 and not model.guidable and guide is None and not settings.sparse:
         raise UserError(
             f"guidance_scale={settings.guidance_scale} needs a model trained with classes or text and model.label_dropout > 0;"

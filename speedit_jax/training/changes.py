@@ -99,7 +99,7 @@ _FORMS = {
     "tokens.method": lambda method: method if method in ("sprint", "mask") else "",
     "optim.clip_norm": lambda norm: norm > 0,  # the optimizer's nesting
     "regularizer.align": lambda weight: weight > 0,  # the head between the networks
-    "regularizer.align_target": lambda target: target,  # which head
+    "regularizer.align_target": lambda target: target,  # which head, where there is one
     "regularizer.align_head": lambda head: head,
 }
 
@@ -171,7 +171,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def _kind(key: str, values: list[Any], new: dict[str, Any], started: bool) -> Kind:
     kind = kind_of(key)
     if key in _FORMS and None not in values and _FORMS[key](values[0]) != _FORMS[key](values[1]):
-        return Kind.FORM
+        headless = key.startswith("regularizer.align_") and new["regularizer.align"] == 0
+        return kind if headless else Kind.FORM
     if kind is Kind.START:
         return Kind.FREE if started else Kind.CHANGES
     if key == "training.num_steps" and new["optim.schedule"] != "constant":

@@ -93,6 +93,8 @@ def test_there_is_one_guide():
         make_sampler(trainer.model, trainer.diffusion, settings, trainer.mesh, guide=trainer.model)
     with pytest.raises(UserError, match=r"sparse_weak=0\.5: sparse guidance is for models.*tokens\.method=route"):
         make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(settings, sparse_weak=0.5), trainer.mesh)
+    with pytest.raises(UserError, match=r"path_drop_guidance has no effect at guidance_scale=1"):
+        make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(settings, guidance_scale=1.0), trainer.mesh)
 
 
 def test_what_is_off_is_not_recorded():

@@ -60,8 +60,8 @@ OTHER = {
     "regularizer.dispersive": (0.5, Kind.CHANGES),
     "regularizer.align": (0.5, Kind.FORM),
     "regularizer.align_depth": (1, Kind.CHANGES),
-    "regularizer.align_target": ("features", Kind.FORM),
-    "regularizer.align_head": ("conv", Kind.FORM),
+    "regularizer.align_target": ("features", Kind.CHANGES),
+    "regularizer.align_head": ("conv", Kind.CHANGES),
     "regularizer.align_until": (9, Kind.CHANGES),
     "timesteps.strategy": ("uniform", Kind.CHANGES),
     "timesteps.sampling": ("uniform", Kind.CHANGES),
@@ -122,6 +122,12 @@ def test_the_fusion_of_sprint_is_another_form():
         assert list(compare(new, old).misfits) == ["tokens.method"]
     old, new = (describe(tokens__method="sprint", tokens__rate=rate) for rate in (0.75, 0.0))
     assert list(compare(new, old).changes) == ["tokens.rate"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("align_target", "features"), ("align_head", "conv")])
+def test_the_head_is_of_another_form_where_there_is_one(key, value):
+    old, new = (describe(regularizer__align=0.5, **{f"regularizer__{key}": of}) for of in (get_config().regularizer[key], value))
+    assert list(compare(new, old).misfits) == [f"regularizer.{key}"]
 
 
 def test_masked_training_has_arrays_of_its_own():
