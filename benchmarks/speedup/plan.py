@@ -37,7 +37,8 @@ STRATEGIES = {
     "speed_weighting_only": {"timesteps.strategy": "speed_cvpr25", "timesteps.sampling": "uniform"},
     "min_snr": {"timesteps.strategy": "min_snr"},
     "lognormal": {"timesteps.strategy": "lognormal"},
-    "uniform_v": {"diffusion.prediction": "v"},  # the baseline of the next
+    "uniform_v": {"diffusion.prediction": "v"},  # the baseline of the next two
+    "speedit_v": {"timesteps.strategy": "speedit", "diffusion.prediction": "v"},  # the best of ATTEMPTS
     "logit_normal_v": {"timesteps.strategy": "logit_normal", "diffusion.prediction": "v"},
     "clts": {"timesteps.strategy": "clts"},
     "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
@@ -65,7 +66,7 @@ ATTEMPTS = {
 }
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
 BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
-PREDICTIONS = {"logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
+PREDICTIONS = {"speedit_v": "uniform_v", "logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
 BASELINE_OF = PREDICTIONS | BACKBONES  # of the others it is BASELINE
 
 
