@@ -153,7 +153,7 @@ def test_the_page_says_what_is_not_measured(rehearsal, tmp_path):
     _, records, _ = rehearsal
     page = report.page(records, "rehearsal", tmp_path)
     assert f"5 of {len(pieces('rehearsal'))} runs are made" in page
-    assert "| `speedit` | 1 of 2 |" in page
+    assert "| `speedit` | `uniform` | 1 of 2 |" in page
     assert "`speedit` on digits: not measured yet; 1 runs are missing." in page, "one of two seeds is no verdict"
     assert "`laplace`" in page.partition("Not measured yet: ")[2].splitlines()[0]
     assert (tmp_path / "speedup_rehearsal_digits.png").exists()
@@ -165,6 +165,24 @@ def test_the_page_says_what_is_not_measured(rehearsal, tmp_path):
     begun = {piece: record | {"complete": False} for piece, record in records.items()}
     page = report.page(begun, "rehearsal", tmp_path)
     assert "| `speedit` |" not in page and "- `digits_speedit_seed0`: step 6 of 6" in page
+
+
+def test_another_prediction_is_compared_with_both_baselines(rehearsal):
+    _, records, _ = rehearsal
+    of_v = Piece("rehearsal", "digits", "uniform_v", 0)
+    lines = report.speed_table(records | {of_v: records[MADE[0]]}, "rehearsal", "digits", report.COMPARED)
+    for baseline in ("uniform", "uniform_v"):
+        assert any(line.startswith(f"| `logit_normal_v` | `{baseline}` | 1 of 1 |") for line in lines), baseline
+
+
+def test_the_page_of_attempts_has_the_best_one_first(rehearsal, tmp_path):
+    _, records, _ = rehearsal
+    attempts = {"speedit": records[MADE[1]], "v": records[MADE[0]], "k_20": records[MADE[2]]}
+    page = report.tuning_page({Piece("tuning", "fashion", name, 10): of for name, of in attempts.items()}, "tuning", tmp_path)
+    found = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert found == sorted(attempts, key=lambda name: attempts[name]["rows"][-1]["weights"]["ema"]["fd"])
+    assert f"3 of {len(pieces('tuning'))} runs are made" in page and (tmp_path / "speedup_tuning.png").exists()
+    assert report.tuning_page({}, "tuning", tmp_path / "none").startswith("# Is another setting faster")
 
 
 def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):

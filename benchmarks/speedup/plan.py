@@ -67,7 +67,6 @@ ATTEMPTS = {
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
 BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
 PREDICTIONS = {"speedit_v": "uniform_v", "logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
-BASELINE_OF = PREDICTIONS | BACKBONES  # of the others it is BASELINE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ from benchmarks.speedup.plan import (
     ATTEMPTS,
     BACKBONES,
     BASELINE,
-    BASELINE_OF,
     FIRST,
     PREDICTIONS,
     SCALES,
@@ -33,22 +32,25 @@ CLAIMS = {"speedit": 3.3, "speed_cvpr25": 3.0}
 
 TUNED = ("uniform_lr_half", "uniform_lr_double")
 TIMESTEPS = [name for name in STRATEGIES if name not in BACKBONES]
-COMPARED = [name for name in TIMESTEPS if name not in (BASELINE, *PREDICTIONS.values())]
+# (strategy, what it is compared with): the baseline, and for those that predict something else also that of their prediction.
+COMPARED = [
+    (name, of) for name in TIMESTEPS if name != BASELINE for of in dict.fromkeys((BASELINE, PREDICTIONS.get(name, BASELINE)))
+]
 Records = dict[Piece, dict]
 
 
-def baseline_of(strategy: str) -> str:
-    return BASELINE_OF.get(strategy, BASELINE)
+def shared_seeds(records: Records, image_set: str, *strategies: str) -> list[int]:
+    """Those of which all of these are complete."""
+    return sorted(set.intersection(*({*seeds_of(records, image_set, strategy)} for strategy in strategies)))
 
 
-def speed_ups(records: Records, image_set: str, strategy: str) -> list[SpeedUp] | None:
+def speed_ups(records: Records, image_set: str, strategy: str, baseline: str) -> list[SpeedUp] | None:
     """One for each of SHARES, from the seeds of which both sides are complete; None where there are none."""
-    name = baseline_of(strategy)
-    seeds = sorted({*seeds_of(records, image_set, strategy)} & {*seeds_of(records, image_set, name)})
+    seeds = shared_seeds(records, image_set, strategy, baseline)
     if not seeds:
         return None
-    baseline, other = (curve(records, image_set, of, seeds) for of in (name, strategy))
-    return [speed_up(baseline, other, share) for share in SHARES]
+    slow, fast = (curve(records, image_set, of, seeds) for of in (baseline, strategy))
+    return [speed_up(slow, fast, share) for share in SHARES]
 
 
 def show(found: SpeedUp, seeds: int) -> str:
@@ -68,16 +70,17 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def speed_table(records: Records, scale: str, image_set: str, strategies: list[str]) -> list[str]:
+def speed_table(records: Records, scale: str, image_set: str, compared: list[tuple[str, str]]) -> list[str]:
     rows, without = [], []
-    for strategy in strategies:
-        if found := speed_ups(records, image_set, strategy):
-            seeds = len(seeds_of(records, image_set, strategy))
+    for strategy, baseline in compared:
+        if found := speed_ups(records, image_set, strategy, baseline):
+            seeds = len(shared_seeds(records, image_set, strategy, baseline))
             planned = planned_seeds(scale, image_set, strategy)
-            rows.append([f"`{strategy}`", f"{seeds} of {planned}", *(show(one, seeds) for one in found)])
+            rows.append([f"`{strategy}`", f"`{baseline}`", f"{seeds} of {planned}", *(show(one, seeds) for one in found)])
         else:
             without.append(f"`{strategy}`")
-    header = ["", "seeds", *(f"to the baseline's quality at {share:.0%}" for share in SHARES)]
+    without = list(dict.fromkeys(without))
+    header = ["", "baseline", "seeds", *(f"to the baseline's quality at {share:.0%}" for share in SHARES)]
     intro = "Speed-up in steps, with the 5th and 95th percentile over seeds; `<` where the target was not reached:"
     lines = [intro, "", *table(header, rows), ""] if rows else []
     return [*lines, f"{NOT_YET.capitalize()}: {', '.join(without)}."] if without else lines[:-1]
@@ -102,11 +105,11 @@ def quality_table(records: Records, image_set: str, strategies: list[str]) -> li
 
 def verdict(records: Records, scale: str, image_set: str, strategy: str) -> str:
     """One sentence on a claim, and never more than the runs say."""
-    left = [p for p in missing(records, scale, image_set) if p.strategy in (strategy, baseline_of(strategy))]
+    left = [p for p in missing(records, scale, image_set) if p.strategy in (strategy, BASELINE)]
     if left:
         return f"`{strategy}` on {image_set}: {NOT_YET}; {len(left)} runs are missing."
-    *_, end = speed_ups(records, image_set, strategy)
-    seeds = len(seeds_of(records, image_set, strategy))
+    *_, end = speed_ups(records, image_set, strategy, BASELINE)
+    seeds = len(shared_seeds(records, image_set, strategy, BASELINE))
     low, high = round(end.low, 2), round(end.high, 2)  # as they are shown
     if not end.reached or high < 1:
         outcome = "not reproduced: it is no faster than uniform here"
@@ -122,8 +125,9 @@ def verdict(records: Records, scale: str, image_set: str, strategy: str) -> str:
 
 def tuned_baseline(records: Records, image_set: str) -> str:
     """What uniform timesteps gain by another learning rate, which a strategy has to beat, too."""
-    found = {name: speed_ups(records, image_set, name) for name in TUNED}
-    gains = [f"{show(of[-1], len(seeds_of(records, image_set, name)))} of `{name}`" for name, of in found.items() if of]
+    found = {name: speed_ups(records, image_set, name, BASELINE) for name in TUNED}
+    seeds = {name: len(shared_seeds(records, image_set, name, BASELINE)) for name in TUNED}
+    gains = [f"{show(of[-1], seeds[name])} of `{name}`" for name, of in found.items() if of]
     return f"That of uniform with other learning rates: {', '.join(gains) or NOT_YET}."
 
 
@@ -204,12 +208,12 @@ def opening(records: Records, scale: str, title: str) -> list[str]:
 
 
 def of_set(
-    records: Records, scale: str, image_set: str, compared: list[str], sides: dict[str, list[str]], figure: Path
+    records: Records, scale: str, image_set: str, compared: list[tuple[str, str]], sides: dict[str, list[str]], figure: Path
 ) -> list[str]:
     """The tables and the figure of one image set.
 
     Args:
-      compared: strategies that have a speed-up.
+      compared: strategies that have a speed-up, and over what.
       sides: of `draw`.
     """
     names = list(dict.fromkeys(name for side in sides.values() for name in side))
@@ -245,7 +249,7 @@ def backbone_page(records: Records, scale: str, out: Path) -> str:
     lines += [f"- {backbone_verdict(records, scale, name, dig)}" for name in SCALES[scale].sets for dig in BACKBONES]
     sides = {"DiG and DiT": [*BACKBONES.values(), *BACKBONES]}
     for name in SCALES[scale].sets:
-        lines += of_set(records, scale, name, list(BACKBONES), sides, out / f"speedup_{scale}_{name}_dig.png")
+        lines += of_set(records, scale, name, list(BACKBONES.items()), sides, out / f"speedup_{scale}_{name}_dig.png")
     return "\n".join(lines) + "\n"
 
 
