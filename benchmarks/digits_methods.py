@@ -11,6 +11,7 @@ Trains configs/digits.py with uniform timesteps and with SpeeDiT, at a constant 
   align        alignment to the EMA network (SRA)
   features     alignment to the features of an encoder (REPA): of a small classifier of the digits, which is trained here on the
                same images and their labels
+  v            v predicted
   flow         a flow that predicts the velocity
   contrastive  and with the contrastive loss
   dig          DiG
@@ -18,8 +19,8 @@ Trains configs/digits.py with uniform timesteps and with SpeeDiT, at a constant 
 The first and the last block see all tokens, but in a masked pass only the last one does. A run whose steps have fewer FLOPs than
 its baseline's goes on until it has used as many, and one whose steps have more is also measured when it has. A run with SPRINT
 spends what it has saved on its second phase, which starts from the EMA of the first. Measured of the EMA, with all tokens in all
-blocks: the held-out mse, and the Fréchet distance of 1,000 unguided samples to the training digits in pixels. The training loss
-does not compare.
+blocks: the held-out mse, which does not compare across predictions, and the Fréchet distance of 1,000 unguided samples to the
+training digits in pixels. The training loss does not compare.
 """
 
 import argparse
@@ -57,6 +58,7 @@ ARMS = {
     "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
     "align": ALIGN | {"regularizer.align_teacher_depth": 3},
     "features": ALIGN | {"regularizer.align_target": "features"},
+    "v": {"diffusion.prediction": "v"},
     "flow": FLOW,
     "contrastive": FLOW | {"regularizer.contrastive": 0.05},
     "dig": DIG,
