@@ -173,6 +173,9 @@ def test_another_prediction_is_compared_with_both_baselines(rehearsal):
     lines = report.speed_table(records | {of_v: records[MADE[0]]}, "rehearsal", "digits", report.COMPARED)
     for baseline in ("uniform", "uniform_v"):
         assert any(line.startswith(f"| `logit_normal_v` | `{baseline}` | 1 of 1 |") for line in lines), baseline
+    ours = {Piece("rehearsal", "digits", name, 0): records[MADE[0]] for name in ("uniform", "uniform_v", "speedit_v")}
+    assert "final quality of `uniform` 1.00, of `uniform_v` 1.00." in report.confirmed(ours, "digits")
+    assert report.confirmed(records, "digits").endswith("to be faster: not measured yet.")
 
 
 def test_the_page_of_attempts_has_the_best_one_first(rehearsal, tmp_path):
