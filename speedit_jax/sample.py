@@ -274,6 +274,8 @@ def choose_prompts(run: Run, settings: Settings) -> tuple[Prompts, dict[str, Any
         raise UserError("--negative_prompt has no effect without guidance; give --guidance_scale above 1")
     if _NEGATIVE_PROMPT.value is not None and _GUIDE_WORKDIR.value:
         raise UserError("--negative_prompt has no effect with --guide_workdir, whose network gets the prompts themselves")
+    if _NEGATIVE_PROMPT.value is not None and settings.sparse:
+        raise UserError("--negative_prompt has no effect with --sparse_weak: the network with fewer tokens gets the prompts, too")
     texts = _PROMPT.value or read_prompts(storage.path(_PROMPTS_FILE.value))
     encoder = open_encoder(_TEXT_ENCODER.value, run.text_encoder, run.model.text)
     negative = _NEGATIVE_PROMPT.value or ""
