@@ -64,6 +64,20 @@ ATTEMPTS = {
     "lr_double": _SPEEDIT | {"optim.learning_rate": 2.0},
     "v": _SPEEDIT | {"diffusion.prediction": "v"},
 }
+# Methods besides the timesteps (docs/acceleration.md) in their published settings, but on four blocks: those that see fewer tokens
+# are the second and the third. Compared with runs of the scale "cpu", at a scale of their own.
+_PLACE = {"tokens.start": 1, "tokens.tail": 1}
+_ROUTE = _PLACE | {"tokens.method": "route"}
+METHODS = {
+    "uniform_route": _ROUTE,
+    "speedit_route": _SPEEDIT | _ROUTE,
+    "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
+    "align": {"regularizer.align": 0.5, "regularizer.align_depth": 1, "regularizer.align_teacher_depth": 3},
+    "mask": _PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
+    "contrastive": _FLOW | {"regularizer.contrastive": 0.05},
+    "dig_route": {"model.name": "DiG"} | _ROUTE | {"tokens.pattern": "cells"},
+}
+WITHOUT = {"speedit_route": "speedit", "contrastive": "flow_v", "dig_route": "dig"}  # the method; the others' is uniform
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
 BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
 PREDICTIONS = {"speedit_v": "uniform_v", "logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
@@ -82,7 +96,7 @@ class Scale:
       evaluate_all_every: steps between two evaluations of the slow average and the raw weights, too.
       num_images, sampler_steps: drawn for an evaluation.
       held_out: images whose mse is measured.
-      seeds_first, seeds: of the FIRST strategies, and of the others.
+      seeds_first, seeds: of the FIRST strategies or of routes, and of the others.
     """
 
     sets: tuple[str, ...] = ("fashion", "emoji")
@@ -141,6 +155,7 @@ SCALES = {
     "gpu": _GPU,  # 64 tokens
     "gpu256": dataclasses.replace(_GPU, patch=2),  # 256 tokens
     "tuning": Scale(sets=("fashion",), num_steps=1500, evaluate_all_every=1500, seeds_first=1, seeds=1),  # of ATTEMPTS
+    "methods": Scale(sets=("fashion",)),  # of METHODS
 }
 TUNING_SEED = 10  # which no other scale has
 
@@ -164,10 +179,11 @@ def pieces(scale: str) -> list[Piece]:
     of = SCALES[scale]
     if scale == "tuning":
         return [Piece(scale, name, attempt, TUNING_SEED) for name in of.sets for attempt in ("speedit", *ATTEMPTS)]
+    first, names = (tuple(METHODS)[:2], METHODS) if scale == "methods" else (FIRST, STRATEGIES)
     found = []
     for image_set in of.sets:
-        found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds_first) for name in FIRST]
-    others = [name for name in STRATEGIES if name not in FIRST]
+        found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds_first) for name in first]
+    others = [name for name in names if name not in first]
     for image_set, name in itertools.product(of.sets, others):
         found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds)]
     return found
@@ -175,7 +191,7 @@ def pieces(scale: str) -> list[Piece]:
 
 def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
-    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS)[piece.strategy]
+    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | METHODS)[piece.strategy]
     backbone = changes.get("model.name", "DiT")
     patch = changes.get("model.patch", scale.patch)
     c = get_config(f"{backbone}-S/{min(patch, 8) if piece.set == 'digits' else patch}")  # which are 8 pixels wide
