@@ -19,7 +19,7 @@ from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import ATTEMPTS, FIRST, SCALES, STRATEGIES, Piece, make_config, pieces
+from benchmarks.speedup.plan import ATTEMPTS, FIRST, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
@@ -188,6 +188,25 @@ def test_the_page_of_attempts_has_the_best_one_first(rehearsal, tmp_path):
     assert report.tuning_page({}, "tuning", tmp_path / "none").startswith("# Is another setting faster")
 
 
+def test_the_page_of_methods_compares_at_equal_flops(rehearsal, tmp_path):
+    _, records, _ = rehearsal
+    plain, route = Piece("cpu", "fashion", "uniform", 0), Piece("methods", "fashion", "uniform_route", 0)
+    both = {route: records[MADE[1]], plain: records[MADE[0]]}
+    page = report.methods_page(both, "methods", tmp_path)
+    (row,) = (line for line in page.splitlines() if line.startswith("| `uniform_route` | `uniform` | 0.74 |"))
+    assert row.endswith(" 1 of 3 seeds |") and (tmp_path / "speedup_methods.png").exists()
+    assert f"1 of {len(pieces('methods'))} runs are made" in page and "`speedit_route`, `dispersive`" in page
+    assert report.methods_page({}, "methods", tmp_path / "none").startswith("# Do other methods pay?")
+
+
+def test_a_method_is_compared_with_a_plain_run_of_as_many_flops():
+    steps = np.array([1, 2, 4])
+    plain, method = analysis.Curve(steps, np.array([[8.0, 4.0, 2.0]])), analysis.Curve(steps, np.array([[6.0, 3.0, 1.0]]))
+    # Of half of its steps is the plain run in the first case, and the method in the third.
+    for share, at_equal_flops in ((0.5, 1 / 4), (1.0, 1 / 2), (2.0, 3 / 2)):
+        np.testing.assert_allclose(analysis.over_plain(plain, method, share), [[0.5], [at_equal_flops]], rtol=1e-14)
+
+
 def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
     _, records, _ = rehearsal
     (tmp_path / "rehearsal").mkdir()
@@ -199,13 +218,17 @@ def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
 
 
 def test_the_plan():
-    for scale in SCALES.keys() - {"tuning"}:
+    for scale in SCALES.keys() - {"tuning", "methods"}:
         of = pieces(scale)
         assert len(set(of)) == len(of) and {p.seed for p in of}.isdisjoint(p.seed for p in pieces("tuning"))
         assert [(p.strategy, p.seed) for p in of[:4]] == [*((name, 0) for name in FIRST), (FIRST[0], 1)]
         assert {p.strategy for p in of} == STRATEGIES.keys()
     cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES | ATTEMPTS}
     assert all(cpu[name] != cpu["speedit"] for name in ATTEMPTS)
+    for name, plain in WITHOUT.items():
+        method = make_config(Piece("methods", "fashion", name, 0)).to_dict()
+        assert method != cpu[plain].to_dict()
+        assert method | {of: cpu[plain][of].to_dict() for of in ("tokens", "regularizer")} == cpu[plain].to_dict(), name
     assert cpu["uniform_lr_half"].optim.learning_rate * 4 == cpu["uniform_lr_double"].optim.learning_rate == 2e-3
     assert (cpu["dig"].model.name, cpu["dig"].model.width) == ("DiG-S/4", 112)
     assert cpu["uniform"].timesteps.strategy == "uniform" and cpu["logit_normal_v"].diffusion.prediction == "v"

@@ -43,15 +43,15 @@ class SpeedUp:
     reached: bool
 
 
-def read(directory: Path, scale: str) -> dict[Piece, dict]:
-    """The raw numbers of the pieces of a scale that were begun.
+def read(directory: Path, *scales: str) -> dict[Piece, dict]:
+    """The raw numbers of the pieces of these scales that were begun.
 
     Raises:
       UserError: they were not all measured in the same way.
     """
     found, judges = {}, {}
-    for piece in pieces(scale):
-        path = directory / scale / f"{piece.name}.json"
+    for piece in (piece for scale in scales for piece in pieces(scale)):
+        path = directory / piece.scale / f"{piece.name}.json"
         if not path.exists():
             continue
         record = json.loads(path.read_text())
@@ -103,9 +103,14 @@ def first_reached(steps: np.ndarray, distances: np.ndarray, target: float) -> fl
     return float(steps[i - 1] + (steps[i] - steps[i - 1]) * (before - np.log(target)) / (before - after))
 
 
+def at(steps: np.ndarray, distances: np.ndarray, step: float) -> float:
+    """A curve's distance at a step, between two points by the logarithm."""
+    return float(np.exp(np.interp(step, steps, np.log(distances))))
+
+
 def _ratio(steps: np.ndarray, baseline: np.ndarray, other: np.ndarray, share: float) -> tuple[float, bool]:
     budget = steps[-1] * share
-    target = float(np.exp(np.interp(budget, steps, np.log(baseline)))) * (1 + 1e-12)  # the logarithm rounds
+    target = at(steps, baseline, budget) * (1 + 1e-12)  # the logarithm rounds
     reached = first_reached(steps, other, target)
     return (share, False) if reached is None else (budget / reached, True)
 
@@ -124,6 +129,19 @@ def speed_up(baseline: Curve, other: Curve, share: float, seed: int = 0) -> Spee
     ratios = [_ratio(baseline.steps, baseline.distances[i].mean(0), other.distances[i].mean(0), share)[0] for i in drawn]
     low, high = np.percentile(ratios, INTERVAL)
     return SpeedUp(ratio, float(low), float(high), reached)
+
+
+def over_plain(plain: Curve, method: Curve, share: float) -> tuple[list[float], list[float]]:
+    """A method's distance over that of the run without it, of each seed: at as many steps, and at as many FLOPs.
+
+    Args:
+      share: FLOPs of a step of the method, of a plain one.
+    """
+    last = plain.steps[-1]
+    budget = last * min(1, share)  # in plain steps
+    pairs = list(zip(method.distances, plain.distances, strict=True))
+    equal_steps = [float(ours[-1] / theirs[-1]) for ours, theirs in pairs]
+    return equal_steps, [at(plain.steps, ours, budget / share) / at(plain.steps, theirs, budget) for ours, theirs in pairs]
 
 
 def missing(records: dict[Piece, dict], scale: str, image_set: str) -> list[Piece]:

@@ -1,8 +1,9 @@
-"""The pages about strategies and backbones, their tables and figures, from the raw numbers of benchmarks.speedup.
+"""The pages about strategies, backbones and other methods, their tables and figures, from the raw numbers of benchmarks.speedup.
 
   python -m benchmarks.speedup.report --scale=cpu
 
-Writes OUT/speedup_SCALE.md, OUT/speedup_SCALE_dig.md and figures. A number whose runs are not made is "not measured yet".
+Writes OUT/speedup_SCALE.md, figures, and where DiG is compared OUT/speedup_SCALE_dig.md. A number whose runs are not made is "not
+measured yet".
 """
 
 import argparse
@@ -10,17 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.speedup.analysis import SHARES, SpeedUp, curve, distance, missing, planned_seeds, read, seeds_of, speed_up
+from benchmarks.speedup.analysis import (
+    SHARES,
+    SpeedUp,
+    curve,
+    distance,
+    missing,
+    over_plain,
+    planned_seeds,
+    read,
+    seeds_of,
+    speed_up,
+)
 from benchmarks.speedup.plan import (
     ATTEMPTS,
     BACKBONES,
     BASELINE,
     FIRST,
+    METHODS,
     PREDICTIONS,
     SCALES,
     STRATEGIES,
+    WITHOUT,
     Piece,
     pieces,
+    share_of_flops,
 )
 from speedit_jax.errors import UserError
 from speedit_jax.storage import write_text
@@ -154,11 +169,14 @@ def backbone_verdict(records: Records, scale: str, image_set: str, dig: str) -> 
     return f"`{dig}` against `{dit}` on {image_set}: {outcome}; {over}."
 
 
-def draw(records: Records, image_set: str, sides: dict[str, list[str]], path: Path) -> bool:
+def draw(
+    records: Records, image_set: str, sides: dict[str, list[str]], path: Path, shares: dict[str, float] | None = None
+) -> bool:
     """Fréchet distance against steps, of the complete runs; whether there are any.
 
     Args:
       sides: title of a panel -> strategies.
+      shares: strategy -> FLOPs of its step, of a plain one; the distances are drawn against FLOPs.
     """
     import matplotlib
 
@@ -173,9 +191,10 @@ def draw(records: Records, image_set: str, sides: dict[str, list[str]], path: Pa
     for axis, (title, names) in zip(axes[0], sides.items(), strict=True):
         for i, name in enumerate(name for name in names if name in curves):
             found, colour = curves[name], "black" if name == BASELINE else f"C{i % 10}"
-            axis.plot(found.steps, found.distances.mean(0), color=colour, ls="-" if i < 10 else "--", label=name)
-            axis.fill_between(found.steps, found.distances.min(0), found.distances.max(0), color=colour, alpha=0.15, lw=0)
-        axis.set(title=title, xlabel="steps", yscale="log")
+            x = found.steps * (shares or {}).get(name, 1)
+            axis.plot(x, found.distances.mean(0), color=colour, ls="-" if i < 10 else "--", label=name)
+            axis.fill_between(x, found.distances.min(0), found.distances.max(0), color=colour, alpha=0.15, lw=0)
+        axis.set(title=title, xlabel="FLOPs, in plain steps" if shares else "steps", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("Fréchet distance in the judge's features, ema")
@@ -285,6 +304,51 @@ def tuning_page(records: Records, scale: str, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def method_verdict(ratios: list[float], planned: int) -> str:
+    """In plain words, of a method's distances over those without it at equal FLOPs."""
+    said = "pays" if max(ratios) < 1 else "does not pay" if min(ratios) > 1 else "seeds disagree"
+    return said if len(ratios) == planned else f"{said}, {len(ratios)} of {planned} seeds"
+
+
+def methods_page(records: Records, scale: str, out: Path) -> str:
+    """About methods besides the timesteps; its figure is written to `out`.
+
+    Args:
+      records: of the runs without them, too.
+    """
+    (image_set,) = SCALES[scale].sets
+    lines = opening({piece: record for piece, record in records.items() if piece.scale == scale}, scale, "Do other methods pay?")
+    lines += [
+        "[acceleration.md](../acceleration.md) says what the methods do. The table has means over seeds, and their range. A",
+        "method is better where the distance with it over the distance without it is below 1.",
+        "",
+    ]
+    rows, shares, without = [], {}, []
+    for name in METHODS:
+        seeds = shared_seeds(records, image_set, name, WITHOUT[name])
+        if not seeds:
+            without.append(f"`{name}`")
+            continue
+        shares[name] = share_of_flops(name)
+        method, plain = (curve(records, image_set, of, seeds) for of in (name, WITHOUT[name]))
+        equal_steps, equal_flops = over_plain(plain, method, shares[name])
+        cells = [f"{shares[name]:.2f}", *(spread(list(of.distances[:, -1])) for of in (plain, method)), spread(equal_steps)]
+        verdict = method_verdict(equal_flops, planned_seeds(scale, image_set, name))
+        rows.append([f"`{name}`", f"`{WITHOUT[name]}`", *cells, spread(equal_flops), verdict])
+    header = ["method", "without it", "FLOPs of a step", "FD without", "FD with", "with / without", "at equal FLOPs", "verdict"]
+    lines += table(header, rows)
+    lines += ["", f"{NOT_YET.capitalize()}: {', '.join(without)}."] if without else []
+    figure = out / f"speedup_{scale}.png"
+    sides = {of: [of, f"{of}_route"] for of in ("uniform", "speedit")}
+    if draw(records, image_set, sides, figure, shares):
+        lines += ["", f"![Fréchet distance against FLOPs]({figure.name})"]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"tuning": {"": tuning_page}, "methods": {"": methods_page}}  # scale -> end of the file's name -> page; of the others:
+OTHERS = {"": page, "_dig": backbone_page}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
@@ -292,13 +356,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the page and its figures")
     args = parser.parse_args()
     try:
-        records = read(args.raw, args.scale)
+        records = read(args.raw, args.scale, *(["cpu"] if args.scale == "methods" else []))
     except UserError as e:
         raise SystemExit(f"error: {e}") from e
-    for name, text in ({"": tuning_page} if args.scale == "tuning" else {"": page, "_dig": backbone_page}).items():
+    for name, text in PAGES.get(args.scale, OTHERS).items():
         path = args.out / f"speedup_{args.scale}{name}.md"
         write_text(path, text(records, args.scale, args.out))
-        print(f"{path}: {sum(record['complete'] for record in records.values())} of {len(pieces(args.scale))} runs")
+        done = sum(record["complete"] for piece, record in records.items() if piece.scale == args.scale)
+        print(f"{path}: {done} of {len(pieces(args.scale))} runs")
 
 
 if __name__ == "__main__":
