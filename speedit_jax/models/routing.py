@@ -61,7 +61,10 @@ def _draw_cells(key, batch, grid, cell):
     row = jnp.arange(rows)[:, None] * cell[0] + within // cell[1]
     column = jnp.arange(columns) * cell[1] + within % cell[1]
     seen = (row * grid[1] + column).reshape(batch, -1)
-    is_seen = jnp.zeros((batch, grid[0] * grid[1]), bool).at[jnp.arange(batch)[:, None], seen].set(True)
+    # Not scattered into an array: over a mesh XLA would gather the tokens of all images for it.
+    drawn = jnp.repeat(jnp.repeat(within, cell[0], axis=1), cell[1], axis=2)
+    place = jnp.tile(jnp.arange(cell[0] * cell[1]).reshape(cell), (rows, columns))  # in its cell
+    is_seen = (drawn == place).reshape(batch, -1)
     skipping = jnp.argsort(is_seen, axis=1, stable=True)[:, : -seen.shape[1]]
     return jnp.concatenate([seen, skipping], axis=1)
 

@@ -1,5 +1,7 @@
 """The step whose tokens take a route."""
 
+import collections
+import functools
 import re
 
 import jax
@@ -41,17 +43,31 @@ def test_a_step_draws_a_route_of_its_own():
     assert np.isfinite(first["loss"]) and np.isfinite(first["grad_norm"])
 
 
+PLACE = {"tokens__start": 1, "tokens__tail": 1}
+CELLS = PLACE | {"tokens__pattern": "cells"}
+METHODS = {
+    "route": PLACE | {"tokens__method": "route"},
+    "cells": CELLS | {"tokens__method": "route"},
+    "sprint": CELLS | {"tokens__method": "sprint", "tokens__rate": 0.75},
+    "mask": PLACE | {"tokens__method": "mask", "tokens__rate": 0.3},
+}
+
+
+@functools.cache
+def collectives(backbone: str, method: str | None) -> collections.Counter:
+    """How many of each kind the compiled step has, but for those of a linear layer, of its weights' gathering for instance."""
+    changes = METHODS[method] if method else {}
+    text = (
+        tiny.make_trainer((2, 2, 2), model__name=f"{backbone}-tiny/2", model__depth=4, **changes).lower_step().compile().as_text()
+    )
+    kinds = re.compile(r"= \S+ (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+    found = [(match[1], line) for line in text.splitlines() if (match := kinds.search(line))]
+    return collections.Counter(kind for kind, line in found if not re.search(r'op_name="[^"]*/dot_general"', line))
+
+
 @pytest.mark.slow
-def test_no_token_travels():
-    """The compiled step has no kind of collective that the plain one lacks, and no more of any."""
-
-    def collectives(**changes):
-        text = tiny.make_trainer((2, 2, 2), model__depth=4, **changes).lower_step().compile().as_text()
-        kinds = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-        return {kind: len(re.findall(rf"= \S+ {kind}(?:-start)?\(", text)) for kind in kinds}
-
-    plain, routed = collectives(), collectives(**{key: value for key, value in ROUTE.items() if key != "model__depth"})
-    assert plain["all-gather"] > 0
-    parts = 3  # each part of the depth is a loop with the collectives of a block
-    assert all(routed[kind] <= parts * plain[kind] for kind in plain), (plain, routed)
-    assert all((routed[kind] > 0) <= (plain[kind] > 0) for kind in plain), (plain, routed)
+@pytest.mark.parametrize("backbone,method", [*(("DiT", method) for method in METHODS), ("DiG", "cells"), ("DiG", "sprint")])
+def test_no_token_travels(backbone, method):
+    """Beyond those of the linear layers, the compiled step has the collectives of the plain one; MDT's passes have them each."""
+    passes, plain = 2 if method == "mask" else 1, collectives(backbone, None)
+    assert plain and collectives(backbone, method) <= collections.Counter({kind: passes * count for kind, count in plain.items()})
