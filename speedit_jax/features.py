@@ -143,6 +143,9 @@ def encode_features() -> None:
         raise UserError("--data is missing; --help has an example")
     if bool(_DINO.value) == bool(_FROM_NPY.value):
         raise UserError("give either --dino, a directory, or --from_npy, a file; --help has an example")
+    ignored = [f"--{flag.name}" for flag in (_GRID, _DTYPE, _POSITIONS) if _FROM_NPY.value and flag.present and flag.value]
+    if ignored:
+        raise UserError(f"{', '.join(ignored)}: of --dino; --from_npy takes the features as they are, so leave it out")
     source = open_images()
     shape, identity, of_images = opened(source)
     what = {

@@ -153,7 +153,8 @@ MISTAKES = {
     "no grid": (["--grid=x"], ["--grid=x: give ROWS,COLUMNS"]),
     "a grid that is missing": (["--grid="], ["--grid is missing"]),
     "no size": (["--size=8,8,8"], ["--size=8,8,8: give one number"]),
-    "no array": (["--dino=", "--from_npy=/no/such.npy"], ["/no/such.npy cannot be read"]),
+    "a grid for an array": (["--dino=", "--from_npy=a.npy", "--grid=4"], ["--grid: of --dino"]),
+    "no array": (["--dino=", "--grid=", "--from_npy=/no/such.npy"], ["/no/such.npy cannot be read"]),
 }
 
 
