@@ -19,7 +19,7 @@ from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import ATTEMPTS, FIRST, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
+from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
@@ -195,7 +195,7 @@ def test_the_page_of_methods_compares_at_equal_flops(rehearsal, tmp_path):
     page = report.methods_page(both, "methods", tmp_path)
     (row,) = (line for line in page.splitlines() if line.startswith("| `uniform_route` | `uniform` | 0.74 |"))
     assert row.endswith(" 1 of 3 seeds |") and (tmp_path / "speedup_methods.png").exists()
-    assert f"1 of {len(pieces('methods'))} runs are made" in page and "`speedit_route`, `dispersive`" in page
+    assert f"1 of {len(pieces('methods'))} runs are made" in page and "`speedit_route`, `sprint`" in page
     assert report.methods_page({}, "methods", tmp_path / "none").startswith("# Do other methods pay?")
 
 
@@ -203,8 +203,10 @@ def test_a_method_is_compared_with_a_plain_run_of_as_many_flops():
     steps = np.array([1, 2, 4])
     plain, method = analysis.Curve(steps, np.array([[8.0, 4.0, 2.0]])), analysis.Curve(steps, np.array([[6.0, 3.0, 1.0]]))
     # Of half of its steps is the plain run in the first case, and the method in the third.
-    for share, at_equal_flops in ((0.5, 1 / 4), (1.0, 1 / 2), (2.0, 3 / 2)):
-        np.testing.assert_allclose(analysis.over_plain(plain, method, share), [[0.5], [at_equal_flops]], rtol=1e-14)
+    for share, ratio in ((0.5, 1 / 4), (1.0, 1 / 2), (2.0, 3 / 2)):
+        np.testing.assert_allclose(analysis.over_plain(plain, method, share), [ratio], rtol=1e-14)
+    second = analysis.Curve(np.array([1]), np.array([[0.5]])), 1.0
+    np.testing.assert_allclose(analysis.over_plain(plain, method, 0.25, second), [1 / 8], rtol=1e-14)
 
 
 def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
@@ -225,6 +227,7 @@ def test_the_plan():
         assert {p.strategy for p in of} == STRATEGIES.keys()
     cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES | ATTEMPTS}
     assert all(cpu[name] != cpu["speedit"] for name in ATTEMPTS)
+    assert set(WITHOUT) | set(PHASES) == {p.strategy for p in pieces("methods")}
     for name, plain in WITHOUT.items():
         method = make_config(Piece("methods", "fashion", name, 0)).to_dict()
         assert method != cpu[plain].to_dict()

@@ -131,17 +131,21 @@ def speed_up(baseline: Curve, other: Curve, share: float, seed: int = 0) -> Spee
     return SpeedUp(ratio, float(low), float(high), reached)
 
 
-def over_plain(plain: Curve, method: Curve, share: float) -> tuple[list[float], list[float]]:
-    """A method's distance over that of the run without it, of each seed: at as many steps, and at as many FLOPs.
+def over_plain(plain: Curve, method: Curve, share: float, second: tuple[Curve, float] | None = None) -> list[float]:
+    """A method's distance over that of the run without it at as many FLOPs, of each seed.
 
     Args:
       share: FLOPs of a step of the method, of a plain one.
+      second: the method's second phase and the share of its steps. Then both phases count whole.
     """
-    last = plain.steps[-1]
-    budget = last * min(1, share)  # in plain steps
-    pairs = list(zip(method.distances, plain.distances, strict=True))
-    equal_steps = [float(ours[-1] / theirs[-1]) for ours, theirs in pairs]
-    return equal_steps, [at(plain.steps, ours, budget / share) / at(plain.steps, theirs, budget) for ours, theirs in pairs]
+    steps = plain.steps
+    if second:
+        last, of_last = second
+        budget = steps[-1] * share + last.steps[-1] * of_last  # in plain steps
+        return [ours[-1] / at(steps, theirs, budget) for ours, theirs in zip(last.distances, plain.distances, strict=True)]
+    budget = steps[-1] * min(1, share)
+    pairs = zip(method.distances, plain.distances, strict=True)
+    return [at(steps, ours, budget / share) / at(steps, theirs, budget) for ours, theirs in pairs]
 
 
 def missing(records: dict[Piece, dict], scale: str, image_set: str) -> list[Piece]:

@@ -23,6 +23,7 @@ from speedit_jax.training import run
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.batches import batches
 from speedit_jax.training.checkpoint import Checkpoints
+from speedit_jax.training.finetune import start_from, starting_weights
 
 SAVE_SECONDS = 180  # between two checkpoints, at most, and a step
 
@@ -123,6 +124,10 @@ class Run:
             self.progress = self._checkpoints.meta(self.step)["speedup"]
         else:
             self.state = self.parts.initial_state(self.key)
+            if self.config.init_from:
+                before = workdir.with_name(dataclasses.replace(piece, strategy=self.config.init_from).name)
+                weights, _ = starting_weights(str(before), self.parts, images.train.class_names)
+                self.state = start_from(self.state, weights)
             weights = digest(*(np.asarray(x) for x in jax.tree.leaves(self.state.params)))
             self.progress = {"initial_weights": weights, "data_digest": "", "train_seconds": 0.0, "rows": [], "sessions": []}
         self.progress["sessions"].append(
@@ -137,7 +142,11 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        return self.step >= self.scale.num_steps
+        return self.step >= self.num_steps
+
+    @property
+    def num_steps(self) -> int:
+        return self.config.training.num_steps
 
     def save(self) -> None:
         self._checkpoints.save(self.step, self.state, self._meta | {"speedup": self.progress})
@@ -168,7 +177,7 @@ class Run:
         write_json(out, self.record())  # a run that was stopped between its last checkpoint and this is complete now
         train_step, saved = self.parts.jit_step(), time.monotonic()
         since = time.perf_counter()
-        for batch in batches(self.parts, self._images.train, self.step, self.scale.num_steps):
+        for batch in batches(self.parts, self._images.train, self.step, self.num_steps):
             self.progress["data_digest"] = digest(batch["image"], batch["label"], start=self.progress["data_digest"])
             with jax.set_mesh(self.parts.mesh):
                 self.state, metrics = train_step(self.state, batch, self.key)

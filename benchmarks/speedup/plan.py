@@ -72,15 +72,20 @@ ATTEMPTS = {
 # see fewer tokens. Compared with runs of the scale "cpu", at a scale of their own.
 _PLACE = {"tokens.start": 1, "tokens.tail": 1}
 _ROUTE = _PLACE | {"tokens.method": "route"}
+_SPRINT = _PLACE | {"tokens.method": "sprint", "tokens.pattern": "cells"}
 METHODS = {
     "uniform_route": _ROUTE,
     "speedit_route": _SPEEDIT | _ROUTE,
+    "sprint": _SPRINT | {"tokens.rate": 0.75},
     "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
     "align": {"regularizer.align": 0.5, "regularizer.align_depth": 1, "regularizer.align_teacher_depth": 3},
     "mask": _PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
     "contrastive": _FLOW | {"regularizer.contrastive": 0.05},
     "dig_route": {"model.name": "DiG"} | _ROUTE | {"tokens.pattern": "cells"},
 }
+# SPRINT's second phase, with all tokens, begins with what the first one has learned, and spends the FLOPs that it has saved.
+SECOND = {"sprint": "sprint_all_tokens"}
+PHASES = {"sprint_all_tokens": _SPRINT | {"tokens.rate": 0.0, "init_from": "sprint", "training.num_steps": 1250}}
 # name -> the strategy of the scale "cpu" without it.
 WITHOUT = dict.fromkeys(METHODS, "uniform") | {"speedit_route": "speedit", "contrastive": "flow_v", "dig_route": "dig"}
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
@@ -184,7 +189,7 @@ def pieces(scale: str) -> list[Piece]:
     of = SCALES[scale]
     if scale == "tuning":
         return [Piece(scale, name, attempt, TUNING_SEED) for name in of.sets for attempt in ("speedit", *ATTEMPTS)]
-    first, names = (tuple(METHODS)[:2], METHODS) if scale == "methods" else (FIRST, STRATEGIES)
+    first, names = (tuple(METHODS)[:2], METHODS | PHASES) if scale == "methods" else (FIRST, STRATEGIES)
     found = []
     for image_set in of.sets:
         found += [Piece(scale, image_set, name, seed) for seed in range(of.seeds_first) for name in first]
@@ -196,7 +201,7 @@ def pieces(scale: str) -> list[Piece]:
 
 def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
-    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | METHODS)[piece.strategy]
+    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | METHODS | PHASES)[piece.strategy]
     backbone = changes.get("model.name", "DiT")
     patch = changes.get("model.patch", scale.patch)
     c = get_config(f"{backbone}-S/{min(patch, 8) if piece.set == 'digits' else patch}")  # which are 8 pixels wide
@@ -212,19 +217,20 @@ def make_config(piece: Piece) -> ml_collections.ConfigDict:
     c.sampling.update({"sampler": "dpm++", "spacing": "logsnr", "num_steps": scale.sampler_steps, "guidance_scale": 1.0})
     if "diffusion.path" in changes:
         c.sampling.update({"sampler": "heun", "spacing": "even", "num_steps": scale.sampler_steps // 2})
+    c.init_from = changes.get("init_from", "")  # a strategy
     for name, value in changes.items():
         section, _, key = name.partition(".")
-        if section != "model":
+        if section not in ("model", "init_from"):
             c[section][key] = value * scale.learning_rate if key == "learning_rate" else value
     return c
 
 
-def share_of_flops(method: str) -> float:
-    """Of a training step with one of METHODS, of one without it, on 32x32 grey images."""
+def share_of_flops(method: str, plain: str) -> float:
+    """Of a training step of one strategy, of one of another, on 32x32 grey images."""
 
     def step_flops(strategy: str) -> int:
         config = make_config(Piece("methods", "fashion", strategy, 0))
         mesh = make_mesh(config.mesh, jax.devices("cpu")[:1])
         return assemble(config, Description((32, 32, 1), tuple("0123456789")), mesh).step_flops
 
-    return step_flops(method) / step_flops(WITHOUT[method])
+    return step_flops(method) / step_flops(plain)

@@ -7,6 +7,7 @@ measured yet".
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,9 @@ from benchmarks.speedup.plan import (
     BACKBONES,
     BASELINE,
     FIRST,
-    METHODS,
     PREDICTIONS,
     SCALES,
+    SECOND,
     STRATEGIES,
     WITHOUT,
     Piece,
@@ -77,7 +78,7 @@ def last_rows(records: Records, image_set: str, strategy: str) -> list[dict]:
     return [records[p]["rows"][-1] for p in records if (p.set, p.strategy) == (image_set, strategy) and records[p]["complete"]]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3g}" + (f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else "")
 
 
@@ -196,7 +197,8 @@ def draw(
             axis.fill_between(x, found.distances.min(0), found.distances.max(0), color=colour, alpha=0.15, lw=0)
         axis.set(title=title, xlabel="FLOPs, in plain steps" if shares else "steps", yscale="log")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("Fréchet distance in the judge's features, ema")
     figure.suptitle(f"{image_set}: mean over seeds, and their range")
     figure.savefig(path, dpi=80)
@@ -324,17 +326,20 @@ def methods_page(records: Records, scale: str, out: Path) -> str:
         "",
     ]
     rows, shares, without = [], {}, []
-    for name in METHODS:
-        seeds = shared_seeds(records, image_set, name, WITHOUT[name])
+    for name, baseline in WITHOUT.items():
+        second = SECOND.get(name)
+        seeds = shared_seeds(records, image_set, name, baseline, *([second] if second else []))
         if not seeds:
             without.append(f"`{name}`")
             continue
-        shares[name] = share_of_flops(name)
-        method, plain = (curve(records, image_set, of, seeds) for of in (name, WITHOUT[name]))
-        equal_steps, equal_flops = over_plain(plain, method, shares[name])
-        cells = [f"{shares[name]:.2f}", *(spread(list(of.distances[:, -1])) for of in (plain, method)), spread(equal_steps)]
-        verdict = method_verdict(equal_flops, planned_seeds(scale, image_set, name))
-        rows.append([f"`{name}`", f"`{WITHOUT[name]}`", *cells, spread(equal_flops), verdict])
+        shares[name] = share_of_flops(name, baseline)
+        plain, method = (curve(records, image_set, of, seeds) for of in (baseline, name))
+        ends = [of.distances[:, -1] for of in (plain, method)]
+        phase = (curve(records, image_set, second, seeds), share_of_flops(second, baseline)) if second else None
+        equal_flops = over_plain(plain, method, shares[name], phase)
+        cells = [f"{shares[name]:.2f}", *map(spread, ends), spread(ends[1] / ends[0]), spread(equal_flops)]
+        planned = planned_seeds(scale, image_set, name)
+        rows.append([f"`{name}`", f"`{baseline}`", *cells, method_verdict(equal_flops, planned)])
     header = ["method", "without it", "FLOPs of a step", "FD without", "FD with", "with / without", "at equal FLOPs", "verdict"]
     lines += table(header, rows)
     lines += ["", f"{NOT_YET.capitalize()}: {', '.join(without)}."] if without else []
