@@ -19,7 +19,7 @@ from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
+from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, RATES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
@@ -232,6 +232,12 @@ def test_the_plan():
         method = make_config(Piece("methods", "fashion", name, 0)).to_dict()
         assert method != cpu[plain].to_dict()
         assert method | {of: cpu[plain][of].to_dict() for of in ("tokens", "regularizer")} == cpu[plain].to_dict(), name
+    for names in RATES.values():
+        of_rates = [make_config(Piece("tuning", "fashion", name, 10)) for name in names]
+        assert [of.optim.learning_rate for of in of_rates] == [1e-3, 2e-3, 4e-3]
+        for of in of_rates[1:]:
+            of.optim.learning_rate = 1e-3
+            assert of.to_dict() == of_rates[0].to_dict()
     assert cpu["uniform_lr_half"].optim.learning_rate * 4 == cpu["uniform_lr_double"].optim.learning_rate == 2e-3
     assert (cpu["dig"].model.name, cpu["dig"].model.width) == ("DiG-S/4", 112)
     assert cpu["uniform"].timesteps.strategy == "uniform" and cpu["logit_normal_v"].diffusion.prediction == "v"

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.speedup.data import FASHION, open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import ATTEMPTS, METHODS, PHASES, SCALES, STRATEGIES, Piece, pieces
+from benchmarks.speedup.plan import SCALES, Piece, pieces
 from speedit_jax.errors import UserError
 from speedit_jax.training.stop import Stop
 
@@ -58,7 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
     parser.add_argument("--budget_s", type=float, required=True, help="seconds after which it saves and ends")
-    parser.add_argument("--strategies", nargs="+", choices=[*STRATEGIES, *ATTEMPTS, *METHODS, *PHASES], help="only these")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        choices=sorted({piece.strategy for scale in SCALES for piece in pieces(scale)}),
+        help="only these",
+    )
     parser.add_argument("--sets", nargs="+", help="only these image sets")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")

@@ -33,6 +33,7 @@ STRATEGIES = {
     "dig_speedit": {"model.name": "DiG", "timesteps.strategy": "speedit"},
     "uniform_lr_half": {"optim.learning_rate": 0.5},
     "uniform_lr_double": {"optim.learning_rate": 2.0},
+    "speedit_lr_double": {"timesteps.strategy": "speedit", "optim.learning_rate": 2.0},
     "laplace": {"timesteps.strategy": "laplace"},
     "gradient_noise": {"timesteps.strategy": "gradient_noise"},
     "p2": {"timesteps.strategy": "p2"},  # SpeeDiT's weight without its density
@@ -68,6 +69,19 @@ ATTEMPTS = {
     "lr_double": _SPEEDIT | {"optim.learning_rate": 2.0},
     "v": _SPEEDIT | {"diffusion.prediction": "v"},
 }
+# Is it the learning rate? (strategy, prediction) -> runs at each of FACTORS times the rate, as long as the attempts.
+FACTORS = (1.0, 2.0, 4.0)
+RATES = {
+    ("uniform", "epsilon"): ("uniform", "uniform_lr_double", "uniform_lr_4"),
+    ("speedit", "epsilon"): ("speedit", "lr_double", "lr_4"),
+    ("uniform", "v"): ("uniform_v", "uniform_v_lr_double", "uniform_v_lr_4"),
+    ("speedit", "v"): ("v", "v_lr_double", "v_lr_4"),
+}
+_OF_RATES = {
+    name: {"timesteps.strategy": strategy, "diffusion.prediction": prediction, "optim.learning_rate": factor}
+    for (strategy, prediction), names in RATES.items()
+    for name, factor in zip(names, FACTORS, strict=True)
+}
 # Methods besides the timesteps (docs/acceleration.md), in their published settings but for four blocks: the second and the third
 # see fewer tokens. Compared with runs of the scale "cpu", at a scale of their own.
 _PLACE = {"tokens.start": 1, "tokens.tail": 1}
@@ -90,7 +104,14 @@ PHASES = {"sprint_all_tokens": _SPRINT | {"tokens.rate": 0.0, "init_from": "spri
 WITHOUT = dict.fromkeys(METHODS, "uniform") | {"speedit_route": "speedit", "contrastive": "flow_v", "dig_route": "dig"}
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")
 BACKBONES = {"dig": "uniform", "dig_speedit": "speedit"}  # DiG, and the DiT that it is compared with
-PREDICTIONS = {"speedit_v": "uniform_v", "logit_normal_v": "uniform_v", "flow_x0": "flow_v", "flow_x0_patch16": "flow_v_patch16"}
+# name -> what it differs from in one thing: the timesteps, or what is predicted. It is compared with that, besides the baseline.
+PAIRS = {
+    "speedit_lr_double": "uniform_lr_double",
+    "speedit_v": "uniform_v",
+    "logit_normal_v": "uniform_v",
+    "flow_x0": "flow_v",
+    "flow_x0_patch16": "flow_v_patch16",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +209,9 @@ def pieces(scale: str) -> list[Piece]:
     """All runs of a scale, those first that answer the first question."""
     of = SCALES[scale]
     if scale == "tuning":
-        return [Piece(scale, name, attempt, TUNING_SEED) for name in of.sets for attempt in ("speedit", *ATTEMPTS)]
+        return [
+            Piece(scale, name, run, TUNING_SEED) for name in of.sets for run in dict.fromkeys(("speedit", *ATTEMPTS, *_OF_RATES))
+        ]
     first, names = (tuple(METHODS)[:2], METHODS | PHASES) if scale == "methods" else (FIRST, STRATEGIES)
     found = []
     for image_set in of.sets:
@@ -201,7 +224,7 @@ def pieces(scale: str) -> list[Piece]:
 
 def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
-    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | METHODS | PHASES)[piece.strategy]
+    scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | _OF_RATES | METHODS | PHASES)[piece.strategy]
     backbone = changes.get("model.name", "DiT")
     patch = changes.get("model.patch", scale.patch)
     c = get_config(f"{backbone}-S/{min(patch, 8) if piece.set == 'digits' else patch}")  # which are 8 pixels wide

@@ -28,8 +28,10 @@ from benchmarks.speedup.plan import (
     ATTEMPTS,
     BACKBONES,
     BASELINE,
+    FACTORS,
     FIRST,
-    PREDICTIONS,
+    PAIRS,
+    RATES,
     SCALES,
     SECOND,
     STRATEGIES,
@@ -48,10 +50,8 @@ CLAIMS = {"speedit": 3.3, "speed_cvpr25": 3.0}
 
 TUNED = ("uniform_lr_half", "uniform_lr_double")
 TIMESTEPS = [name for name in STRATEGIES if name not in BACKBONES]
-# (strategy, what it is compared with): the baseline, and for those that predict something else also that of their prediction.
-COMPARED = [
-    (name, of) for name in TIMESTEPS if name != BASELINE for of in dict.fromkeys((BASELINE, PREDICTIONS.get(name, BASELINE)))
-]
+# (strategy, what it is compared with): the baseline, and for some another one that is more like them.
+COMPARED = [(name, of) for name in TIMESTEPS if name != BASELINE for of in dict.fromkeys((BASELINE, PAIRS.get(name, BASELINE)))]
 Records = dict[Piece, dict]
 
 
@@ -150,7 +150,7 @@ def tuned_baseline(records: Records, image_set: str) -> str:
 def confirmed(records: Records, image_set: str, strategy: str = "speedit_v") -> str:
     """One sentence on the attempt beyond SpeeDiT that was run in full."""
     gains = []
-    for baseline in (BASELINE, PREDICTIONS[strategy]):
+    for baseline in (BASELINE, PAIRS[strategy]):
         if found := speed_ups(records, image_set, strategy, baseline):
             gains.append(f"of `{baseline}` {show(found[-1], len(shared_seeds(records, image_set, strategy, baseline)))}")
     result = f"speed-up to the final quality {', '.join(gains)}" if gains else NOT_YET
@@ -295,14 +295,22 @@ def tuning_page(records: Records, scale: str, out: Path) -> str:
         "protocol says what follows from this table.",
         "",
     ]
+    attempts = [name for name in done if name in ("speedit", *ATTEMPTS)]
     rows = []
-    for name in sorted(done, key=lambda name: distance(done[name][-1])):
+    for name in sorted(attempts, key=lambda name: distance(done[name][-1])):
         distances = [f"{distance(row):.3g}" for row in done[name][1::2]]
         rows.append([f"`{name}`", *distances, f"{done[name][-1]['weights']['ema']['accuracy']:.3f}"])
     lines += table(["", *(f"FD at {row['step']}" for row in next(iter(done.values()), [])[1::2]), "accuracy"], rows)
     figure = out / f"speedup_{scale}.png"
     if draw(records, image_set, {"attempts": ["speedit", *ATTEMPTS]}, figure):
         lines += ["", f"![Fréchet distance against steps]({figure.name})"]
+    lines += ["", "## Learning rates", "", f"FD at the end, and accuracy, at multiples of {SCALES[scale].learning_rate:g}:", ""]
+    rows = []
+    for (strategy, prediction), names in RATES.items():
+        ends = [done[name][-1] if name in done else None for name in names]
+        cells = [f"{distance(row):.3g}, {row['weights']['ema']['accuracy']:.3f}" if row else NOT_YET for row in ends]
+        rows.append([f"{strategy}, {prediction} predicted", *cells])
+    lines += table(["", *(f"{factor:g}" for factor in FACTORS)], rows)
     return "\n".join(lines) + "\n"
 
 
