@@ -9,8 +9,8 @@ Trains configs/digits.py with uniform timesteps and with SpeeDiT, at a constant 
   mask         a second pass, of which 30 % of the tokens are masked (MDT)
   dispersive   the dispersive loss
   align        alignment to the EMA network (SRA)
-  features     alignment to the features of an encoder (REPA): of a small classifier of the digits, which is trained here on the
-               same images and their labels
+  features     alignment to the features of an encoder (REPA): of a small classifier of the digits (benchmarks/teacher.py)
+  irepa        and with a convolution as its head, and features normalised over the image (iREPA)
   v            v predicted
   flow         a flow that predicts the velocity
   contrastive  and with the contrastive loss
@@ -32,11 +32,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
-import optax
 
+from benchmarks.teacher import WIDTH, features_of
 from configs.digits import get_config as get_recipe
 from speedit_jax import storage
 from speedit_jax.config import get_config
@@ -48,6 +47,7 @@ from speedit_jax.training.assembly import assemble
 STRATEGIES = ("uniform", "speedit")
 PLACE = {"tokens.start": 1, "tokens.tail": 1}
 ALIGN = {"regularizer.align": 0.5, "regularizer.align_depth": 1}
+IREPA = {"regularizer.align_target": "features", "regularizer.align_head": "conv", "regularizer.align_spatial_norm": 0.8}
 FLOW = {"diffusion.path": "linear", "diffusion.variance": "fixed_small"}
 DIG = {"model.name": "DiG-tiny/2"}
 ARMS = {
@@ -58,16 +58,18 @@ ARMS = {
     "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
     "align": ALIGN | {"regularizer.align_teacher_depth": 3},
     "features": ALIGN | {"regularizer.align_target": "features"},
+    "irepa": ALIGN | IREPA,
     "v": {"diffusion.prediction": "v"},
     "flow": FLOW,
     "contrastive": FLOW | {"regularizer.contrastive": 0.05},
     "dig": DIG,
     "dig_route": DIG | PLACE | {"tokens.method": "route", "tokens.pattern": "cells"},
 }
+FEATURED = ("features", "irepa")
 BASELINES = {"contrastive": "flow", "dig_route": "dig"}  # of the others it is plain
 ALL_TOKENS = {"tokens.rate": 0.0}
 MODEL = "DiT-tiny/2"
-FEATURES = (4, 4, 64)  # of an image, at each of its tokens
+FEATURES = (4, 4, WIDTH)  # of an image, at each of its tokens
 
 
 def step_flops(settings: dict[str, Any]) -> int:
@@ -83,38 +85,11 @@ def share_of_flops(arm: str, more: dict[str, Any] | None = None) -> float:
     return step_flops(ARMS[arm] | (more or {})) / step_flops(ARMS[BASELINES.get(arm, "plain")])
 
 
-class Classifier(nn.Module):
-    """Of the digits: images [B, 8, 8, 1] -> (logits [B, 10], features [B, *FEATURES])."""
-
-    @nn.compact
-    def __call__(self, x):
-        for width, stride in ((32, 1), (FEATURES[-1], 2), (FEATURES[-1], 1)):
-            x = nn.relu(nn.Conv(width, (3, 3), stride)(x))
-        return nn.Dense(10)(x.mean((1, 2))), x
-
-
-def write_features(directory: Path, epochs: int = 20, batch: int = 64) -> None:
-    """Trains the classifier, and stores what it makes of the digits as a teacher."""
-    images = open_source(get_recipe(MODEL).data)
-    network, optimizer, rng = Classifier(), optax.adam(1e-3), np.random.default_rng(0)
-    params = network.init(jax.random.key(0), images.images[:1])
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params, state, x, y):
-        def loss(params):
-            return optax.softmax_cross_entropy_with_integer_labels(network.apply(params, x)[0], y).mean()
-
-        updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(epochs):
-        for rows in rng.permutation(len(images))[: len(images) // batch * batch].reshape(-1, batch):
-            params, state = step(params, state, images.images[rows], images.labels[rows])
-    logits, features = jax.jit(network.apply)(params, images.images)
-    print(f"the teacher calls {(logits.argmax(-1) == images.labels).mean():.1%} of the images by their labels")
+def write_features(directory: Path) -> None:
+    """Trains the teacher, and stores what it makes of the digits."""
+    features = features_of(open_source(get_recipe(MODEL).data), strides=(1, 2, 1), epochs=20)
     directory.mkdir(parents=True, exist_ok=True)
-    np.save(directory / "features.npy", np.asarray(features))
+    np.save(directory / "features.npy", features)
     command = [sys.executable, "-m", "speedit_jax.features", "--data=digits", f"--from_npy={directory / 'features.npy'}"]
     subprocess.run([*command, f"--out={directory / 'features'}"], check=True)
 
@@ -148,7 +123,7 @@ def said(row: dict) -> str:
 def measure(workdir: Path, strategy: str, arm: str, steps: int, seed: int) -> list[dict]:
     """The rows of a run, or of both phases of SPRINT, with the FLOPs that they took in steps of its baseline."""
     settings, share = ARMS[arm], share_of_flops(arm)
-    if arm == "features":
+    if arm in FEATURED:
         settings = settings | {"data.features": str(workdir.parent / "features")}
     first, last = sorted((steps, steps if arm == "sprint" else round(steps / share)))
     rows = train(workdir, strategy, settings, first, last, seed)
@@ -189,7 +164,7 @@ def main():
     record = {"model": MODEL, "steps": args.steps, "share_of_flops": {arm: share_of_flops(arm) for arm in ARMS}, "runs": []}
     if args.out.exists() and (old := json.loads(args.out.read_text()))["steps"] == args.steps:
         record["runs"] = old["runs"]
-    if "features" in args.arms.split(",") and not (args.workdir / "features").exists():
+    if {*FEATURED} & {*args.arms.split(",")} and not (args.workdir / "features").exists():
         write_features(args.workdir)
     chosen = (map(int, args.seeds.split(",")), args.strategies.split(","), args.arms.split(","))
     for seed, strategy, arm in itertools.product(*chosen):

@@ -13,7 +13,9 @@ import numpy as np
 from benchmarks.speedup.data import ImageSet
 from benchmarks.speedup.judge import Judge, digest
 from benchmarks.speedup.plan import EVALUATION_SEED, SCALES, SLOW_EMA, Piece, Scale, make_config
+from benchmarks.teacher import features_of
 from speedit_jax import __version__, sharding
+from speedit_jax.data.features import FeaturedSource
 from speedit_jax.data.sources import ArraySource
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.sampling.conditions import Labels
@@ -98,16 +100,29 @@ def commit() -> str:
     return found[0] + ("+" if found[1] else "")
 
 
+class Taught:
+    """The features that a teacher of the images' labels makes of them, at each patch of 4 pixels."""
+
+    def __init__(self, images: ImageSet):
+        self._features = features_of(images.train, strides=(2, 2, 1), epochs=5)
+        self.shape, self.checksum = self._features.shape[1:], digest(self._features)
+        self.identity = {"encoder": "benchmarks/teacher.py"}
+
+    def read(self, index: int, mirrored: bool) -> np.ndarray:
+        return self._features[index]
+
+
 class Run:
     """A piece on its way: what has been measured of it, and how it goes on."""
 
     def __init__(self, piece: Piece, images: ImageSet, judge: Judge, workdir: Path):
         self.piece, self.scale, self.config = piece, SCALES[piece.scale], make_config(piece)
-        self._images = images
+        aligned = self.config.regularizer.align_target == "features"
+        self._train = FeaturedSource(images.train, Taught(images)) if aligned else images.train
         mesh = sharding.make_mesh(self.config.mesh)
-        self.parts = assemble(self.config, images.train, mesh)
+        self.parts = assemble(self.config, self._train, mesh)
         self._evaluate = Evaluation(self.parts, images, judge, self.scale)
-        self._meta = run.describe(self.config, images.train, self.parts.model.image_shape, None)
+        self._meta = run.describe(self.config, self._train, self.parts.model.image_shape, None)
         run.claim(workdir, self._meta)
         self._checkpoints = Checkpoints(workdir, create=True)
         self.key = jax.random.key(self.config.seed)
@@ -177,7 +192,7 @@ class Run:
         write_json(out, self.record())  # a run that was stopped between its last checkpoint and this is complete now
         train_step, saved = self.parts.jit_step(), time.monotonic()
         since = time.perf_counter()
-        for batch in batches(self.parts, self._images.train, self.step, self.num_steps):
+        for batch in batches(self.parts, self._train, self.step, self.num_steps):
             self.progress["data_digest"] = digest(batch["image"], batch["label"], start=self.progress["data_digest"])
             with jax.set_mesh(self.parts.mesh):
                 self.state, metrics = train_step(self.state, batch, self.key)
