@@ -95,9 +95,13 @@ def encode() -> None:
     encoded, since = sum(size.values()), time.perf_counter()
     with tqdm(total=encoded, unit="image", disable=jax.process_index() != 0 or not mine) as bar:
         for i in mine:
-            first = i * _SHARD_SIZE.value
-            moments = examples(source, autoencoder, first, first + size[i], bar)
-            latents.write_shard(paths[i], moments, lambda j, first=first: name_of(source, first + j))
+            first, last = i * _SHARD_SIZE.value, i * _SHARD_SIZE.value + size[i]
+            latents.write_shard(
+                paths[i],
+                examples(source, autoencoder, first, last, bar),
+                lambda j, first=first: name_of(source, first + j),
+                lambda first=first, last=last: sorted(getattr(source, "broken", set()) & set(range(first, last))),
+            )
     seconds = time.perf_counter() - since
     facts = shards.finished(paths)
     if jax.process_index() == 0:

@@ -310,3 +310,25 @@ def test_without_its_autoencoder_pictures_show_channels(run, encoded, folder, tm
     sample = ["sample", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'new'}", "--num_images=2"]
     assert_fails(run(*sample), str(moved), "--vae")
     assert_works(run(*sample, f"--vae={tmp_path / 'elsewhere'}"))
+
+
+def test_the_image_that_stands_in_has_its_own_caption(run, vae, tmp_path):
+    """Captions are encoded without a look at the images, so latents have to say which are those of another image."""
+    from speedit_jax.config import get_config
+    from speedit_jax.data.sources import open_source
+
+    images, latents, texts = (tmp_path / name for name in ("images", "latents", "texts"))
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", SIZE[::-1], (60 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"number{i}")
+    (images / "1.png").write_bytes(b"no image")
+    assert run("encode", *flags(images, vae, latents), "--shard_size=2", "--max_broken=1").code == 0
+    assert_works(run("encode_text", f"--data=folder:{images}", "--encoder=words", f"--out={texts}"))
+    data = get_config().data
+    data.update(source=f"latents:{latents}", text=str(texts))
+    source = open_source(data)
+    np.testing.assert_array_equal(source[1]["moments"], source[2]["moments"])
+    tokens = [source[i]["texts"].tokens[0] for i in range(4)]
+    np.testing.assert_array_equal(tokens[1], tokens[2])
+    assert (tokens[0] != tokens[1]).any() and (tokens[2] != tokens[3]).any()

@@ -2,11 +2,12 @@
 
 00000-of-00013.array_record   per image its label, int32, and moments, float16 [2, h, w, 2C]: of the image and of its mirror
                               image, the posterior's mean and log variance along the channels
-00000-of-00013.json           the shard's checksum and sums
+00000-of-00013.json           the shard's checksum and sums, and the numbers of images that another one stands in for
 header.json                   describes the whole set; data/shards.py has the rest
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,19 @@ _COMMAND = "speedit_jax.encode"
 
 
 def write_shard(
-    path: Path, examples: Iterable[tuple[int, np.ndarray]], name: Callable[[int], str] = "record {}".format
+    path: Path,
+    examples: Iterable[tuple[int, np.ndarray]],
+    name: Callable[[int], str] = "record {}".format,
+    broken: Callable[[], list[int]] = list,
 ) -> dict[str, Any]:
     """Writes a shard of (label, moments [2, h, w, 2C]) under a temporary name, then gives it its own.
 
     Args:
       name: index in the shard -> what an error calls that example.
+      broken: asked when all are written: numbers in the whole set of images that could not be read, so the next one stands in.
 
     Returns:
-      What the shard's JSON holds: records, sha256, and per channel the sums of a latent and of its square.
+      What the shard's JSON holds: records, sha256, per channel the sums of a latent and of its square, and broken, if any are.
 
     Raises:
       UserError: moments that are not finite, or not in float16; the shard is not written then.
@@ -40,7 +45,8 @@ def write_shard(
 
     def write(partial):
         count, first, second = _write_records(partial, examples, name)
-        return count, {"sum": list(first), "sum_of_squares": list(second)}
+        stood_in_for = {"broken": numbers} if (numbers := broken()) else {}
+        return count, {"sum": list(first), "sum_of_squares": list(second)} | stood_in_for
 
     return shards.write_shard(path, write)
 
@@ -150,6 +156,11 @@ class LatentSource:
     records: Any
     directory: Path
     header: dict[str, Any]
+
+    @functools.cached_property
+    def broken(self) -> frozenset[int]:
+        """As FolderSource's: what is joined to these records is that of the image which stands in."""
+        return frozenset(number for shard in self.header["shards"] for number in shard.get("broken", ()))
 
     def __len__(self) -> int:
         return len(self.records)
