@@ -90,10 +90,7 @@ def evaluate() -> None:
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
     out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
-    for path in filter(None, (out, save)):
-        storage.check_writable(path)
-    if out and _IMAGES.value and out.absolute() == storage.path(f"{_IMAGES.value.removesuffix('.npz')}.json").absolute():
-        raise UserError(f"--out={_OUT.value} would overwrite the settings of --images; choose another file")
+    check_outputs(out, save)
     images, reference = open_both()
     options = Options(_SEED.value, _IS_SPLITS.value, _KID_SUBSETS.value, _KID_SUBSET_SIZE.value, _PR_NEIGHBOURS.value)
     names, texts = [], None
@@ -133,6 +130,23 @@ def evaluate() -> None:
         for name in tqdm(names, unit="metric", leave=False):
             values |= of_clip if name == "clip" else measure(name, of_images, of_reference, statistics, options, texts)
         report(values, images, reference, extractor, clip, options, out, mesh.size)
+
+
+def check_outputs(out: Path | None, save: Path | None) -> None:
+    """Raises a UserError for files that cannot be written, or that would replace what is measured, or each other."""
+    kept = {}
+    for flag in (_IMAGES, _REFERENCE):
+        place = storage.resolved(storage.path((flag.value or "").removeprefix("folder:")))
+        if flag.value and place.exists():
+            settings = place.name.removesuffix(".npz") + ".json"  # as sample writes them
+            kept |= {place: f"--{flag.name}", place.parent / settings: f"the settings of --{flag.name}"}
+    for flag, path in ((_OUT, out), (_SAVE_STATISTICS, save)):
+        if not path:
+            continue
+        if storage.resolved(path) in kept:
+            raise UserError(f"--{flag.name}={flag.value} would overwrite {kept[storage.resolved(path)]}; choose another file")
+        kept[storage.resolved(path)] = f"--{flag.name}"
+        storage.check_writable(path)
 
 
 def open_clip(mesh: Mesh, texts: Texts) -> ClipEncoder:

@@ -6,7 +6,7 @@ from pathlib import Path
 import inception_weights
 import numpy as np
 import pytest
-from commands import EIGHT_DEVICES, assert_fails, assert_works
+from commands import EIGHT_DEVICES, assert_fails, assert_works, checksums
 from PIL import Image
 
 from speedit_jax.data.sources import load_digits
@@ -171,6 +171,32 @@ def test_mistakes_of_files(run, samples, tmp_path):
     fails(path, "pr needs at least 4 images", "--reference has 3")
     np.savez(path, np.zeros((5, 40, 40, 3), np.uint8))
     assert_fails(run("evaluate", f"--images={path}", f"--reference={path}", "--features=pixels"), "40x40x3", "4096")
+
+
+def test_what_is_measured_is_not_overwritten(run, samples, tmp_path):
+    images, reference = tmp_path / "new.npz", tmp_path / "reference.npz"
+    for path in (images, reference):
+        path.write_bytes(samples.read_bytes())
+    images.with_suffix(".json").write_text("{}")
+    Image.fromarray(digits("train")[0, ..., 0]).resize((32, 32)).save(tmp_path / "0.png")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "0.png").rename(tmp_path / "new" / "0.png")
+    before = checksums(tmp_path)
+    settings, flags = images.with_suffix(".json"), ["--features=pixels", f"--reference={reference}"]
+    cases = (
+        (f"--images={images}", f"--out={images}", "--images"),
+        (f"--images={images}", f"--out={reference}", "--reference"),
+        (f"--images={images}", f"--out={tmp_path}/new/../new.json", "the settings of --images"),
+        (f"--images={tmp_path}/new/", f"--out={settings}", "the settings of --images"),
+        (f"--images=folder:{tmp_path}/new", f"--out={settings}", "the settings of --images"),
+        (f"--images={images}", f"--save_statistics={images}", "--images"),
+        (f"--images={images}", f"--save_statistics={reference}", "--reference"),
+    )
+    for given, out, what in cases:
+        assert_fails(run("evaluate", *flags, given, out), out, f"would overwrite {what};")
+    both = [f"--out={tmp_path / 'x.npz'}", f"--save_statistics={tmp_path / 'x.npz'}"]
+    assert_fails(run("evaluate", *flags, f"--images={images}", *both), "--save_statistics", "--out")
+    assert checksums(tmp_path) == before
 
 
 @pytest.mark.slow
