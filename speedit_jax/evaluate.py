@@ -89,6 +89,7 @@ def evaluate() -> None:
         raise UserError("--reference is missing; --help has examples. --metrics=is needs none, nor does --metrics=clip")
     if not _IMAGES.value and not _SAVE_STATISTICS.value:
         raise UserError("--images is missing; or give --save_statistics=FILE.npz, for the reference's statistics alone")
+    check_ignored()
     out, save = (storage.path(flag.value) if flag.value else None for flag in (_OUT, _SAVE_STATISTICS))
     check_outputs(out, save)
     images, reference = open_both()
@@ -130,6 +131,17 @@ def evaluate() -> None:
         for name in tqdm(names, unit="metric", leave=False):
             values |= of_clip if name == "clip" else measure(name, of_images, of_reference, statistics, options, texts)
         report(values, images, reference, extractor, clip, options, out, mesh.size)
+
+
+def check_ignored() -> None:
+    """Raises a UserError for flags that nothing would look at."""
+    for flag, metric in ((_CLIP, "clip"), (_CAPTIONS, "match")):
+        if flag.value != flag.default and metric not in (_METRICS.value or ()):
+            raise UserError(f"--{flag.name}={flag.value} is for --metrics={metric}, which is not asked for")
+    if _INCEPTION.value and _FEATURES.value == "pixels":
+        raise UserError(f"--inception={_INCEPTION.value} has no effect with --features=pixels; leave one of them out")
+    if _SPLIT.value != _SPLIT.default and not _REFERENCE.value:
+        raise UserError(f"--split={_SPLIT.value} is that of --reference, which is not given")
 
 
 def check_outputs(out: Path | None, save: Path | None) -> None:

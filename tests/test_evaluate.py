@@ -143,6 +143,10 @@ MISTAKES = {
     "neighbours": (["--pr_neighbours=355"], ["pr", "356", "355"]),
     "number": (["--kid_subsets=0"], ["kid_subsets"]),
     "out": (["--out=/dev/null/x.json"], ["/dev/null/x.json"]),
+    "split of no reference": (["--reference=", "--metrics=is", "--split=held_out"], ["--split=held_out", "--reference"]),
+    "CLIP that is not asked for": (["--clip=/no/such"], ["--clip=/no/such", "--metrics"]),
+    "captions that nothing reads": (["--captions=.txt"], ["--captions=.txt", "--metrics"]),
+    "weights that pixels do not need": (["--inception=/no/such.pth"], ["--inception=/no/such.pth", "--features=pixels"]),
     "statistics' name": (["--save_statistics=/tmp/x"], ["--save_statistics=/tmp/x", ".npz"]),
 }
 
@@ -166,6 +170,7 @@ def test_mistakes_of_files(run, samples, tmp_path):
     fails(path, str(path), "5 features", "64")
     fails(path, "kid needs the reference's images", flags=["--metrics=kid"])
     fails(path, "--out", "the settings of --images", flags=[f"--out={samples.with_suffix('.json')}"])
+    fails(path, str(path), "no splits", "split=held_out", flags=["--split=held_out"])
     fails(path, "holds statistics already", flags=[f"--save_statistics={tmp_path / 'y.npz'}"])
     np.savez(path, digits("train")[:3])
     fails(path, "pr needs at least 4 images", "--reference has 3")

@@ -131,12 +131,15 @@ def open_images(
       None for an npz that has no images (but statistics, perhaps).
 
     Raises:
-      UserError: there are none, they cannot be read, or they have several sizes.
+      UserError: there are none, they cannot be read, they have several sizes, or a split that there is not.
     """
     path = storage.path(where)
+    of_source = where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds") and path.suffix != ".npz"
+    if split != "train" and not of_source:
+        raise UserError(f"{where} has no splits, and split={split} would be ignored; leave it out")
     if path.suffix == ".npz":
         return _open_npz(path)
-    if where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds"):
+    if of_source:
         # The digits have a size of their own.
         if shape is None and where != "digits":
             raise UserError(f"{where}: the image size is missing; give --size=HEIGHT,WIDTH[,CHANNELS]")
