@@ -18,6 +18,7 @@ from speedit_jax import storage
 from speedit_jax.data import loader
 from speedit_jax.data.images import open_image
 from speedit_jax.data.names import printable
+from speedit_jax.data.pixels import WHITE
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 
@@ -109,7 +110,9 @@ def some(images: NpzImages | SourceImages, count: int) -> NpzImages | SourceImag
 def fingerprint(images: NpzImages | SourceImages) -> str:
     """Equal for equal images, as far as can be told without reading them all."""
     if isinstance(images, SourceImages):
-        return images.source.fingerprint
+        background = tuple(getattr(images.source, "background", WHITE))
+        # Fingerprints do not know it: to training it is a setting. White is left out, as it was before this was here.
+        return images.source.fingerprint + (f" over {background}" if background != WHITE else "")
     if storage.is_remote(images.path):
         return f"{images.path} {storage.size(images.path)} {storage.modified(images.path)}"
     stat = images.path.stat()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from errors import assert_one_line
+from PIL import Image
 
 from speedit_jax.data.sources import load_digits, open_source
 from speedit_jax.evaluation.during_training import Evaluation
@@ -77,6 +78,19 @@ def test_the_reference_is_extracted_once(held_out, tmp_path):
 
     evaluation(evaluation__reference="digits", evaluation__split="held_out").prepare(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2, "another reference is another file"
+
+
+def test_over_another_background_it_is_another_reference(tmp_path):
+    images, kept = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    kept.mkdir()
+    for i in range(3):
+        Image.new("RGBA", (8, 8), (90 * i, 0, 0, 128)).save(images / f"{i}.png")
+    folder = {"data__source": f"folder:{images}", "data__channels": 3}
+    for count, background in enumerate(("white", "#ffffff", "black"), 1):
+        measured = evaluation(**folder, data__background=background)
+        measured.prepare(kept)
+        assert len(list(kept.iterdir())) == (count + 1) // 2, background
 
 
 def test_a_reference_of_statistics_or_of_images(held_out, tmp_path):
