@@ -24,7 +24,7 @@ from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, take_arrays
 from speedit_jax.sampling.labels import parse_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder
-from speedit_jax.sampling.sampler import Diffusion, Settings, make_sampler
+from speedit_jax.sampling.sampler import Diffusion, Settings, check_given, make_sampler, resolve
 from speedit_jax.training.run import Run, open_run
 
 
@@ -112,7 +112,8 @@ class LoadedRun:
         latents = self.autoencoder is not None or self.run.encoded_by is not None
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
-        chosen = Settings.from_config(self.config.sampling, self.model, latents=latents, **settings)
+        chosen = resolve(Settings.from_config(self.config.sampling, self.model, latents=latents, **settings), self.diffusion)
+        check_given(settings, chosen)
         if negative_prompt and chosen.sparse:
             raise UserError("negative_prompt has no effect with sparse_weak: the network with fewer tokens gets the prompts, too")
         if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):

@@ -30,7 +30,7 @@ from speedit_jax.sampling.images import to_uint8
 from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, read_pictures
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
-from speedit_jax.sampling.sampler import Settings, make_sampler, resolve
+from speedit_jax.sampling.sampler import Settings, check_given, make_sampler, resolve
 from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
 from speedit_jax.training.run import Run, open_run
 
@@ -195,7 +195,11 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
     }
     latents = autoencoder is not None or run.encoded_by is not None
     settings = Settings.from_config(run.config.sampling, run.model, guide and guide.model, latents, **given)
-    return resolve(settings, run.diffusion)
+    settings = resolve(settings, run.diffusion)
+    check_given(given, settings)
+    if guide and settings.guidance_scale == 1:
+        raise UserError("--guide_workdir has no effect at guidance_scale=1; give another --guidance_scale")
+    return settings
 
 
 def describe(

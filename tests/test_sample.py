@@ -37,6 +37,8 @@ BAD_SAMPLE_FLAGS = {
     "interval": (["--guidance_low=0.8", "--guidance_high=0.2"], ["guidance_low=0.8", "guidance_high=0.2"]),
     "guidance schedule": (["--guidance_schedule=foo"], ["guidance_schedule", "foo", "cosine"]),
     "guide": (["--guide_workdir=/no/such"], ["--guide_workdir", "/no/such"]),
+    "guide that guides nothing": (["--guide_workdir=TRAINED", "--guidance_scale=1"], ["--guide_workdir", "guidance_scale=1"]),
+    "noise of another sampler": (["--sampler=ddpm", "--eta=0"], ["eta=0.0", "ddpm"]),
     "guide without a run": (["--guide_step=3"], ["--guide_step=3", "--guide_workdir"]),
     "weights": (["--weights=best"], ["weights", "best", "raw"]),
     "mesh": (["--mesh=8"], ["--mesh=8", "fsdp=4,tensor=2"]),
@@ -52,6 +54,7 @@ BAD_SAMPLE_FLAGS = {
 def test_a_mistake_in_sampling_is_one_line_and_writes_nothing(run, trained, case):
     flags, words = BAD_SAMPLE_FLAGS[case]
     before = checksums(trained)
+    flags = [flag.replace("TRAINED", str(trained)) for flag in flags]
     assert_fails(run("sample", f"--workdir={trained}", *flags), *words)
     assert checksums(trained) == before
 

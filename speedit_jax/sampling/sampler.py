@@ -112,6 +112,20 @@ def resolve(settings: Settings, diffusion: Diffusion) -> Settings:
     return dataclasses.replace(settings, sampler=sampler)
 
 
+def check_given(given: dict[str, Any], settings: Settings) -> None:
+    """Raises a UserError for what was asked for, as in `Settings.from_config`, and the sampler does not look at.
+
+    A config may hold it for another sampler.
+
+    Args:
+      settings: as `resolve` gives them.
+    """
+    if given.get("eta") is not None and settings.sampler not in ("ddim", "dpm++"):
+        raise UserError(f"eta={given['eta']} is noise of ddim and dpm++, not of {settings.sampler}; leave it out")
+    if given.get("spacing") not in (None, "even") and settings.sampler in FLOW_SAMPLERS:
+        raise UserError(f"spacing={given['spacing']} is for diffusion: the steps of a flow are evenly spaced; leave it out")
+
+
 def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
     """Standard normal noise [B, *shape] of which row i depends only on (key, indices[i], stream).
 

@@ -13,7 +13,7 @@ from speedit_jax import sharding
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.labels import parse_labels, random_labels
-from speedit_jax.sampling.sampler import Settings, image_noise, make_sampler, resolve
+from speedit_jax.sampling.sampler import Settings, check_given, image_noise, make_sampler, resolve
 
 KEY = jax.random.key(5)
 EIGHT = (8, 1, 1)
@@ -175,6 +175,28 @@ def test_errors_come_before_sampling(changes, message):
     trainer = tiny.make_trainer()
     with pytest.raises(UserError, match=message):
         make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, **changes), trainer.mesh)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given", "message"),
+    [
+        ("ddpm", {"eta": 0.0}, "eta=0.0 is noise of ddim and dpm.., not of ddpm"),
+        ("euler", {"eta": 0.5, "spacing": None}, "eta=0.5 is noise of ddim and dpm.., not of euler"),
+        ("sde", {"spacing": "logsnr"}, "spacing=logsnr is for diffusion"),
+        ("heun", {"spacing": "karras"}, "spacing=karras is for diffusion"),
+    ],
+    ids=str,
+)
+def test_what_a_sampler_does_not_look_at_is_refused(sampler, given, message):
+    with pytest.raises(UserError, match=message):
+        check_given(given, dataclasses.replace(SETTINGS, sampler=sampler))
+
+
+def test_what_a_sampler_looks_at_is_not_refused():
+    for sampler in ("ddim", "dpm++"):
+        check_given({"eta": 1.0, "spacing": "logsnr"}, dataclasses.replace(SETTINGS, sampler=sampler))
+    check_given({"spacing": "logsnr", "eta": None}, dataclasses.replace(SETTINGS, sampler="ddpm"))
+    check_given({"spacing": "even"}, dataclasses.replace(SETTINGS, sampler="euler"))
 
 
 def test_guidance_needs_a_null_label():
