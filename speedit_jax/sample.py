@@ -32,6 +32,7 @@ from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, check_given, make_sampler, resolve
 from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
+from speedit_jax.training.changes import same_latents
 from speedit_jax.training.run import Run, open_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a training run.")
@@ -311,6 +312,9 @@ def open_guide(run: Run) -> Run | None:
     for name in sorted(own.keys() | its.keys()):
         if own.get(name) != its.get(name):
             raise UserError(f"--guide_workdir={guide.workdir}: its {name} is {its.get(name)}, but --workdir has {own.get(name)}")
+    if run.encoded_by and guide.encoded_by and not same_latents(run.encoded_by, guide.encoded_by):
+        drawn = f"the latents of {guide.encoded_by['vae']}, but --workdir draws those of {run.encoded_by['vae']}"
+        raise UserError(f"--guide_workdir={guide.workdir}: it draws {drawn}, another autoencoder")
     return guide
 
 

@@ -200,6 +200,20 @@ def test_a_guide_must_predict_the_same(run, trained, tmp_path):
     assert_fails(result, str(guide), "diffusion.schedule is squaredcos_cap_v2", "linear")
 
 
+def test_a_guide_draws_latents_of_the_same_autoencoder(run, trained, tmp_path):
+    flags = [f"--out={tmp_path / 'x'}"]
+    for name, flag in (("one", "--workdir"), ("other", "--guide_workdir")):
+        copy = tmp_path / name
+        shutil.copytree(trained, copy, ignore=shutil.ignore_patterns("checksums.json"))
+        meta = copy / "checkpoints" / "6" / "meta" / "metadata"
+        identity = json.dumps({"vae": f"the {name}", "weights": name, "config": {}})
+        changed = re.sub(r'"latents": ?null', f'"latents": {identity}', meta.read_text())
+        assert identity in changed
+        meta.write_text(changed)
+        flags.append(f"{flag}={copy}")
+    assert_fails(run("sample", *flags), "--guide_workdir", "autoencoder", "the one", "the other")
+
+
 def test_eight_devices_draw_the_same_images(sample, ten):
     images, labels, settings = sample(xla_flags=EIGHT_DEVICES)
     assert np.abs(images.astype(int) - ten[0]).max() <= 1
