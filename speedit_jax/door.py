@@ -109,11 +109,16 @@ class LoadedRun:
         """
         if not 0 <= seed <= LARGEST_SEED:
             raise UserError(f"seed={seed}: must lie in 0..{LARGEST_SEED}")
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
         latents = self.autoencoder is not None or self.run.encoded_by is not None
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
         chosen = resolve(Settings.from_config(self.config.sampling, self.model, latents=latents, **settings), self.diffusion)
         check_given(settings, chosen)
+        if negative_prompt and chosen.guidance_scale == 1:
+            raise UserError("negative_prompt has no effect without guidance; give a guidance_scale above 1")
         if negative_prompt and chosen.sparse:
             raise UserError("negative_prompt has no effect with sparse_weak: the network with fewer tokens gets the prompts, too")
         if image is None and any(value is not None for value in (mask, strength, inpaint, resample, jump)):

@@ -48,6 +48,9 @@ def test_what_it_holds(trained):
         (lambda workdir: speedit_jax.load(workdir).sample(["cat"]), "no class 'cat'"),
         (lambda workdir: speedit_jax.load(workdir).sample([10]), "no class '10'"),
         (lambda workdir: speedit_jax.load(workdir).sample(sampler="euler"), "unknown sampler 'euler'"),
+        (lambda workdir: speedit_jax.load(workdir).sample(sampler="ddpm", eta=0.5), "eta=0.5"),
+        (lambda workdir: speedit_jax.load(workdir).sample(num_images=0), "num_images=0: must be at least 1"),
+        (lambda workdir: speedit_jax.load(workdir).sample(batch_size=0), "batch_size=0: must be at least 1"),
     ],
 )
 def test_mistakes(trained, call, words):

@@ -140,6 +140,8 @@ def test_sparse_guidance_knows_no_negative_prompt(run, captions, tmp_path):
     shares = {"sparse_strong": 0.25, "sparse_weak": 0.75}
     with pytest.raises(UserError, match="negative_prompt has no effect with sparse_weak"):
         speedit_jax.load(tmp_path / "run").sample(prompts=["a blob"], negative_prompt="x", **shares)
+    with pytest.raises(UserError, match="negative_prompt has no effect without guidance"):
+        speedit_jax.load(tmp_path / "run").sample(prompts=["a blob"], negative_prompt="x", guidance_scale=1)
 
 
 def test_prompts_for_a_run_on_classes(run, trained, tmp_path):
