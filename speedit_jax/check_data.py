@@ -69,9 +69,13 @@ def check_data() -> int | None:
     if out:
         storage.check_writable(out)
     source = open_images()
+    has_files = isinstance(source, FolderSource | TfdsSource)
+    if ignored := [flag for flag in (_SIZE, _BACKGROUND, _OUT) if flag.value != flag.default and not has_files]:
+        value = ignored[0].value if isinstance(ignored[0].value, str) else ",".join(ignored[0].value)
+        raise UserError(f"--{ignored[0].name}={value}: {_SOURCE.value} is made here and has no files to report on; leave it out")
     print(f"{_SOURCE.value}: {len(source):,} images")
     print("\n".join(describe(source)), flush=True)
-    if not isinstance(source, FolderSource | TfdsSource):
+    if not has_files:
         print(f"made here, {'x'.join(map(str, source.image_shape))}: no files that could be damaged")
         return None
     report = summarize(source, examine_all(source), size)
@@ -112,7 +116,7 @@ def examine_all(source: FolderSource | TfdsSource) -> Iterator[Found]:
         try:
             content = source.encoded(index)
         except OSError as e:
-            return Found(error=e.strerror)
+            return Found(error=storage.reason(e))
         try:
             with open_image(io.BytesIO(content)) as image:
                 kind = f"{image.format} {image.mode}"

@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from commands import assert_fails, assert_works, run_alone
+from commands import ONE_DEVICE, assert_fails, assert_works, run_alone
 from PIL import Image
 from tfds_sets import prepare
 
@@ -74,6 +76,21 @@ def test_every_file_that_training_refuses_is_found(run, folder):
     assert run("check_data", f"--source=folder:{folder}", "--classes=dog").code == 1
 
 
+def test_a_failure_without_a_number_is_one_too(folder):
+    """Object stores' clients raise OSError with a text alone."""
+    code = f"""
+import runpy, sys
+from speedit_jax.data.folder import FolderSource
+def encoded(self, index):
+    raise FileNotFoundError(f"bucket/{{index}}")
+FolderSource.encoded = encoded
+sys.argv = ["check_data", "--source=folder:{folder}"]
+runpy.run_module("speedit_jax.check_data", run_name="__main__", alter_sys=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ONE_DEVICE, capture_output=True, text=True)
+    assert done.returncode == 1 and "images that cannot be read: 8" in done.stdout and "cat/0.png: bucket/0" in done.stdout
+
+
 def test_names_of_any_bytes_are_printed(tmp_path):
     os.makedirs(os.fsencode(tmp_path) + b"/caf\xe9/\xfe")
     with open(os.fsencode(tmp_path) + b"/caf\xe9/\xfe/\xff.png", "wb") as file:
@@ -111,6 +128,8 @@ MISTAKES = {
     "three sizes": (["--source=digits", "--size=1,2,3"], ["--size=1,2,3"]),
     "background": (["--source=digits", "--background=whiet"], ["whiet", "#rrggbb"]),
     "out": (["--source=digits", "--out=/proc/report.json"], ["/proc/report.json"]),
+    "report of no files": (["--source=digits", "--out=/tmp/report.json"], ["--out=/tmp/report.json", "digits", "no files"]),
+    "size of no files": (["--source=synthetic", "--size=8"], ["--size=8", "synthetic", "no files"]),
 }
 
 
