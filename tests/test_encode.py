@@ -140,6 +140,8 @@ MISTAKES = {
     "no such class": (["--classes=cat,cow"], ["data.classes=cat,cow"]),
     "no such vae": (["--vae=/no/such"], ["/no/such", "config.json"]),
     "size": (["--size=big"], ["--size=big"]),
+    "no size": (["--size=0"], ["--size=0: give"]),
+    "three sizes": (["--size=16,24,3"], ["--size=16,24,3: give"]),
     "odd size": (["--size=17"], ["17x17"]),
     "unwritable": (["--out=/dev/null/x"], ["--out=/dev/null/x"]),
 }
