@@ -20,6 +20,7 @@ from speedit_jax import cli, storage
 from speedit_jax.diffusion.strategies import CurriculumStrategy
 from speedit_jax.errors import UserError
 from speedit_jax.training import assembly
+from speedit_jax.training.check import check_numbers
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe or a config file, e.g. digits.", lock_config=True)
 _OUT = flags.DEFINE_string("out", "timesteps.png", "Where to write: PATH.png and PATH.json.")
@@ -31,6 +32,7 @@ def numbers(config: ml_collections.ConfigDict) -> dict[str, Any]:
     Raises:
       UserError: the config's diffusion or timesteps are not possible.
     """
+    check_numbers(config)
     diffusion = assembly.make_diffusion(config)
     strategy = assembly.make_strategy(config, diffusion)
     batch_size = config.training.batch_size

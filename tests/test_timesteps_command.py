@@ -50,5 +50,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     out = f"--out={tmp_path / 'x'}"
     assert_fails(run("timesteps", out), "--config is missing")
     assert_fails(run("timesteps", *CONFIG, out, "--config.timesteps.strategy=foo"), "timesteps.strategy", "foo")
+    for flag, words in (("timesteps.gamma=nan", "timesteps.gamma=nan"), ("training.batch_size=0", "at least 1")):
+        assert_fails(run("timesteps", *CONFIG, out, "--config.timesteps.strategy=min_snr", f"--config.{flag}"), words)
     assert_fails(run("timesteps", *CONFIG, "--out=/dev/null/x"), "/dev/null/x", "--out")
     assert not any(tmp_path.iterdir())
