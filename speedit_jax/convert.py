@@ -65,6 +65,9 @@ def convert() -> None:
             raise UserError("--vae is only for --to; for an import, use --config.data.vae=DIR")
         if _LICENSE.value or _PUBLIC.value:
             raise UserError("--license and --public are only for --to=hf:OWNER/NAME")
+        for flag in (_WEIGHTS, _CHECKPOINT_STEP):
+            if flag.value != flag.default:
+                raise UserError(f"--{flag.name}={flag.value} is only for --to; an import takes all weights of a file")
         import_weights(_FROM.value, workdir, _CONFIG.value, given, _REVERSE_TIME.value)
         return
     if _REVERSE_TIME.value is not None:
@@ -78,6 +81,8 @@ def convert() -> None:
         return
     if _LICENSE.value or _PUBLIC.value:
         raise UserError("--license and --public are only for --to=hf:OWNER/NAME")
+    if _VAE.value and storage.path(_TO.value).suffix in (".pt", ".safetensors"):
+        raise UserError("--vae is only for diffusers directories: a file of weights holds no autoencoder")
     export_weights(workdir, _TO.value, _WEIGHTS.value, _CHECKPOINT_STEP.value, _VAE.value)
 
 

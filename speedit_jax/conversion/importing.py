@@ -28,6 +28,7 @@ from speedit_jax.models.build import Model, parse_name
 from speedit_jax.models.condition import TextShape
 from speedit_jax.storage import first_line
 from speedit_jax.training import assembly, run
+from speedit_jax.training.check import check_numbers
 from speedit_jax.training.checkpoint import Checkpoints, peek
 
 _COMPRESSED = 0.85  # of float32 weights is what orbax writes at best
@@ -71,6 +72,8 @@ def import_weights(
         if reverse_time is not None:
             found = dataclasses.replace(found, reversed_time=reverse_time)
         fitted = fit(found, config, given)
+        if given:
+            check_numbers(config)
     except UserError as e:
         raise UserError(f"--from={where}: {e}") from e
     channels = fitted.source.image_shape[2]
