@@ -63,6 +63,10 @@ class Settings:
     sparse_weak: float = 0.0
     path_drop_guidance: bool = False
 
+    def __post_init__(self):
+        if isinstance(self.num_steps, list):  # as JSON has sections
+            object.__setattr__(self, "num_steps", tuple(self.num_steps))
+
     @property
     def sparse(self) -> bool:
         """Whether the network with fewer tokens is its guide."""

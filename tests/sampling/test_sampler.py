@@ -177,6 +177,14 @@ def test_errors_come_before_sampling(changes, message):
         make_sampler(trainer.model, trainer.diffusion, dataclasses.replace(SETTINGS, **changes), trainer.mesh)
 
 
+def test_sections_of_steps_are_settings_like_others():
+    """JSON makes a list of them, and what a run from Python has drawn is remembered by its settings."""
+    config = tiny.make_config(sampling__num_steps=[2, 3])
+    settings = Settings.from_config(config.sampling, tiny.make_trainer().model)
+    assert {settings: 1}[dataclasses.replace(settings, num_steps=(2, 3))] == 1
+    assert dataclasses.replace(settings, num_steps=[2, 3]) == settings
+
+
 @pytest.mark.parametrize(
     ("sampler", "given", "message"),
     [
