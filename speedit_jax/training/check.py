@@ -30,6 +30,7 @@ _LEAST = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
+    "optim.eps": 0,
     "training.num_steps": 1,
     "training.batch_size": 1,
     "training.accumulation": 1,

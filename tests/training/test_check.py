@@ -33,5 +33,10 @@ def test_seeds(key):
             check_numbers(tiny.make_config(**{key: seed}))
 
 
+def test_adam_divides_by_no_negative_number():
+    with pytest.raises(UserError, match=r"optim.eps=-1e-08: must be at least 0"):
+        check_numbers(tiny.make_config(optim__eps=-1e-8))
+
+
 def test_the_defaults_pass():
     check_numbers(get_config())
