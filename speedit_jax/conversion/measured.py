@@ -75,7 +75,8 @@ def _during_training(run: Run, weights: str) -> list[Number]:
     section, data = config.evaluation, config.data
     reference = f"{place(section.reference or data.source)} ({section.split if section.reference else data.split})"
     drawn = f"{section.num_images:,} samples drawn as training draws them, against {reference}"
-    source = f"{place(section.loss_source or data.source)} ({section.loss_split or data.split})"
+    split = section.loss_split or ("train" if section.loss_source else data.split)
+    source = f"{place(section.loss_source or data.source)} ({split})"
     kinds = {"ema": ("eval_", "heldout_"), "raw": ("raw_heldout_",)}.get(weights, ())
     for name, (steps, values) in read_metrics(run.workdir).items():
         kind = next((kind for kind in kinds if name.startswith(kind)), None)

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import types
 
 import pytest
 from commands import assert_works
 
+from speedit_jax.config import get_config
 from speedit_jax.conversion import measured
 from speedit_jax.conversion.tables import one_device
 from speedit_jax.training.run import open_run
@@ -38,6 +40,25 @@ def test_each_number_with_what_it_is_of(workdir):
         assert "digits" in number.of and str(workdir) not in number.of
     (of,) = {number.of for number in numbers if number.name == "recall (pixels)"}
     assert of == "16 samples (ddim, 3 steps, guidance 1.25), against 1,442 of digits"
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "where"),
+    [
+        ("", "", "digits (held_out)"),
+        ("", "train", "digits (train)"),
+        ("tfds:mnist", "", "tfds:mnist (train)"),
+        ("tfds:mnist", "test", "tfds:mnist (test)"),
+    ],
+)
+def test_held_out_examples_are_those_that_were_measured(tmp_path, source, split, where):
+    """Of another source they are those of training, whatever part the run itself trains on."""
+    config = get_config()
+    config.data.update(source="digits", split="held_out")
+    config.evaluation.update(loss_source=source, loss_split=split)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 6, "heldout_mse": 0.5}) + "\n")
+    (number,) = measured.numbers(types.SimpleNamespace(config=config, workdir=tmp_path, step=6), "ema")
+    assert number.of == f"256 examples of {where}"
 
 
 def test_other_weights_have_other_numbers(workdir):
