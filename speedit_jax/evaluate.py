@@ -138,6 +138,9 @@ def check_ignored() -> None:
     for flag, metric in ((_CLIP, "clip"), (_CAPTIONS, "match")):
         if flag.value != flag.default and metric not in (_METRICS.value or ()):
             raise UserError(f"--{flag.name}={flag.value} is for --metrics={metric}, which is not asked for")
+    kinds = {(flag.value or "").partition(":")[0] for flag in (_IMAGES, _REFERENCE)}
+    if _SIZE.value and not kinds & {"folder", "tfds", "synthetic"}:
+        raise UserError(f"--size={','.join(_SIZE.value)} is for folder:, tfds: and synthetic; others keep their own size")
     if _INCEPTION.value and _FEATURES.value == "pixels":
         raise UserError(f"--inception={_INCEPTION.value} has no effect with --features=pixels; leave one of them out")
     if _SPLIT.value != _SPLIT.default and not _REFERENCE.value:

@@ -144,6 +144,7 @@ MISTAKES = {
     "number": (["--kid_subsets=0"], ["kid_subsets"]),
     "out": (["--out=/dev/null/x.json"], ["/dev/null/x.json"]),
     "split of no reference": (["--reference=", "--metrics=is", "--split=held_out"], ["--split=held_out", "--reference"]),
+    "size of what has its own": (["--size=16,16,1"], ["--size=16,16,1", "folder:"]),
     "CLIP that is not asked for": (["--clip=/no/such"], ["--clip=/no/such", "--metrics"]),
     "captions that nothing reads": (["--captions=.txt"], ["--captions=.txt", "--metrics"]),
     "weights that pixels do not need": (["--inception=/no/such.pth"], ["--inception=/no/such.pth", "--features=pixels"]),
