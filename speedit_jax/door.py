@@ -156,6 +156,8 @@ class LoadedRun:
         if not self.run.text_encoder:
             if prompts is not None or negative:
                 raise UserError("prompts: this run was not trained on text; give labels")
+            if isinstance(labels, str | int):
+                raise UserError(f"labels={labels!r}: give a list of classes")
             return Labels(parse_labels(None if labels is None else list(map(str, labels)), self.class_names))
         if labels is not None or not prompts or isinstance(prompts, str):
             raise UserError('this run was trained on text: give prompts=["TEXT", ...], and no labels')
@@ -191,4 +193,8 @@ def load(
     """
     run = open_run(workdir, step, dtype=dtype)
     autoencoder = open_autoencoder(vae, run.encoded_by, run.model.image_shape[2], run.mesh, dtype or "auto", tile)
+    if tile and not autoencoder:
+        raise UserError("tile=True: nothing is decoded here; it is for latents and their autoencoder")
+    if text_encoder and not run.text_encoder:
+        raise UserError(f"text_encoder={text_encoder}: {run.workdir} was not trained on text")
     return LoadedRun(run, run.restore(weights), autoencoder, text_encoder)
