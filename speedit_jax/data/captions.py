@@ -9,6 +9,7 @@ An image may have several captions: rows with the same file_name, a list as text
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -109,11 +110,12 @@ def _beside(root: Path, files: tuple[str, ...], suffix: str) -> dict[str, list[s
         stem, dot, _ = name.rpartition(".")
         text = f"{stem if dot else name}{suffix}"
         if text in there:
-            found[name] = _text(root / text).splitlines()
+            found[name] = _text(root / text).split("\n")
     return found
 
 
 def _text(path: Path) -> str:
+    """Lines end with "\\n" alone; str.splitlines would also end them at signs of text from web pages."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
@@ -167,7 +169,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(csv.DictReader(_text(path).splitlines(keepends=True)), 2)
+    yield from enumerate(csv.DictReader(io.StringIO(_text(path))), 2)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -23,9 +23,11 @@ def read_prompts(path: Path) -> list[str]:
       UserError: it cannot be read, has an empty line, or no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
         raise UserError(f"--prompts_file={path} cannot be read ({first_line(e)})") from e
+    # Not splitlines, which also ends a line at signs of text from web pages.
+    lines = text.removesuffix("\n").split("\n") if text else []
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if not line.startswith("#")]
     if empty := [number for number, line in numbered if not line]:
         raise UserError(f"--prompts_file={path}: line {empty[0]} is empty; remove it, or begin it with # as a comment")

@@ -178,3 +178,14 @@ def test_captions_are_not_named_among_what_is_left_out(root, case):
     assert not open_folder(root).left_out
     (root / "b" / "notes.txt").write_text("no image has this name")
     assert open_folder(root).left_out == {".txt": 1}
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_only_line_breaks_end_a_line(tmp_path, sign):
+    """Text from web pages has signs that Python's splitlines takes for line breaks, and CSV and editors do not."""
+    write(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text(f"a red{sign}square\r\nred\n", encoding="utf-8", newline="")
+    assert read_captions(open_folder(tmp_path)) == [["a red square", "red"]]
+    (tmp_path / "1.txt").unlink()
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\r\n1.png,a red{sign}square\r\n", encoding="utf-8", newline="")
+    assert read_captions(open_folder(tmp_path)) == [["a red square"]]

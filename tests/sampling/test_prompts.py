@@ -84,10 +84,13 @@ def test_a_file_of_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# of animals\n a cat \n\u732b\n#a dog\n")
     assert read_prompts(path) == ["a cat", "\u732b"]
+    path.write_text("# one\r\na red\u2028cat\r\na dog", encoding="utf-8-sig", newline="")
+    assert read_prompts(path) == ["a red\u2028cat", "a dog"], "only line breaks end a line"
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"a cat\n\na dog\n", "line 2 is empty"), (b"# a\n", "no prompts"), (b"\xff", "cannot be read")]
+    ("content", "message"),
+    [(b"a cat\n\na dog\n", "line 2 is empty"), (b"# a\n", "no prompts"), (b"", "no prompts"), (b"\xff", "cannot be read")],
 )
 def test_no_file_of_prompts(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
