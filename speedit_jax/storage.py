@@ -314,6 +314,8 @@ def check_writable(path: Path) -> None:
     Raises:
       UserError: now rather than when all is computed.
     """
+    if not is_remote(path) and path.is_dir():
+        raise UserError(f"cannot write to {path}: it is a directory; choose another file")
     try:
         make_directory(path.parent)
         if is_remote(path):

@@ -90,3 +90,10 @@ def test_what_gets_the_name_is_on_the_disk_before_and_the_name_after(tmp_path, m
         (partial / "b").write_text("")
     storage.write_text(tmp_path / "c", "")
     assert done == ["a.partial/b", "a.partial", "rename", ".", "c.partial", "rename", "."]
+
+
+def test_a_directory_is_no_file_to_write(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: it is a directory; choose another file"):
+        storage.check_writable(tmp_path)
+    storage.check_writable(tmp_path / "new" / "x.json")
+    assert names(tmp_path) == ["new"] and not names(tmp_path / "new")
