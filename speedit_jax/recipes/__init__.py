@@ -31,7 +31,7 @@ def expand(argv: Sequence[str]) -> list[str]:
 def _file(spec: str) -> str:
     """What stands before the colon is a recipe's name if it has neither a directory nor a suffix."""
     name, colon, argument = spec.partition(":")
-    if not name or "/" in name or Path(name).suffix or Path(name).exists():
+    if not name or "/" in name or Path(name).suffix or Path(name).is_file():
         return spec
     if name not in names():
         meant = did_you_mean(name, names())

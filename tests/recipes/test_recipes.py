@@ -30,6 +30,13 @@ def test_a_file_without_a_suffix(tmp_path, monkeypatch):
     assert recipes.expand(["--config=digits"]) == ["--config=digits"]
 
 
+def test_a_directory_is_no_config(tmp_path, monkeypatch):
+    """The data may lie beside, in a directory of the same name."""
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    assert recipes.expand(["--config=digits"]) == [f"--config={recipes.HERE}/digits.py"]
+
+
 def test_an_unknown_name():
     assert_one_line(lambda: recipes.expand(["--config=digit:DiT-S/2"]), "digit:", "'digits'", "imagenet")
     assert_one_line(lambda: recipes.expand(["--config=zzz"]), "no such recipe; the recipes are base,")
