@@ -16,6 +16,7 @@ from speedit_jax.models.align import HEADS
 from speedit_jax.models.build import Model
 
 ALIGN_TARGETS = ("ema", "features")
+_LARGEST = 2**31 - 1  # steps and sizes are int32 on the devices
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
     "seed": 0,
@@ -61,9 +62,10 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{name}={number}: must be a finite number")
-    for name in ("seed", "evaluation.seed"):
-        if values[name] > LARGEST_SEED:
-            raise UserError(f"{name}={values[name]}: must be at most {LARGEST_SEED}")
+    for name, value in values.items():
+        most = LARGEST_SEED if name in ("seed", "evaluation.seed") else _LARGEST
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{name}={value}: must be at most {most}")
     for name, least in _LEAST.items():
         if values[name] < least:
             raise UserError(f"{name}={values[name]}: must be at least {least}")

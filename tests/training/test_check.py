@@ -33,6 +33,14 @@ def test_seeds(key):
             check_numbers(tiny.make_config(**{key: seed}))
 
 
+@pytest.mark.parametrize("key", ["optim.warmup_steps", "training.num_steps", "regularizer.align_until", "timesteps.clts_steps"])
+def test_steps_are_counted_in_32_bits(key):
+    for value in (2**31 - 1, 0 if "until" in key else 1):
+        check_numbers(tiny.make_config(**{key: value}))
+    with pytest.raises(UserError, match=f"{key}=2147483648: must be at most 2147483647"):
+        check_numbers(tiny.make_config(**{key: 2**31}))
+
+
 def test_adam_divides_by_no_negative_number():
     with pytest.raises(UserError, match=r"optim.eps=-1e-08: must be at least 0"):
         check_numbers(tiny.make_config(optim__eps=-1e-8))
