@@ -100,7 +100,7 @@ def check_same(directory: Path, saved: dict[str, Any], what: dict[str, Any]) -> 
 def _identity(what: dict[str, Any]) -> dict[str, Any]:
     """What shards depend on; not where encoder and images lie."""
     left_out = {"text": "encoder", "data": "source"}
-    return {f"{part}.{key}": value for part, name in left_out.items() for key, value in what[part].items() if key != name}
+    return {f"{part}.{key}": value for part, name in left_out.items() for key, value in what.get(part, {}).items() if key != name}
 
 
 def write_header(directory: Path, what: dict[str, Any], captions: list[list[str]], facts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -193,3 +193,9 @@ def test_numbers_that_are_too_large_are_named(tmp_path):
     records = [captions(0), [np.full((1, WIDTH), 1e6)]]
     assert_one_line(lambda: texts.write_shard(path, records, "image {} of mine".format), "image 1 of mine", "float16")
     assert not list(tmp_path.iterdir())
+
+
+def test_captions_are_not_written_among_latents(tmp_path):
+    latents = {"shape": [4, 4, 4], "class_names": [], "latents": {"vae": "somewhere"}, "images": {"count": 3}}
+    captions = {"width": WIDTH, "text": IDENTITY, "data": {"source": "blobs", "count": 3}}
+    assert_one_line(lambda: texts.check_same(tmp_path, latents, captions), "encoded with other settings", "choose another --out")
