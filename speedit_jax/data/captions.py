@@ -169,7 +169,12 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(csv.DictReader(io.StringIO(_text(path))), 2)
+    number = 1
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(_text(path))), 2):
+            yield number, row
+    except csv.Error as e:
+        raise UserError(f"{printable(path)}, row {number + 1}: not CSV ({e}); is a quotation mark left open?") from e
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

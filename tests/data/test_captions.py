@@ -189,3 +189,11 @@ def test_only_line_breaks_end_a_line(tmp_path, sign):
     (tmp_path / "1.txt").unlink()
     (tmp_path / "metadata.csv").write_text(f"file_name,text\r\n1.png,a red{sign}square\r\n", encoding="utf-8", newline="")
     assert read_captions(open_folder(tmp_path)) == [["a red square"]]
+
+
+def test_a_quotation_mark_that_stays_open(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.png")
+    rest = "1.png,a cat\n" * 20_000
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.png,"a dog\n{rest}')
+    assert_one_line(lambda: read_captions(open_folder(tmp_path)), "metadata.csv", "row 2", "quotation mark")
