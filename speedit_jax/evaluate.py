@@ -11,7 +11,9 @@ docs/evaluation.md says what the numbers are, and what makes them comparable.
 """
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,6 +85,8 @@ _KID_SUBSET_SIZE = flags.DEFINE_integer(
 )
 _PR_NEIGHBOURS = flags.DEFINE_integer("pr_neighbours", Options.pr_neighbours, "k of precision and recall.", lower_bound=1)
 
+_SAMPLED = ("checkpoint_step", "weights", "sampler", "num_steps", "guidance_scale")  # of sample's settings
+
 
 def evaluate() -> None:
     if not _REFERENCE.value and (_SAVE_STATISTICS.value or any(METRICS[name].compares for name in asked_metrics())):
@@ -147,14 +151,28 @@ def check_ignored() -> None:
         raise UserError(f"--split={_SPLIT.value} is that of --reference, which is not given")
 
 
+def place_of(where: str) -> tuple[Path, Path]:
+    """(the file or directory that images are opened from, where sample writes the settings of such images)."""
+    place = storage.resolved(storage.path(where.removeprefix("folder:")))
+    return place, place.parent / (place.name.removesuffix(".npz") + ".json")
+
+
+def how_sampled() -> dict[str, Any]:
+    """How sample drew --images, if it did: written down now, because other images may get their name."""
+    try:
+        settings = json.loads(place_of(_IMAGES.value)[1].read_text())
+        return {"sampled": {name: settings[name] for name in _SAMPLED}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def check_outputs(out: Path | None, save: Path | None) -> None:
     """Raises a UserError for files that cannot be written, or that would replace what is measured, or each other."""
     kept = {}
     for flag in (_IMAGES, _REFERENCE):
-        place = storage.resolved(storage.path((flag.value or "").removeprefix("folder:")))
+        place, settings = place_of(flag.value or "")
         if flag.value and place.exists():
-            settings = place.name.removesuffix(".npz") + ".json"  # as sample writes them
-            kept |= {place: f"--{flag.name}", place.parent / settings: f"the settings of --{flag.name}"}
+            kept |= {place: f"--{flag.name}", settings: f"the settings of --{flag.name}"}
     for flag, path in ((_OUT, out), (_SAVE_STATISTICS, save)):
         if not path:
             continue
@@ -260,7 +278,7 @@ def report(
     settings = {"batch_size": _BATCH_SIZE.value} | dataclasses.asdict(options)
     settings["kid_subset_size"] = options.subset_size(len(images), len(reference.images)) if "kid" in values else None
     record = {
-        "images": {"from": _IMAGES.value, "n": len(images), "shape": list(images.shape)},
+        "images": {"from": _IMAGES.value, "n": len(images), "shape": list(images.shape)} | how_sampled(),
         "reference": {
             "from": reference.where,
             "n": reference.count,

@@ -66,6 +66,15 @@ def test_table_and_json(evaluated, samples):
     assert {"jax", "numpy", "speedit_jax"} <= record["versions"].keys()
 
 
+def test_how_the_images_were_sampled_is_written_down(run, samples, tmp_path):
+    drawn = {"checkpoint_step": 6, "weights": "ema", "sampler": "ddim", "num_steps": 3, "guidance_scale": 1.5}
+    (tmp_path / "new.npz").write_bytes(samples.read_bytes())
+    (tmp_path / "new.json").write_text(json.dumps(drawn | {"seed": 0}))
+    flags = [f"--images={tmp_path / 'new.npz'}", "--reference=digits", "--features=pixels", "--metrics=fid"]
+    assert_works(run("evaluate", *flags, f"--out={tmp_path / 'fid.json'}"))
+    assert json.loads((tmp_path / "fid.json").read_text())["images"]["sampled"] == drawn
+
+
 def test_batches_and_devices_do_not_matter(run, evaluated, samples, tmp_path):
     flags = [f"--images={samples}", "--reference=digits", *PIXELS, f"--out={tmp_path / 'x.json'}", "--batch_size=50"]
     assert_works(run("evaluate", *flags, xla_flags=EIGHT_DEVICES))

@@ -99,7 +99,8 @@ def _evaluated(run: Run, weights: str, record: dict[str, Any]) -> list[Number]:
     drawn = storage.path(str(images.get("from")))
     if drawn.exists() and storage.resolved(drawn).parent != storage.resolved(run.workdir):
         return []  # of another run
-    sampled = _read(run.workdir / drawn.with_suffix(".json").name)
+    # Earlier versions of evaluate did not say; other images may have the name by now.
+    sampled = images.get("sampled") or _read(run.workdir / drawn.with_suffix(".json").name)
     if (sampled.get("checkpoint_step"), sampled.get("weights")) != (run.step, weights):
         return []
     of = (

@@ -61,6 +61,22 @@ def test_held_out_examples_are_those_that_were_measured(tmp_path, source, split,
     assert number.of == f"256 examples of {where}"
 
 
+def test_numbers_are_of_the_samples_that_were_measured(tmp_path):
+    """Not of those that have their name by now."""
+    run = types.SimpleNamespace(config=get_config(), workdir=tmp_path, step=6)
+    drawn = {"checkpoint_step": 6, "weights": "ema", "sampler": "ddim", "num_steps": 3, "guidance_scale": 1.5}
+    images = {"from": str(tmp_path / "new.npz"), "n": 16, "shape": [8, 8, 1]}
+    record = {"images": images, "metrics": {"fid": 1.0}, "features": "inception"}
+    (tmp_path / "new.json").write_text(json.dumps(drawn | {"guidance_scale": 4}))
+    for said, guidance in (({"sampled": drawn}, "1.5"), ({}, "4")):  # earlier versions did not say
+        (tmp_path / "fid.json").write_text(json.dumps(record | {"images": images | said}))
+        (number,) = measured.numbers(run, "ema")
+        assert number.of == f"16 samples (ddim, 3 steps, guidance {guidance})"
+    other = record | {"images": images | {"sampled": drawn | {"weights": "raw"}}}
+    (tmp_path / "fid.json").write_text(json.dumps(other))
+    assert measured.numbers(run, "ema") == []
+
+
 def test_other_weights_have_other_numbers(workdir):
     newest = open_run(workdir, 6, one_device())
     assert [(number.name, number.value) for number in measured.numbers(newest, "raw")] == [("held-out mse", 0.75)]
