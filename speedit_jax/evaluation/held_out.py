@@ -133,6 +133,11 @@ def _open_source(config: ml_collections.ConfigDict, source: Source) -> Source:
     """The examples' source: what evaluation.loss_source and loss_split name, by default what the run trains on."""
     section = config.evaluation
     if not section.loss_source and not section.loss_split:
+        if section.loss_text:
+            raise UserError(
+                f"evaluation.loss_text={section.loss_text} is of evaluation.loss_source or loss_split, neither of which is set;"
+                " the run's own examples have data.text"
+            )
         return source
     data = config.data.copy_and_resolve_references()
     data.source = section.loss_source or data.source

@@ -148,6 +148,7 @@ def test_training_examples_are_called_that():
         ({"evaluation__loss_split": "test"}, ["evaluation.loss_split=test", "held_out"]),
         ({"evaluation__loss_source": "folder:/no/such", "evaluation__loss_split": ""}, ["evaluation.loss_source", "/no/such"]),
         ({"evaluation__loss_source": "synthetic", "evaluation__loss_split": ""}, ["evaluation.loss_source=synthetic", "classes"]),
+        ({"evaluation__loss_text": "/no/such", "evaluation__loss_split": ""}, ["evaluation.loss_text=/no/such", "loss_source"]),
         ({"evaluation__loss_images": 0}, ["evaluation.loss_images=0"]),
         ({"evaluation__loss_every": -1}, ["evaluation.loss_every=-1"]),
     ],
