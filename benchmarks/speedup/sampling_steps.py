@@ -4,6 +4,7 @@
 
 The comparison draws with few steps of DPM-Solver++. Here the final ema draws with more steps of it, and with the 250 ancestral
 steps (DDPM) of DiT's paper. Runs whose checkpoints are not in WORKDIR are left out; what OUT has already is not measured again.
+Writes OUT/SCALE/sampling_steps_SET.json, and the page speedup_SCALE_sampling.md beside OUT.
 """
 
 import argparse
@@ -11,12 +12,13 @@ import json
 from pathlib import Path
 
 from benchmarks.speedup.__main__ import ROOT
-from benchmarks.speedup.data import FASHION, open_set
+from benchmarks.speedup.data import FASHION, ImageSet, open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Evaluation
 from benchmarks.speedup.plan import SCALES, STRATEGIES, Piece, make_config, pieces
+from benchmarks.speedup.report import table
 from speedit_jax.sharding import make_mesh
-from speedit_jax.storage import write_json
+from speedit_jax.storage import write_json, write_text
 from speedit_jax.training.assembly import assemble
 from speedit_jax.training.checkpoint import Checkpoints
 
@@ -24,7 +26,7 @@ DIFFUSIONS = [name for name, changes in STRATEGIES.items() if "diffusion.path" n
 SAMPLERS = (("dpm++", 16), ("dpm++", 64), ("dpm++", 250), ("ddpm", 250))
 
 
-def measure(piece: Piece, checkpoints: Checkpoints, images, judge: Judge) -> list[dict]:
+def measure(piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge) -> list[dict]:
     """[{"sampler", "steps", "fd", "kid", "accuracy"}] of the last ema of a run."""
     config, rows = make_config(piece), []
     for sampler, steps in SAMPLERS:
@@ -35,6 +37,23 @@ def measure(piece: Piece, checkpoints: Checkpoints, images, judge: Judge) -> lis
         rows.append({"sampler": sampler, "steps": steps} | {name: found[name] for name in ("fd", "kid", "accuracy")})
         print(f"{piece.name}: {steps} steps of {sampler}: fd {found['fd']:.3g}, accuracy {found['accuracy']:.3f}", flush=True)
     return rows
+
+
+def page(found: dict[str, list[dict]], scale: str) -> str:
+    strategies = dict.fromkeys(name.partition("_")[2].rpartition("_seed")[0] for name in found)
+    columns = [f"{steps} steps of {sampler}" for sampler, steps in SAMPLERS]
+    rows = [[f"`{name}`", *(f"{row['fd']:.3g}, {row['accuracy']:.3f}" for row in rows)] for name, rows in found.items()]
+    lines = [
+        "# Do more sampling steps change the comparison?",
+        "",
+        "Fréchet distance and accuracy of the final ema of complete runs, from the same noise; the",
+        "[protocol](speedup_protocol.md) says what the numbers mean. Written by its script, for runs whose checkpoints are there:",
+        "",
+        f"    python -m benchmarks.speedup.sampling_steps --scale={scale} --strategies {' '.join(strategies)}",
+        "",
+        *table(["", *columns], rows),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -62,6 +81,7 @@ def main() -> None:
             found[piece.name] = measure(piece, checkpoints, images, judge)
             write_json(out, found)
         checkpoints.close()
+    write_text(args.out.parent / f"speedup_{args.scale}_sampling.md", page(found, args.scale))
 
 
 if __name__ == "__main__":
