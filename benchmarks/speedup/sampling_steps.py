@@ -47,7 +47,7 @@ def page(found: dict[str, list[dict]], scale: str) -> str:
         "# Do more sampling steps change the comparison?",
         "",
         "Fréchet distance and accuracy of the final ema of complete runs, from the same noise; the",
-        "[protocol](speedup_protocol.md) says what the numbers mean. Written by its script, for runs whose checkpoints are there:",
+        "[protocol](speedup_protocol.md) says what the numbers mean. Its script wrote it, for runs whose checkpoints are there:",
         "",
         f"    python -m benchmarks.speedup.sampling_steps --scale={scale} --strategies {' '.join(strategies)}",
         "",
