@@ -9,7 +9,7 @@ from speedit_jax import sharding
 from speedit_jax.config import LARGEST_SEED, flatten
 from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
-from speedit_jax.diffusion.gaussian import GaussianDiffusion
+from speedit_jax.diffusion.gaussian import VARIANCES, GaussianDiffusion
 from speedit_jax.diffusion.masks import KINDS
 from speedit_jax.errors import UserError
 from speedit_jax.models.align import HEADS
@@ -73,6 +73,9 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"unknown data.mask {config.data.mask!r}; choose one of {', '.join(KINDS)}, or none with an empty one")
     if not 0 <= config.data.mask_all < 1:
         raise UserError(f"data.mask_all={config.data.mask_all}: must lie in [0, 1)")
+    # Of a flow only one of its values means anything, and a misspelt one would silently be another network.
+    if config.diffusion.variance not in VARIANCES:
+        raise UserError(f"unknown diffusion.variance {config.diffusion.variance!r}; choose one of {', '.join(VARIANCES)}")
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

@@ -46,5 +46,11 @@ def test_adam_divides_by_no_negative_number():
         check_numbers(tiny.make_config(optim__eps=-1e-8))
 
 
+@pytest.mark.parametrize("path", ["vp", "linear"])
+def test_a_variance_that_is_misspelt(path):
+    with pytest.raises(UserError, match=r"unknown diffusion.variance 'learned-range'; choose one of learned_range"):
+        check_numbers(tiny.make_config(diffusion__path=path, diffusion__variance="learned-range"))
+
+
 def test_the_defaults_pass():
     check_numbers(get_config())
