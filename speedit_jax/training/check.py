@@ -76,6 +76,11 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     # Of a flow only one of its values means anything, and a misspelt one would silently be another network.
     if config.diffusion.variance not in VARIANCES:
         raise UserError(f"unknown diffusion.variance {config.diffusion.variance!r}; choose one of {', '.join(VARIANCES)}")
+    if config.training.profile_at >= config.training.num_steps:
+        raise UserError(
+            f"training.profile_at={config.training.profile_at}: must be below training.num_steps={config.training.num_steps}, or"
+            " there is no step to trace; 0 traces none"
+        )
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

@@ -52,5 +52,12 @@ def test_a_variance_that_is_misspelt(path):
         check_numbers(tiny.make_config(diffusion__path=path, diffusion__variance="learned-range"))
 
 
+def test_a_trace_of_no_step():
+    for at in (0, 49):
+        check_numbers(tiny.make_config(training__num_steps=50, training__profile_at=at))
+    with pytest.raises(UserError, match=r"training.profile_at=50: must be below training.num_steps=50"):
+        check_numbers(tiny.make_config(training__num_steps=50, training__profile_at=50))
+
+
 def test_the_defaults_pass():
     check_numbers(get_config())
