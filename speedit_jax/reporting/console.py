@@ -1,10 +1,10 @@
 """The lines that training prints before its first step and after its last."""
 
+import math
 from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 from clu import parameter_overview
 
 from speedit_jax import sharding
@@ -117,10 +117,9 @@ def ema_line(training: ml_collections.ConfigDict) -> list[str]:
 
 def share_left(decay: float, warmup: bool, num_steps: int) -> float:
     """The share of the initial weights in an average after `num_steps` steps: the product of the decays of all steps."""
-    if not warmup:
-        return decay**num_steps
-    steps = np.arange(num_steps, dtype=np.float64)
-    return float(np.prod(np.minimum(decay, (1 + steps) / (10 + steps))))
+    # While the average warms up, its decays are (1 + s) / (10 + s), whose product telescopes: of the first n only nine are left.
+    warm = min(num_steps, max(0, math.ceil((10 * decay - 1) / (1 - decay)))) if warmup else 0
+    return math.prod(k / (warm + k) for k in range(1, 10)) * decay ** (num_steps - warm)
 
 
 def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | None) -> list[str]:

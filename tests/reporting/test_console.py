@@ -15,12 +15,18 @@ def opening(**settings):
 
 
 @pytest.mark.parametrize("warmup", [False, True])
-def test_the_share_left_is_what_an_average_holds(warmup):
+@pytest.mark.parametrize("decay", [0.05, 0.8, 0.97])  # warm at once, after 35 steps, and after the last
+def test_the_share_left_is_what_an_average_holds(decay, warmup):
     """Against an average that starts at 1 and of which every later value is 0."""
     average = 1.0
     for step in range(50):
-        average *= float(ema_decay(0.97, warmup, np.int32(step)))
-    assert console.share_left(0.97, warmup, 50) == pytest.approx(average, rel=1e-5)  # its decays are float32
+        average *= float(ema_decay(decay, warmup, np.int32(step)))
+    assert console.share_left(decay, warmup, 50) == pytest.approx(average, rel=1e-5)  # its decays are float32
+
+
+def test_the_share_left_of_a_run_without_end():
+    """Its steps are not counted one by one: these would take 16 GB."""
+    assert console.share_left(0.9999, True, 2**31 - 1) < 1e-100
 
 
 def test_a_long_average_of_a_short_run_is_said():
