@@ -11,6 +11,8 @@ from ml_collections import config_dict
 
 # Keys whose default is not how runs behaved that are older than the key: how they did.
 LEGACY = {"optim.decay_mask": "all"}
+# Keys of the section `model` that one backbone alone looks at.
+OF_BACKBONE = {"DiT": ("mlp_ratio", "qk_norm"), "DiG": ("gla", "directions", "convolution")}
 LARGEST_SEED = 2**32 - 1  # jax.random.key keeps 32 bits, and silently drops the others
 
 
@@ -245,6 +247,9 @@ def complete(saved: dict[str, Any]) -> ml_collections.ConfigDict:
         # These keys did nothing then: all flows predicted the velocity, and DiT had no other norm.
         config.diffusion.prediction = config.diffusion.prediction if config.diffusion.path == "vp" else "epsilon"
         config.model.norm = "layer" if config.model.name.startswith("DiT") else config.model.norm
+    # Nor do the other backbone's, which training takes no longer.
+    others = (keys for backbone, keys in OF_BACKBONE.items() if not config.model.name.startswith(backbone))
+    config.model.update({key: older.model[key] for keys in others for key in keys})
     return config
 
 

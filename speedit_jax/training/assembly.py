@@ -24,7 +24,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.align import Projector, make_projector
 from speedit_jax.models.build import Model, build
 from speedit_jax.models.condition import Condition, TextShape, padded
-from speedit_jax.training.check import check_batch, check_numbers, check_regularizer
+from speedit_jax.training.check import check_backbone, check_batch, check_numbers, check_regularizer
 from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -236,6 +236,7 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     """
     check_numbers(config)
     check_batch(config, mesh)
+    check_backbone(config.model)
     diffusion = make_diffusion(config)
     strategy, optimizer = make_strategy(config, diffusion), make_optimizer(config)
     autoencoder = make_autoencoder(config, source, mesh)

@@ -6,14 +6,14 @@ import ml_collections
 from jax.sharding import Mesh
 
 from speedit_jax import sharding
-from speedit_jax.config import LARGEST_SEED, flatten
+from speedit_jax.config import LARGEST_SEED, OF_BACKBONE, flatten, get_config
 from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import VARIANCES, GaussianDiffusion
 from speedit_jax.diffusion.masks import KINDS
 from speedit_jax.errors import UserError
 from speedit_jax.models.align import HEADS
-from speedit_jax.models.build import Model
+from speedit_jax.models.build import Model, parse_name
 
 ALIGN_TARGETS = ("ema", "features")
 _LARGEST = 2**31 - 1  # steps and sizes are int32 on the devices
@@ -87,6 +87,15 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for decay in config.training.extra_ema_decays:
         if not isinstance(decay, float) or not 0 <= decay < 1:
             raise UserError(f"training.extra_ema_decays={config.training.extra_ema_decays}: must lie in [0, 1)")
+
+
+def check_backbone(model: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for a key of the other backbone that is set: it would do nothing. `model` is the config's section."""
+    backbone, defaults = parse_name(model.name)[0], get_config().model
+    for other, keys in OF_BACKBONE.items():
+        for key in keys:
+            if other != backbone and model[key] != defaults[key]:
+                raise UserError(f"model.{key}={model[key]} is for {other}, and {model.name} does not look at it; leave it out")
 
 
 def check_regularizer(

@@ -5,9 +5,9 @@ import math
 import pytest
 import tiny
 
-from speedit_jax.config import flatten, get_config
+from speedit_jax.config import complete, flatten, get_config
 from speedit_jax.errors import UserError
-from speedit_jax.training.check import check_numbers
+from speedit_jax.training.check import check_backbone, check_numbers
 
 FLOATS = [key for key, value in flatten(get_config().to_dict()).items() if isinstance(value, float)]
 
@@ -59,5 +59,29 @@ def test_a_trace_of_no_step():
         check_numbers(tiny.make_config(training__num_steps=50, training__profile_at=50))
 
 
+OF_ONE = {"DiT": {"mlp_ratio": 2.0, "qk_norm": True}, "DiG": {"gla": "xla", "directions": 2, "convolution": "none"}}
+
+
+@pytest.mark.parametrize(("backbone", "key"), [(backbone, key) for backbone, keys in OF_ONE.items() for key in keys])
+def test_a_key_of_the_other_backbone(backbone, key):
+    value = OF_ONE[backbone][key]
+    with_key = {name: tiny.make_config(**{"model.name": f"{name}-tiny/2", f"model.{key}": value}) for name in OF_ONE}
+    check_backbone(with_key.pop(backbone).model)
+    ((other, config),) = with_key.items()
+    with pytest.raises(UserError, match=f"model.{key}={value} is for {backbone}, and {other}-tiny/2 does not look at it"):
+        check_backbone(config.model)
+
+
+def test_a_run_with_a_key_of_the_other_backbone_goes_on_without_it():
+    """Earlier versions took them."""
+    for backbone, keys in OF_ONE.items():
+        (other,) = OF_ONE.keys() - {backbone}
+        read = complete({"model": {"name": f"{other}-S/2", **keys}}).model
+        assert all(read[key] == get_config().model[key] for key in keys)
+        kept = complete({"model": {"name": f"{backbone}-S/2", **keys}}).model
+        assert {key: kept[key] for key in keys} == keys
+
+
 def test_the_defaults_pass():
+    check_backbone(get_config().model)
     check_numbers(get_config())
