@@ -56,7 +56,12 @@ AROUND = {"train": "encoder", "sample": "decoder"}  # what of the autoencoder ru
 def described() -> Description | None:
     """What --image_shape and --num_classes or --text_shape, and --features_shape, say of the data; None without them."""
     if _IMAGE_SHAPE.value is None:
+        for flag in (_NUM_CLASSES, _TEXT_SHAPE, _FEATURES_SHAPE):
+            if flag.value is not None:
+                raise UserError(f"--{flag.name} goes with --image_shape; without that the data are opened, and say it themselves")
         return None
+    if _NUM_CLASSES.value and _TEXT_SHAPE.value is not None:
+        raise UserError(f"--num_classes={_NUM_CLASSES.value} and --text_shape: a network on text has no classes; leave one out")
     height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
     regularizer = _CONFIG.value.regularizer
     if regularizer.align and regularizer.align_target == "features" and _FEATURES_SHAPE.value is None:
@@ -112,6 +117,9 @@ def aot() -> int | None:
     jax.config.update("jax_platforms", "cpu")
     check_numbers(config)
     given = described()
+    out = storage.path(_OUT.value) if _OUT.value else None
+    if out:
+        storage.check_writable(out)
     devices, allowed = topologies.devices(topology, config.mesh.slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     parts = assemble(config, open_data(config, given, mesh), mesh)
@@ -157,8 +165,8 @@ def aot() -> int | None:
             allowed = topologies.TPU_MEMORY[mesh.devices.flat[0].device_kind]
         record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
-    if _OUT.value:
-        storage.write_json(storage.path(_OUT.value), record)
+    if out:
+        storage.write_json(out, record)
     return None if record["fits"] else 1
 
 

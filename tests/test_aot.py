@@ -16,6 +16,19 @@ MISTAKES = {
     "no config": (["--topology=v5e:2x2"], ["--config is missing"]),
     "no topology": (TINY[:1], ["--topology is missing"]),
     "classes": ([*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1"], ["--num_classes is missing"]),
+    "classes of data that are opened": (
+        [*TINY[:1], "--topology=v5e:2x2", "--num_classes=5"],
+        ["--num_classes goes with --image"],
+    ),
+    "text of data that are opened": ([*TINY[:1], "--topology=v5e:2x2", "--text_shape=8,16"], ["--text_shape goes with --image"]),
+    "classes and text": (
+        [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=5", "--text_shape=8,16"],
+        ["--num_classes=5 and --text_shape", "leave one out"],
+    ),
+    "a directory for numbers": (
+        [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=5", "--out=tests"],
+        ["cannot write to", "tests", "it is a directory"],
+    ),
     "features": (
         [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", "--features_shape=4,4"],
         ["--features_shape=4,4: give H,W,F"],
