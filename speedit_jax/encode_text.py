@@ -11,9 +11,11 @@ there and compares checksums.
 """
 
 import hashlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import ml_collections
@@ -103,9 +105,22 @@ def encode_text() -> None:
         f" {header['longest']} tokens of {encoder.width}"
     )
     say_cut(encoder, captions)
-    size = f" --config.data.synthetic_size={_SIZE.value}" if _DATA.value == "blobs" else ""
-    print(f"Next: python -m speedit_jax.train --config=configs/base.py --config.data.source={_DATA.value}{size}", end=" ")
-    print(f"--config.data.text={out} --workdir=runs/mine")
+    print(f"Next: {shlex.join(training(out))}")
+
+
+def training(out: Path) -> list[str]:
+    """The command that trains on what was encoded: on the same images, with the same form of captions."""
+    blobs = _DATA.value == "blobs"
+    keys = {
+        "data.source": _DATA.value,
+        "data.synthetic_size": _SIZE.value if blobs else None,
+        "data.split": _SPLIT.value if _SPLIT.value != "train" else None,
+        "data.classes": _CLASSES.value,
+        "data.text": out,
+        "model.text": "pooled" if _POOLED.value else None,
+    }
+    settings = [f"--config.{key}={value}" for key, value in keys.items() if value]
+    return ["python", "-m", "speedit_jax.train", "--config=configs/base.py", *settings, "--workdir=runs/mine"]
 
 
 def records(encoder: TextEncoder, captions: list[list[str]], bar: tqdm) -> Iterator[list[np.ndarray]]:

@@ -1,6 +1,8 @@
 """From captions to encoded ones, whatever interrupts it."""
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,8 @@ import pytest
 from commands import ONE_DEVICE, ROOT, TINY, assert_fails, assert_works, checksums
 from PIL import Image
 
+from speedit_jax.config import get_config
+from speedit_jax.data.sources import open_source
 from speedit_jax.data.texts import open_texts
 from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.testing.hosts import hosts
@@ -126,6 +130,28 @@ def test_other_captions_are_not_mixed_in(run, encoded, folder, tmp_path):
     assert_fails(run("encode_text", *flags(images, encoded)), "images or captions of", "have changed", "another --out")
     assert_fails(run("encode_text", *flags(folder, encoded), "--pooled"), "with other settings (text.pooled)")
     assert contents(encoded) == before
+
+
+def trained_on(out):
+    """The config of the command that is printed at the end, and its data."""
+    (line,) = [line for line in out.splitlines() if line.startswith("Next: ")]
+    keys = dict(re.findall(r"^--config\.([a-z_.]+)=(.*)$", "\n".join(shlex.split(line)), re.MULTILINE))
+    config = get_config()
+    config.update_from_flattened_dict({key: int(value) if value.isdecimal() else value for key, value in keys.items()})
+    return config, open_source(config.data)
+
+
+def test_the_next_command_trains_on_what_was_encoded(run, folder, tmp_path):
+    config, source = trained_on(run("encode_text", *flags(folder, tmp_path / "t"), "--pooled").out)
+    assert len(source) == IMAGES and config.model.text == "pooled"
+    blobs = ["--data=blobs", "--synthetic_size=8", "--split=held_out", "--encoder=words", f"--out={tmp_path / 'b'}"]
+    config, source = trained_on(run("encode_text", *blobs).out)
+    assert len(source) == 8 and config.model.text == "cross"
+    parts = tmp_path / "two parts"
+    shutil.copytree(folder, parts / "one")
+    shutil.copytree(folder, parts / "the other")
+    _, source = trained_on(run("encode_text", *flags(parts, tmp_path / "p"), "--classes=the other").out)
+    assert source.class_names == ("the other",)
 
 
 MISTAKES = {
