@@ -9,6 +9,7 @@ stay, and the result is the same to the byte. With --multihost every process wri
 be a directory that all see. --verify reads what is there, compares checksums and checks that all numbers are finite.
 """
 
+import shlex
 import sys
 import time
 
@@ -113,7 +114,7 @@ def encode() -> None:
         if warning := scale_warning(header):
             print(f"warning: {warning}", file=sys.stderr)
         print("Next: python -m speedit_jax.train --config=imagenet:DiT-S/2", end=" ")
-        print(f"--config.data.source=latents:{out} --workdir=runs/mine")
+        print(f"--config.data.source={shlex.quote(f'latents:{out}')} --workdir=runs/mine")
 
 
 def examples(source: Source, autoencoder: Autoencoder, first: int, last: int, bar: tqdm):

@@ -11,6 +11,7 @@ finished shards stay, and the result is the same to the byte. With --multihost e
 shards; --out must be a directory that all see. --verify reads what is there and compares checksums.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 
@@ -178,7 +179,7 @@ def report(header: dict, rate: str) -> None:
     print(f"features {rows} x {columns} x {width} of {images:,} {of} in {len(header['shards'])} shards in {_OUT.value}", end="")
     print(f", {size:,.1f} MiB{rate}")
     flip = "" if header["mirrored"] else " --config.data.flip=False"
-    print(f"Next: python -m speedit_jax.train --config=CONFIG --config.data.features={_OUT.value}{flip}", end=" ")
+    print(f"Next: python -m speedit_jax.train --config=CONFIG --config.data.features={shlex.quote(_OUT.value)}{flip}", end=" ")
     print("--config.regularizer.align=0.5 --config.regularizer.align_target=features --workdir=runs/mine")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def import_weights(
         )
     encoder = "" if found.run else " --text_encoder=WHERE"
     prompt = f' --prompt="TEXT"{encoder}' if text else ""
-    print(f"Next  python -m speedit_jax.sample --workdir={workdir}{prompt} --num_images=16")
+    print(f"Next  python -m speedit_jax.sample --workdir={shlex.quote(str(workdir))}{prompt} --num_images=16")
 
 
 def locate(where: str) -> tuple[Path, str]:

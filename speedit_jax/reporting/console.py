@@ -1,6 +1,7 @@
 """The lines that training prints before its first step and after its last."""
 
 import math
+import shlex
 from pathlib import Path
 
 import jax
@@ -128,9 +129,10 @@ def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | No
     Args:
       best: step and numbers of the best of the evaluated checkpoints.
     """
+    at, picture = shlex.quote(str(workdir)), shlex.quote(f"{workdir}/new.png")
     lines = [
         f"\nCheckpoints      {workdir}/checkpoints",
-        f"Metrics          {workdir}/metrics.jsonl, {workdir}/curves.png, tensorboard --logdir={workdir}/tensorboard",
+        f"Metrics          {workdir}/metrics.jsonl, {workdir}/curves.png, tensorboard --logdir={at}/tensorboard",
         f"Samples          {workdir}/samples",
     ]
     if best:
@@ -139,8 +141,8 @@ def closing(workdir: Path, model: Model, best: tuple[int, dict[str, float]] | No
     what = ' --prompt="TEXT"' if model.text else " --class_labels=0,1,2,3" if model.num_classes > 3 else ""
     return [
         *lines,
-        f"Report           {workdir}/report.html; update it with python -m speedit_jax.report --workdir={workdir}",
-        f"Next             python -m speedit_jax.sample --workdir={workdir}{what} --num_images=64 --out={workdir}/new.png",
+        f"Report           {workdir}/report.html; update it with python -m speedit_jax.report --workdir={at}",
+        f"Next             python -m speedit_jax.sample --workdir={at}{what} --num_images=64 --out={picture}",
     ]
 
 

@@ -1,5 +1,8 @@
 """What training says before its first step."""
 
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -48,6 +51,13 @@ def test_what_decays_is_said_where_anything_does():
         optim__weight_decay=0.1, optim__decay_mask="all"
     )
     assert "decay      0.1, matrices only: " in opening(optim__weight_decay=0.1)
+
+
+def test_its_last_commands_are_for_a_shell():
+    lines = console.closing(Path("runs/my run"), tiny.make_trainer().model, None)
+    report, sample = (shlex.split(line) for line in lines[-2:])
+    assert report[-1] == "--workdir=runs/my run"
+    assert sample[-4:] == ["--workdir=runs/my run", "--class_labels=0,1,2,3", "--num_images=64", "--out=runs/my run/new.png"]
 
 
 def _leaves(tree):
