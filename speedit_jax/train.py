@@ -33,7 +33,7 @@ from speedit_jax.sampling.draw import NotFiniteError
 from speedit_jax.sampling.examples import masked_examples
 from speedit_jax.sampling.images import image_grid, magnification, write_png
 from speedit_jax.sampling.sampler import FixedSamples, Settings, make_sampler, resolve
-from speedit_jax.training import lock, run, topologies
+from speedit_jax.training import integrity, lock, run, topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.batches import batches
 from speedit_jax.training.check import check_numbers
@@ -229,6 +229,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), watchdog, started)
 
 
+def show(workdir: Path) -> None:
+    """Writes curves.png, then report.html."""
+    if jax.process_index() == 0:
+        write_curves(workdir)
+        write_report(workdir)
+
+
 def go_on(
     parts: Assembly,
     source: Source,
@@ -246,6 +253,10 @@ def go_on(
     step, num_steps = checkpoints.latest() or 0, config.training.num_steps
     if step >= num_steps:
         say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
+        # A kill after the last save leaves an earlier end's, or none.
+        report, saved = workdir / "report.html", checkpoints.directory / str(step) / integrity.META
+        if not report.exists() or storage.modified(report) < storage.modified(saved):
+            show(workdir)
         return say(*console.closing(workdir, parts.model, checkpoints.best()))
     if evaluation:
         evaluation.prepare(workdir)
@@ -312,9 +323,7 @@ def go_on(
     checkpoints.close()
     telemetry.close()
     environment.write(step)
-    if jax.process_index() == 0:
-        write_curves(workdir)
-        write_report(workdir)
+    show(workdir)
     skipped = [f"Skipped          {text}" for text in filter(None, [skips.summary()])]
     if step < num_steps:
         say(

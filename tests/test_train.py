@@ -1,6 +1,8 @@
 """train as a user meets it: one readable line for every mistake, and what a run leaves."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -137,6 +139,20 @@ def test_a_finished_run_says_so_and_changes_nothing(run, trained):
     assert_works(result)
     assert "complete" in result.out and "step 6 of 6" in result.out
     assert checksums(trained) == before
+
+
+def test_a_finished_run_makes_up_for_its_pages(run, trained, tmp_path):
+    """As after a kill between the last save and the end, in a run that was interrupted before."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    (workdir / "curves.png").unlink()
+    (workdir / "report.html").write_text("an earlier end's")
+    os.utime(workdir / "report.html", (0, 0))
+    assert_works(run("train", *TINY, f"--workdir={workdir}"))
+    assert (workdir / "curves.png").is_file() and "complete</span>" in (workdir / "report.html").read_text()
+    before = checksums(workdir)
+    assert_works(run("train", *TINY, f"--workdir={workdir}"))
+    assert checksums(workdir) == before
 
 
 def test_a_run_leaves_a_page_of_itself(run, trained, tmp_path):
