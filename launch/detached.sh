@@ -46,10 +46,13 @@ done
 [[ $name =~ ^[A-Za-z0-9._-]+$ ]] || fail "--name=$name: use letters, digits, dots, _ and -"
 place=.launch/$name
 
-# The process group of a run that is alive; nothing if there is none.
+# The process group of a run that is alive; nothing if there is none. When the machine has started again, the number may be that
+# of another process, which is not to be waited for, let alone stopped.
 alive() {
   local pid
-  pid=$(cat "$place/pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null && echo "$pid"
+  pid=$(cat "$place/pid" 2>/dev/null) && kill -0 "$pid" 2>/dev/null || return
+  if [[ -r /proc/$pid/cmdline ]] && ! grep -qaE 'detached\.sh|supervise' "/proc/$pid/cmdline"; then return 1; fi
+  echo "$pid"
 }
 
 show() { # COMMAND...: prints it as a line for a shell

@@ -47,6 +47,15 @@ def test_detached_run(tmp_path):
     assert run(tmp_path, "detached.sh", "logs") == "it runs\n"
 
 
+def test_the_number_of_another_process_is_no_run(tmp_path):
+    """As after the machine has started again: here it is the number of the tests."""
+    (tmp_path / ".launch/run").mkdir(parents=True)
+    (tmp_path / ".launch/run/pid").write_text(f"{os.getpid()}\n")
+    assert status(tmp_path) == "137"
+    run(tmp_path, "detached.sh", "run", "--", "true")
+    wait(lambda: status(tmp_path) == "0")
+
+
 def test_stop_waits_for_what_is_saved(tmp_path):
     code = "trap 'sleep 1; touch saved; exit 130' TERM; touch started; while :; do sleep 0.1; done"
     run(tmp_path, "detached.sh", "run", "--restart", "--", "bash", "-c", code)
