@@ -122,11 +122,13 @@ class Differences:
       rounding: what the weights depend on to rounding.
       changes: what makes it another run.
       misfits: what its state does not fit.
+      late: what would have been used before the first step, and is not any more.
     """
 
     rounding: dict[str, list[Any]]
     changes: dict[str, list[Any]]
     misfits: dict[str, list[Any]]
+    late: dict[str, list[Any]]
 
 
 def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: Iterable[str], started: bool) -> Differences:
@@ -161,7 +163,9 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: I
     widths = [of["features"]["shape"][2] for of in (saved, wanted) if of.get("features")]
     if len(set(widths)) > 1:
         misfits["features"] = widths
-    return Differences(found[Kind.ROUNDING], changes, misfits)
+    # Without init_from a run goes on as well: what it started from may be gone.
+    late = {key: values for key, values in found[Kind.FREE].items() if kind_of(key) is Kind.START and values[1]}
+    return Differences(found[Kind.ROUNDING], changes, misfits, late)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ def _go_on(workdir, saved, meta, step, older_fingerprints, with_changes) -> tupl
             f" --continue_with_changes to resume from step {step} with these, or {anew}"
         )
     lines = [f"the same to rounding: {changes.spelled(found.rounding)}"] if found.rounding else []
+    lines += [f"without effect after the first step: {changes.spelled(found.late)}"] if found.late else []
     earlier = saved.get("changes", [])
     if found.changes:
         lines.append(f"changed from step {step} on: {changes.spelled(found.changes)}")

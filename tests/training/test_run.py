@@ -94,6 +94,13 @@ def test_what_does_not_change_the_result_may_change(workdir, changes):
     run.claim(workdir, describe(**changes))
 
 
+def test_what_comes_too_late_is_said(tmp_path):
+    run.claim(tmp_path, describe(init_from="runs/a"))
+    _, lines = run.claim(tmp_path, describe(init_from="runs/b"), step=7)
+    assert lines == ["without effect after the first step: init_from was 'runs/a', now 'runs/b'"]
+    assert run.claim(tmp_path, describe(), step=7)[1] == [], "what it started from may be gone"
+
+
 def test_imported_weights_are_no_run(tmp_path):
     run.claim(tmp_path, describe() | {"imported_from": "a.pt"})
     with pytest.raises(
