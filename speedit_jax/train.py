@@ -271,7 +271,7 @@ def go_on(
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
     step_flops = parts.step_flops * config.training.batch_size
-    environment = Environment(workdir, mesh, step, parameters=parameters, step_flops=step_flops)
+    environment = Environment(workdir, mesh, step, num_steps=num_steps, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
     skips = Skips(parts, int(state.skipped))
 

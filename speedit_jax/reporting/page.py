@@ -90,7 +90,9 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 def status(config: ml_collections.ConfigDict, step: int | None, metrics: panels.Metrics, sessions: list[dict[str, Any]]) -> Html:
     """The run's progress, and how to resume it."""
-    of = config.training.num_steps
+    newest = sessions[-1] if sessions else {}
+    # A run that is prolonged says so before it saves.
+    of = session if isinstance(session := newest.get("num_steps"), int) else config.training.num_steps
     logged = max((int(steps[-1]) for steps, _ in metrics.values()), default=0)
     done = max(step or 0, logged)
     complete = (step or 0) >= of
@@ -106,7 +108,7 @@ def status(config: ml_collections.ConfigDict, step: int | None, metrics: panels.
     bar = tag("progress", value=done, max=max(of, 1))
     if complete:
         return join([line, bar])
-    command = (sessions[-1] if sessions else {}).get("command")
+    command = newest.get("command")
     how = f"If it is not running, {'the same command resumes from the checkpoint' if step else 'start it again'}"
     return join([line, bar, tag("p", how, ":" if command else "."), tag("pre", command) if command else ""])
 

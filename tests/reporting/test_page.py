@@ -269,6 +269,17 @@ def test_the_checkpoint_knows_how_long_the_run_is(tmp_path):
     assert "complete step 300 of 300" in Reader(write_report(tmp_path).read_text(encoding="utf-8")).text
 
 
+def test_a_run_that_is_prolonged_is_not_complete(tmp_path):
+    """Before its first checkpoint since."""
+    meta = meta_of()
+    run.claim(tmp_path, meta)
+    add_checkpoint(tmp_path, 400, meta)
+    Environment(tmp_path, make_mesh({"data": -1, "fsdp": 1, "tensor": 1}), 400, num_steps=1000)
+    write_metrics(tmp_path, (400, 450))
+    text = Reader(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert "not complete step 450 of 1,000" in text and "newest checkpoint: step 400" in text
+
+
 def test_what_is_no_run_is_one_line(tmp_path):
     assert_one_line(lambda: write_report(tmp_path / "x"), str(tmp_path / "x"), "no run.json")
     for text, words in {
