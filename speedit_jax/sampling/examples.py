@@ -40,6 +40,7 @@ def _decoded(autoencoder: Autoencoder, moments: np.ndarray, batch: int) -> np.nd
     """[n, h, w, 2C] -> [n, H, W, 3], a few at a time."""
     mean, _ = np.split(moments, 2, axis=-1)
     latents = to_latents(VaeConfig.from_diffusers(autoencoder.identity["config"]), mean.astype(np.float32))
-    padded = np.concatenate([latents, latents[: -len(latents) % batch]])
+    # The last batch is filled up, as often as it takes: there may be more devices than examples.
+    padded = latents[np.arange(len(latents) + -len(latents) % batch) % len(latents)]
     decoded = [np.asarray(autoencoder.decode(padded[i : i + batch])) for i in range(0, len(padded), batch)]
     return np.concatenate(decoded)[: len(latents)]
