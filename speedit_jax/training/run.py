@@ -25,6 +25,8 @@ from speedit_jax.training.assembly import make_diffusion, make_model
 from speedit_jax.training.checkpoint import Checkpoints, peek
 
 NAME = "run.json"
+# Key of `model` -> kernels of an accelerator. Where one is, auto takes its own; the weights do not depend on them.
+_KERNELS = {"attention": ("cudnn", "pallas"), "gla": ("pallas_tpu", "pallas_gpu")}
 _CHECKSUM = "checksum"  # of all the rest of run.json
 
 
@@ -254,6 +256,7 @@ def open_run(workdir: Path | str, step: int | str | None = None, mesh: Mesh | No
     meta = checkpoints.meta(step)
     config = complete(meta["config"])
     config.model.dtype = dtype or config.model.dtype
+    config.model.update({key: "auto" for key, kernels in _KERNELS.items() if config.model[key] in kernels})
     mesh = mesh or sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     said = meta.get("text")
     text = said and TextShape(said["width"], said["length"], said["encoder"]["pooled"])

@@ -1,5 +1,8 @@
 """A run's directory continues only the run it holds."""
 
+import contextlib
+
+import numpy as np
 import pytest
 import tiny
 
@@ -7,6 +10,7 @@ from speedit_jax.config import complete, get_config
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 from speedit_jax.training import run
+from speedit_jax.training.checkpoint import Checkpoints
 
 
 def describe(latents=None, **changes):
@@ -99,6 +103,26 @@ def test_what_comes_too_late_is_said(tmp_path):
     _, lines = run.claim(tmp_path, describe(init_from="runs/b"), step=7)
     assert lines == ["without effect after the first step: init_from was 'runs/a', now 'runs/b'"]
     assert run.claim(tmp_path, describe(), step=7)[1] == [], "what it started from may be gone"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "kernel"),
+    [
+        ("DiT-tiny/2", "attention", "cudnn"),
+        ("DiT-tiny/2", "attention", "pallas"),
+        ("DiG-tiny/2", "gla", "pallas_tpu"),
+        ("DiG-tiny/2", "gla", "pallas_gpu"),
+        ("DiT-tiny/2", "attention", "chunked"),
+    ],
+)
+def test_a_run_with_an_accelerators_kernels_opens_here(tmp_path, name, key, kernel):
+    meta = describe(**{"model.name": name, f"model.{key}": kernel})
+    with contextlib.closing(Checkpoints(tmp_path, create=True)) as checkpoints:
+        checkpoints.save_weights(4, {"a": np.zeros(2)}, {"a": np.zeros(2)}, meta)
+        checkpoints.wait()
+    opened = run.open_run(tmp_path)
+    assert opened.model.mixer == ("chunked" if kernel == "chunked" else "xla")
+    assert opened.meta["config"]["model"][key] == kernel
 
 
 def test_imported_weights_are_no_run(tmp_path):
