@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import methods
 from benchmarks.teacher import WIDTH, features_of
 from configs.digits import get_config as get_recipe
 from speedit_jax import storage
@@ -45,29 +46,25 @@ from speedit_jax.sharding import make_mesh
 from speedit_jax.training.assembly import assemble
 
 STRATEGIES = ("uniform", "speedit")
-PLACE = {"tokens.start": 1, "tokens.tail": 1}
-ALIGN = {"regularizer.align": 0.5, "regularizer.align_depth": 1}
-IREPA = {"regularizer.align_target": "features", "regularizer.align_head": "conv", "regularizer.align_spatial_norm": 0.8}
 FLOW = {"diffusion.path": "linear", "diffusion.variance": "fixed_small"}
 DIG = {"model.name": "DiG-tiny/2"}
 ARMS = {
     "plain": {},
-    "route": PLACE | {"tokens.method": "route"},
-    "sprint": PLACE | {"tokens.method": "sprint", "tokens.rate": 0.75, "tokens.pattern": "cells"},
-    "mask": PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
-    "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
-    "align": ALIGN | {"regularizer.align_teacher_depth": 3},
-    "features": ALIGN | {"regularizer.align_target": "features"},
-    "irepa": ALIGN | IREPA,
+    "route": methods.ROUTE,
+    "sprint": methods.SPRINT,
+    "mask": methods.MASK,
+    "dispersive": methods.DISPERSIVE,
+    "align": methods.SRA,
+    "features": methods.REPA,
+    "irepa": methods.IREPA,
     "v": {"diffusion.prediction": "v"},
     "flow": FLOW,
-    "contrastive": FLOW | {"regularizer.contrastive": 0.05},
+    "contrastive": FLOW | methods.CONTRASTIVE,
     "dig": DIG,
-    "dig_route": DIG | PLACE | {"tokens.method": "route", "tokens.pattern": "cells"},
+    "dig_route": DIG | methods.CELLS,
 }
 FEATURED = ("features", "irepa")
 BASELINES = {"contrastive": "flow", "dig_route": "dig"}  # of the others it is plain
-ALL_TOKENS = {"tokens.rate": 0.0}
 MODEL = "DiT-tiny/2"
 FEATURES = (4, 4, WIDTH)  # of an image, at each of its tokens
 
@@ -129,9 +126,9 @@ def measure(workdir: Path, strategy: str, arm: str, steps: int, seed: int) -> li
     rows = train(workdir, strategy, settings, first, last, seed)
     rows = [row | {"dense_steps": row["step"] * share} for row in rows if row["step"] in (first, last)]
     if arm == "sprint":
-        share_of_all = share_of_flops(arm, ALL_TOKENS)
+        share_of_all = share_of_flops(arm, methods.ALL_TOKENS)
         second = round(steps * (1 - share) / share_of_all)
-        settings = settings | ALL_TOKENS | {"init_from": str(workdir)}
+        settings = settings | methods.ALL_TOKENS | {"init_from": str(workdir)}
         (row,) = train(workdir.with_name(f"{workdir.name}_all_tokens"), strategy, settings, second, second, seed)
         rows.append(row | {"step": steps + second, "dense_steps": steps * share + second * share_of_all})
     return rows

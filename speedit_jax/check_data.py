@@ -65,7 +65,8 @@ def check_data() -> int | None:
         raise UserError("--source is missing; --help has examples")
     if _SOURCE.value.startswith("latents:"):
         raise UserError(f"--source={_SOURCE.value}: python -m speedit_jax.encode --verify --out=DIRECTORY checks latents")
-    size, out = parse_size(), storage.path(_OUT.value) if _OUT.value else None
+    size = cli.pair(_SIZE, cli.PIXELS) if _SIZE.value else None
+    out = storage.path(_OUT.value) if _OUT.value else None
     if out:
         storage.check_writable(out)
     source = open_images()
@@ -84,19 +85,6 @@ def check_data() -> int | None:
         storage.write_new(out, lambda partial: storage.write_json(partial, report))
         print(f"all of it in {out}")
     return 1 if report["unreadable"] else None
-
-
-def parse_size() -> tuple[int, int] | None:
-    """--size as (height, width)."""
-    if not _SIZE.value:
-        return None
-    try:
-        height, width = ([int(n) for n in _SIZE.value] * 2)[:2]
-    except ValueError:
-        height = width = 0
-    if min(height, width) < 1 or len(_SIZE.value) > 2:
-        raise UserError(f"--size={','.join(_SIZE.value)}: give one number of pixels, or HEIGHT,WIDTH")
-    return height, width
 
 
 def open_images() -> Source:

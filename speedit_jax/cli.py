@@ -16,6 +16,7 @@ from speedit_jax import object_store, peers, recipes
 from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line, forbidden
 
+PIXELS = "one number of pixels, or HEIGHT,WIDTH"  # what `pair` asks for where it is a size
 _LAST_SECONDS = 5.0  # that a process which has failed takes to end
 
 _MULTIHOST = flags.DEFINE_bool(
@@ -49,6 +50,19 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, TypeError):
         return f"a --config.KEY names something below a value, or a value of the wrong type ({lines[-1]})"
     return " ".join(dict.fromkeys((lines[0], lines[-1]))) if lines else type(error).__name__
+
+
+def pair(flag: flags.FlagHolder, what: str) -> tuple[int, int]:
+    """The positive whole number of a flag twice, or its two.
+
+    Raises:
+      UserError: it has others; `what` says which it takes.
+    """
+    given = flag.value
+    if not 1 <= len(given) <= 2 or not all(n.isdecimal() and int(n) for n in given):
+        raise UserError(f"--{flag.name}={','.join(given)}: give {what}")
+    first, second = ([int(n) for n in given] * 2)[:2]
+    return first, second
 
 
 def fail(message: str) -> None:

@@ -45,9 +45,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write 
 
 
 def open_images() -> Source:
-    if not 1 <= len(_SIZE.value) <= 2 or not all(n.isdecimal() and int(n) for n in _SIZE.value):
-        raise UserError(f"--size={','.join(_SIZE.value)}: give one number of pixels, or HEIGHT,WIDTH")
-    height, width = ([int(n) for n in _SIZE.value] * 2)[:2]
+    height, width = cli.pair(_SIZE, cli.PIXELS)
     synthetic = {"synthetic_size": 4096, "synthetic_classes": 10}
     images = {"height": height, "width": width, "channels": 3, "split": _SPLIT.value, "classes": _CLASSES.value}
     config = ml_collections.ConfigDict({"source": _SOURCE.value, "max_broken": _MAX_BROKEN.value} | images | synthetic)

@@ -62,18 +62,9 @@ _MAX_BROKEN = flags.DEFINE_integer("max_broken", 0, "How many undecodable files 
 _VERIFY = flags.DEFINE_bool("verify", False, "Check what is in --out, and write nothing.")
 
 
-def pair(flag: flags.FlagHolder, what: str) -> tuple[int, int]:
-    """One positive number twice, or two."""
-    given = flag.value
-    if not 1 <= len(given) <= 2 or not all(n.isdecimal() and int(n) for n in given):
-        raise UserError(f"--{flag.name}={','.join(given)}: give {what}")
-    first, second = ([int(n) for n in given] * 2)[:2]
-    return first, second
-
-
 def open_images() -> Source:
     data = get_config().data
-    shape = (8, 8, 1) if _DATA.value == "digits" else (*pair(_SIZE, "one number of pixels, or HEIGHT,WIDTH"), 3)
+    shape = (8, 8, 1) if _DATA.value == "digits" else (*cli.pair(_SIZE, cli.PIXELS), 3)
     data.height, data.width, data.channels = shape
     data.update(source=_DATA.value, split=_SPLIT.value, classes=_CLASSES.value, synthetic_size=_SYNTHETIC_SIZE.value)
     data.max_broken, data.background = _MAX_BROKEN.value, _BACKGROUND.value
@@ -91,7 +82,7 @@ def opened(source: Source) -> tuple[tuple[int, ...], dict, Callable[[int, int, t
     given, shape = _GRID.value, source.image_shape
     if not given and min(shape[:2]) < 16:
         raise UserError(f"--grid is missing: a 16th of {shape[0]}x{shape[1]} pixels is no grid")
-    grid = pair(_GRID, "ROWS,COLUMNS or one number") if given else (shape[0] // 16, shape[1] // 16)
+    grid = cli.pair(_GRID, "ROWS,COLUMNS or one number") if given else (shape[0] // 16, shape[1] // 16)
     # Each process encodes alone, on its own devices: nothing is shared but the directory.
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
     encoder = Dinov2Encoder(_DINO.value, grid, mesh, _DTYPE.value, _POSITIONS.value)

@@ -229,7 +229,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), watchdog, started)
 
 
-def show(workdir: Path) -> None:
+def write_pages(workdir: Path) -> None:
     """Writes curves.png, then report.html."""
     if jax.process_index() == 0:
         write_curves(workdir)
@@ -256,7 +256,7 @@ def go_on(
         # A kill after the last save leaves an earlier end's, or none.
         report, saved = workdir / "report.html", checkpoints.directory / str(step) / integrity.META
         if not report.exists() or storage.modified(report) < storage.modified(saved):
-            show(workdir)
+            write_pages(workdir)
         return say(*console.closing(workdir, parts.model, checkpoints.best()))
     if evaluation:
         evaluation.prepare(workdir)
@@ -323,7 +323,7 @@ def go_on(
     checkpoints.close()
     telemetry.close()
     environment.write(step)
-    show(workdir)
+    write_pages(workdir)
     skipped = [f"Skipped          {text}" for text in filter(None, [skips.summary()])]
     if step < num_steps:
         say(

@@ -6,6 +6,7 @@ import itertools
 import jax
 import ml_collections
 
+from benchmarks import methods
 from benchmarks.teacher import WIDTH
 from speedit_jax.config import get_config
 from speedit_jax.data.description import DescribedFeatures, Description
@@ -83,32 +84,21 @@ _OF_RATES = {
     for (strategy, prediction), names in RATES.items()
     for name, factor in zip(names, FACTORS, strict=True)
 }
-# Methods besides the timesteps (docs/acceleration.md), in their published settings but for four blocks: the second and the third
-# see fewer tokens. Compared with runs of the scale "cpu", at a scale of their own.
-_PLACE = {"tokens.start": 1, "tokens.tail": 1}
-_ROUTE = _PLACE | {"tokens.method": "route"}
-_SPRINT = _PLACE | {"tokens.method": "sprint", "tokens.pattern": "cells"}
+# Methods besides the timesteps, compared with runs of the scale "cpu", at a scale of their own.
 METHODS = {
-    "uniform_route": _ROUTE,
-    "speedit_route": _SPEEDIT | _ROUTE,
-    "sprint": _SPRINT | {"tokens.rate": 0.75},
-    "dispersive": {"regularizer.dispersive": 0.5, "regularizer.dispersive_depth": 1},
-    "align": {"regularizer.align": 0.5, "regularizer.align_depth": 1, "regularizer.align_teacher_depth": 3},
-    # iREPA, whose head is small beside this network; REPA's own would take six times the FLOPs of the rest.
-    "irepa": {
-        "regularizer.align": 0.5,
-        "regularizer.align_depth": 1,
-        "regularizer.align_target": "features",
-        "regularizer.align_head": "conv",
-        "regularizer.align_spatial_norm": 0.8,
-    },
-    "mask": _PLACE | {"tokens.method": "mask", "tokens.rate": 0.3},
-    "contrastive": _FLOW | {"regularizer.contrastive": 0.05},
-    "dig_route": {"model.name": "DiG"} | _ROUTE | {"tokens.pattern": "cells"},
+    "uniform_route": methods.ROUTE,
+    "speedit_route": _SPEEDIT | methods.ROUTE,
+    "sprint": methods.SPRINT,
+    "dispersive": methods.DISPERSIVE,
+    "align": methods.SRA,
+    "irepa": methods.IREPA,  # whose head is small beside this network; REPA's own takes six times the FLOPs of the rest
+    "mask": methods.MASK,
+    "contrastive": _FLOW | methods.CONTRASTIVE,
+    "dig_route": {"model.name": "DiG"} | methods.CELLS,
 }
 # SPRINT's second phase, with all tokens, begins with what the first one has learned, and spends the FLOPs that it has saved.
 SECOND = {"sprint": "sprint_all_tokens"}
-PHASES = {"sprint_all_tokens": _SPRINT | {"tokens.rate": 0.0, "init_from": "sprint", "training.num_steps": 1250}}
+PHASES = {"sprint_all_tokens": methods.SPRINT | methods.ALL_TOKENS | {"init_from": "sprint", "training.num_steps": 1250}}
 # name -> the strategy of the scale "cpu" without it.
 WITHOUT = dict.fromkeys(METHODS, "uniform") | {"speedit_route": "speedit", "contrastive": "flow_v", "dig_route": "dig"}
 BASELINE, FIRST = "uniform", ("uniform", "speedit", "speed_cvpr25")

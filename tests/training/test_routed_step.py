@@ -12,7 +12,8 @@ import tiny
 from speedit_jax import sharding
 from speedit_jax.models.routing import draw_route
 
-ROUTE = {"tokens__method": "route", "tokens__start": 1, "tokens__tail": 1, "model__depth": 4}
+PLACE = {"tokens__start": 1, "tokens__tail": 1}
+ROUTE = PLACE | {"tokens__method": "route", "model__depth": 4}
 
 
 OFF = {"tokens__rate": 0.9, "tokens__start": 0, "tokens__path_drop": 7.0}
@@ -43,7 +44,6 @@ def test_a_step_draws_a_route_of_its_own():
     assert np.isfinite(first["loss"]) and np.isfinite(first["grad_norm"])
 
 
-PLACE = {"tokens__start": 1, "tokens__tail": 1}
 CELLS = PLACE | {"tokens__pattern": "cells"}
 METHODS = {
     "route": PLACE | {"tokens__method": "route"},
