@@ -1,0 +1,124 @@
+"""What other ways of sampling make of the same weights: measures complete runs again, from their checkpoints.
+
+  python -m benchmarks.speedup.resample steps --scale=cpu --strategies speed_cvpr25 uniform_v --seeds 0
+  python -m benchmarks.speedup.resample guidance --scale=methods --strategies uniform_route sprint_all_tokens
+
+The comparison draws with few steps of DPM-Solver++, without guidance. `steps`: the final ema draws with more steps of it, and
+with the 250 ancestral steps (DDPM) of DiT's paper. `guidance`: it draws with guidance by the null label, and with that of its
+method: sparse guidance after a route, path-drop guidance after SPRINT. Runs whose checkpoints are not in WORKDIR are left out;
+what OUT has already is not measured again. Writes OUT/SCALE/QUESTION_SET.json, and the page speedup_SCALE_QUESTION.md beside OUT.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import ml_collections
+
+from benchmarks.speedup.__main__ import ROOT
+from benchmarks.speedup.data import FASHION, ImageSet, open_set
+from benchmarks.speedup.judge import Judge
+from benchmarks.speedup.piece import Evaluation
+from benchmarks.speedup.plan import SCALES, Piece, make_config, pieces
+from benchmarks.speedup.report import table
+from speedit_jax.sharding import make_mesh
+from speedit_jax.storage import write_json, write_text
+from speedit_jax.training.assembly import assemble
+from speedit_jax.training.checkpoint import Checkpoints
+
+_DPM = {"sampler": "dpm++", "spacing": "logsnr"}
+_STEPS = {f"{steps} steps of dpm++": _DPM | {"num_steps": steps} for steps in (16, 64, 250)}
+_STEPS["250 steps of ddpm"] = {"sampler": "ddpm", "spacing": "even", "num_steps": 250}
+_OF_METHOD = {
+    "route": ("sparse", {"sparse_strong": 0.5, "sparse_weak": 0.9}),
+    "sprint": ("path-drop", {"path_drop_guidance": True}),
+}
+TITLES = {
+    "steps": "Do more sampling steps change the comparison?",
+    "guidance": "Which guidance after a route, and after SPRINT?",
+}
+
+
+def samplings(question: str, config: ml_collections.ConfigDict) -> dict[str, dict]:
+    """name -> what it changes of the config's `sampling`."""
+    if question == "steps":
+        return _STEPS
+    kinds = {"null label": {}} | dict([_OF_METHOD[config.tokens.method]] if config.tokens.method in _OF_METHOD else [])
+    guided = {f"{kind}, {w}": {"guidance_scale": w} | keys for kind, keys in kinds.items() for w in (1.5, 2.0, 3.0)}
+    return {"unguided": {}} | guided
+
+
+def measure(question: str, piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge) -> dict[str, dict]:
+    """name -> {"fd", "kid", "accuracy"} of the last ema of a run."""
+    rows = {}
+    for name, changes in samplings(question, make_config(piece)).items():
+        config = make_config(piece)
+        config.sampling.update(changes)
+        parts = assemble(config, images.train, make_mesh(config.mesh))
+        ema = checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
+        found = Evaluation(parts, images, judge, SCALES[piece.scale])(ema)
+        rows[name] = {key: found[key] for key in ("fd", "kid", "accuracy")}
+        print(f"{piece.name}, {name}: fd {found['fd']:.3g}, accuracy {found['accuracy']:.3f}", flush=True)
+    return rows
+
+
+def page(question: str, scale: str, found: dict[str, dict[str, dict]]) -> str:
+    """Markdown.
+
+    Args:
+      found: run -> way of sampling -> what was measured.
+    """
+    runs = [name.partition("_")[2].rpartition("_seed") for name in found]
+    strategies, seeds = (" ".join(dict.fromkeys(run[i] for run in runs)) for i in (0, 2))
+    columns = list(dict.fromkeys(name for rows in found.values() for name in rows))
+
+    def cell(row: dict | None) -> str:
+        return f"{row['fd']:.3g}, {row['accuracy']:.3f}" if row else ""
+
+    lines = [
+        f"# {TITLES[question]}",
+        "",
+        "Fréchet distance and accuracy of the final ema of complete runs, from the same noise; the",
+        "[protocol](speedup_protocol.md) says what the numbers mean. Its script wrote it, for runs whose checkpoints are there:",
+        "",
+        f"    python -m benchmarks.speedup.resample {question} --scale={scale} --seeds {seeds} --strategies {strategies}",
+        "",
+        *table(["", *columns], [[f"`{run}`", *(cell(rows.get(name)) for name in columns)] for run, rows in found.items()]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=list(TITLES))
+    parser.add_argument("--scale", choices=list(SCALES), default="cpu")
+    parser.add_argument("--strategies", nargs="+", required=True)
+    parser.add_argument("--set", default="fashion", help="image set")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "speedup", help="checkpoints")
+    parser.add_argument("--fashion", type=Path, default=FASHION, help="directory of Fashion-MNIST's files")
+    parser.add_argument("--emoji", type=Path, help="the .tgz of emoji-datasource-google")
+    args = parser.parse_args()
+    out = args.out / args.scale / f"{args.question}_{args.set}.json"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    images = open_set(args.set, args.fashion, args.emoji)
+    judge = Judge(images, args.out / f"judge_{args.set}.npz", SCALES[args.scale].num_images)
+    for piece in pieces(args.scale):
+        workdir = args.workdir / args.scale / piece.name
+        chosen = piece.set == args.set and piece.strategy in args.strategies and piece.seed in args.seeds
+        if not chosen or piece.name in found or not workdir.exists():
+            continue
+        config = make_config(piece)
+        if args.question == "steps" and config.diffusion.path != "vp":
+            parser.error(f"{piece.strategy} is a flow, which has other samplers; leave it out")
+        checkpoints = Checkpoints(workdir)
+        if checkpoints.latest() == config.training.num_steps:
+            found[piece.name] = measure(args.question, piece, checkpoints, images, judge)
+            write_json(out, found)
+        checkpoints.close()
+    write_text(args.out.parent / f"speedup_{args.scale}_{args.question}.md", page(args.question, args.scale, found))
+
+
+if __name__ == "__main__":
+    main()
