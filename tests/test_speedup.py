@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.speedup import analysis, report
+from benchmarks.speedup import analysis, report, resample
 from benchmarks.speedup.__main__ import fill
 from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
@@ -22,6 +22,7 @@ from benchmarks.speedup.piece import Run
 from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, RATES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
+from speedit_jax.sampling.sampler import Settings, make_sampler
 from speedit_jax.sharding import make_mesh
 from speedit_jax.training import step as step_module
 from speedit_jax.training.assembly import assemble
@@ -207,6 +208,24 @@ def test_a_method_is_compared_with_a_plain_run_of_as_many_flops():
         np.testing.assert_allclose(analysis.over_plain(plain, method, share), [ratio], rtol=1e-14)
     second = analysis.Curve(np.array([1]), np.array([[0.5]])), 1.0
     np.testing.assert_allclose(analysis.over_plain(plain, method, 0.25, second), [1 / 8], rtol=1e-14)
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("uniform_route", "sparse"), ("sprint_all_tokens", "path-drop")])
+def test_runs_are_drawn_again_with_the_guidance_of_their_method(strategy, kind):
+    config = make_config(Piece("methods", "fashion", strategy, 0))
+    ways = resample.samplings("guidance", config)
+    assert list(ways) == ["unguided", *(f"{of}, {w}" for of in ("null label", kind) for w in (1.5, 2.0, 3.0))]
+    config.sampling.update(ways[f"{kind}, 2.0"])
+    parts = assemble(config, Description((32, 32, 1), tuple("0123456789")), make_mesh(config.mesh, jax.devices()[:1]))
+    make_sampler(parts.model, parts.diffusion, Settings.from_config(config.sampling, parts.model), parts.mesh)  # traces it
+
+
+def test_the_page_of_samplings_has_a_column_for_each():
+    of = {"fd": 1.25, "kid": 2.0, "accuracy": 0.5}
+    text = resample.page("guidance", "methods", {"fashion_a_seed0": {"unguided": of}, "fashion_b_c_seed1": {"sparse, 2.0": of}})
+    assert "--scale=methods --seeds 0 1 --strategies a b_c\n" in text
+    assert "|  | unguided | sparse, 2.0 |" in text
+    assert "| `fashion_b_c_seed1` |  | 1.25, 0.500 |" in text
 
 
 def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
