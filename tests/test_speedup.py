@@ -17,7 +17,7 @@ from benchmarks.speedup import analysis, report, resample
 from benchmarks.speedup.__main__ import fill
 from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
-from benchmarks.speedup.judge import Judge
+from benchmarks.speedup.judge import Judge, Panel
 from benchmarks.speedup.piece import Run
 from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, RATES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
 from speedit_jax.data.description import Description
@@ -283,12 +283,20 @@ def test_the_judge_knows_better_from_worse(rehearsal):
     judge = Judge(images, root / "out" / "judge_digits.npz", 100)
     assert judge.identity["accuracy"] > 0.9
     x, y, rng = images.held_out.images[:200], images.held_out.labels[:200], np.random.default_rng(0)
-    scores = [judge.score(x + noise * rng.standard_normal(x.shape, dtype=np.float32), y) for noise in (0, 0.3, 1)]
+    noisy = [x + noise * rng.standard_normal(x.shape, dtype=np.float32) for noise in (0, 0.3, 1)]
+    scores = [judge.score(image, y) for image in noisy]
     for name in ("fd", "kid"):
         values = [score[name] for score in scores]
         assert values == sorted(values) and values[2] > 2 * values[0], name
     assert scores[0]["accuracy"] > scores[2]["accuracy"]
     assert judge.score(x, (y + 1) % 10)["accuracy"] < 0.1
+    panel = Panel(judge, images, 100)
+    assert panel.floor["judge"] == judge.identity["floor"]["fd"]
+    seen = [panel.score(image, y) for image in noisy]
+    assert [of["judge"] for of in seen] == [score["fd"] for score in scores]
+    for name in ("8 x 8 pixels", "untrained network"):
+        values = [of[name] for of in seen]
+        assert values == sorted(values) and values[2] > 2 * values[0], name
 
 
 STEPS = np.arange(1, 17) * 250

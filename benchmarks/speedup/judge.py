@@ -3,6 +3,7 @@
 It is not Inception: its distances compare runs of this comparison with each other, and with nothing else.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import optax
 from tqdm import tqdm
 
 from benchmarks.speedup.data import ImageSet
-from speedit_jax.metrics.frechet import Moments, frechet_distance
+from speedit_jax.metrics.frechet import Gaussian, Moments, frechet_distance
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.storage import replacing, sha256
 
@@ -92,7 +93,7 @@ class Judge:
                 np.savez(file, **train(images))
         with np.load(path) as found:
             self._params: Any = {name: jnp.asarray(found[name]) for name in found}
-        self._look = jax.jit(lambda x: (f := _features(self._params, x), _logits(self._params, f).argmax(-1)))
+        self._look = jax.jit(lambda x: (f := self.features(x), _logits(self._params, f).argmax(-1)))
         self._reference, _ = self._see(images.train.images[:REFERENCE])
         self._gaussian = Moments.of(self._reference).gaussian()
         held_out = images.held_out
@@ -109,6 +110,10 @@ class Judge:
         features, guesses = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*seen, strict=True))
         return features, guesses
 
+    def features(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] in [-1, 1] -> [B, FEATURES]."""
+        return _features(self._params, x)
+
     def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """{"fd", "kid", "accuracy"} of images [n, H, W, C] in [-1, 1] that were drawn for labels [n]."""
         features, guesses = self._see(images)
@@ -118,6 +123,36 @@ class Judge:
             "kid": kernel_distance(features, self._reference, subsets=KID_SUBSETS, subset_size=size)[0],
             "accuracy": float((guesses == labels).mean()),
         }
+
+
+class Panel:
+    """The judge beside two that no label has taught: the images' own 8 x 8 means, and the same network before its training.
+
+    Attributes:
+      floor: the scores of held-out images as if drawn.
+    """
+
+    def __init__(self, judge: Judge, images: ImageSet, num_images: int):
+        untaught = _initial(jax.random.key(1), images.train.image_shape[-1], 1)
+        looks = {"judge": judge.features, "8 x 8 pixels": _means, "untrained network": functools.partial(_features, untaught)}
+        self._looks = {name: jax.jit(look) for name, look in looks.items()}
+        self._real = {name: self._gaussian(name, images.train.images[:REFERENCE]) for name in looks}
+        chosen = np.random.default_rng(0).permutation(len(images.held_out))[:num_images]
+        self.floor = self.score(images.held_out.images[chosen], images.held_out.labels[chosen])
+
+    def _gaussian(self, name: str, images: np.ndarray) -> Gaussian:
+        return Moments.of(np.concatenate([self._looks[name](images[i : i + 500]) for i in range(0, len(images), 500)])).gaussian()
+
+    def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Each one's Fréchet distance of images [n, H, W, C] to the training images; `labels` are not looked at."""
+        del labels
+        return {name: frechet_distance(self._gaussian(name, images), real) for name, real in self._real.items()}
+
+
+def _means(x: jax.Array) -> jax.Array:
+    """[B, 32, 32, C] -> [B, 64 C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, 8, height // 8, 8, width // 8, channels).mean((2, 4)).reshape(batch, -1)
 
 
 def digest(*arrays: np.ndarray, start: str = "") -> str:

@@ -1,12 +1,16 @@
-"""What other ways of sampling make of the same weights: measures complete runs again, from their checkpoints.
+"""Other ways of sampling, and other judges: measures the final ema of complete runs again, from their checkpoints.
 
   python -m benchmarks.speedup.resample steps --scale=cpu --strategies speed_cvpr25 uniform_v --seeds 0
   python -m benchmarks.speedup.resample guidance --scale=methods --strategies uniform_route sprint_all_tokens
+  python -m benchmarks.speedup.resample judges --scale=methods --strategies irepa uniform_route
 
-The comparison draws with few steps of DPM-Solver++, without guidance. `steps`: the final ema draws with more steps of it, and
-with the 250 ancestral steps (DDPM) of DiT's paper. `guidance`: it draws with guidance by the null label, and with that of its
-method: sparse guidance after a route, path-drop guidance after SPRINT. Runs whose checkpoints are not in WORKDIR are left out;
-what OUT has already is not measured again. Writes OUT/SCALE/QUESTION_SET.json, and the page speedup_SCALE_QUESTION.md beside OUT.
+The comparison draws with few steps of DPM-Solver++, without guidance. `steps` draws with more steps of it, and with the 250
+ancestral steps (DDPM) of DiT's paper. `guidance` draws with guidance by the null label, and with that of the run's method: sparse
+guidance after a route, path-drop guidance after SPRINT. `judges` draws the comparison's samples, and measures their Fréchet
+distance in the features of two judges that were not taught the labels.
+
+Runs whose checkpoints are not in WORKDIR are left out; what OUT has already is not measured again. Writes
+OUT/SCALE/QUESTION_SET.json, and the page speedup_SCALE_QUESTION.md beside OUT.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import ml_collections
 
 from benchmarks.speedup.__main__ import ROOT
 from benchmarks.speedup.data import FASHION, ImageSet, open_set
-from benchmarks.speedup.judge import Judge
+from benchmarks.speedup.judge import Judge, Panel
 from benchmarks.speedup.piece import Evaluation
 from benchmarks.speedup.plan import SCALES, Piece, make_config, pieces
 from benchmarks.speedup.report import table
@@ -33,9 +37,11 @@ _OF_METHOD = {
     "route": ("sparse", {"sparse_strong": 0.5, "sparse_weak": 0.9}),
     "sprint": ("path-drop", {"path_drop_guidance": True}),
 }
+REAL = "held-out real images"
 TITLES = {
     "steps": "Do more sampling steps change the comparison?",
     "guidance": "Which guidance after a route, and after SPRINT?",
+    "judges": "Do other judges say the same?",
 }
 
 
@@ -48,17 +54,29 @@ def samplings(question: str, config: ml_collections.ConfigDict) -> dict[str, dic
     return {"unguided": {}} | guided
 
 
-def measure(question: str, piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge) -> dict[str, dict]:
-    """name -> {"fd", "kid", "accuracy"} of the last ema of a run."""
+def judged(piece: Piece, changes: dict, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel) -> dict:
+    """What the judge says of the last ema of a run.
+
+    Args:
+      changes: of the config's `sampling`.
+    """
+    config = make_config(piece)
+    config.sampling.update(changes)
+    config.regularizer.align = 0.0  # its head and its teacher are of training alone
+    parts = assemble(config, images.train, make_mesh(config.mesh))
+    ema = checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
+    return Evaluation(parts, images, judge, SCALES[piece.scale])(ema)
+
+
+def measure(question: str, piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel) -> dict[str, dict]:
+    """Way of sampling -> {"fd", "kid", "accuracy"}, or judge -> {"fd"}."""
+    if isinstance(judge, Panel):
+        found = judged(piece, {}, checkpoints, images, judge)
+        return {name: {"fd": fd} for name, fd in found.items() if name != "mse"}
     rows = {}
     for name, changes in samplings(question, make_config(piece)).items():
-        config = make_config(piece)
-        config.sampling.update(changes)
-        parts = assemble(config, images.train, make_mesh(config.mesh))
-        ema = checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
-        found = Evaluation(parts, images, judge, SCALES[piece.scale])(ema)
+        found = judged(piece, changes, checkpoints, images, judge)
         rows[name] = {key: found[key] for key in ("fd", "kid", "accuracy")}
-        print(f"{piece.name}, {name}: fd {found['fd']:.3g}, accuracy {found['accuracy']:.3f}", flush=True)
     return rows
 
 
@@ -68,22 +86,24 @@ def page(question: str, scale: str, found: dict[str, dict[str, dict]]) -> str:
     Args:
       found: run -> way of sampling -> what was measured.
     """
-    runs = [name.partition("_")[2].rpartition("_seed") for name in found]
+    runs = [name.partition("_")[2].rpartition("_seed") for name in found if name != REAL]
     strategies, seeds = (" ".join(dict.fromkeys(run[i] for run in runs)) for i in (0, 2))
+    what = "Fréchet distance" if question == "judges" else "Fréchet distance and accuracy"
     columns = list(dict.fromkeys(name for rows in found.values() for name in rows))
 
-    def cell(row: dict | None) -> str:
-        return f"{row['fd']:.3g}, {row['accuracy']:.3f}" if row else ""
+    def cell(row: dict) -> str:
+        return ", ".join(format(row[key], of) for key, of in (("fd", ".3g"), ("accuracy", ".3f")) if key in row)
 
+    rows = [[run if run == REAL else f"`{run}`", *(cell(of.get(name, {})) for name in columns)] for run, of in found.items()]
     lines = [
         f"# {TITLES[question]}",
         "",
-        "Fréchet distance and accuracy of the final ema of complete runs, from the same noise; the",
-        "[protocol](speedup_protocol.md) says what the numbers mean. Its script wrote it, for runs whose checkpoints are there:",
+        f"{what} of the final ema of complete runs, from the same noise. The [protocol](speedup_protocol.md)",
+        "says what the numbers mean. The script wrote this page, for runs whose checkpoints are there:",
         "",
         f"    python -m benchmarks.speedup.resample {question} --scale={scale} --seeds {seeds} --strategies {strategies}",
         "",
-        *table(["", *columns], [[f"`{run}`", *(cell(rows.get(name)) for name in columns)] for run, rows in found.items()]),
+        *table(["", *columns], rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -104,6 +124,9 @@ def main() -> None:
     found = json.loads(out.read_text()) if out.exists() else {}
     images = open_set(args.set, args.fashion, args.emoji)
     judge = Judge(images, args.out / f"judge_{args.set}.npz", SCALES[args.scale].num_images)
+    if args.question == "judges":
+        judge = Panel(judge, images, SCALES[args.scale].num_images)
+        found[REAL] = {name: {"fd": fd} for name, fd in judge.floor.items()}
     for piece in pieces(args.scale):
         workdir = args.workdir / args.scale / piece.name
         chosen = piece.set == args.set and piece.strategy in args.strategies and piece.seed in args.seeds
@@ -115,6 +138,7 @@ def main() -> None:
         checkpoints = Checkpoints(workdir)
         if checkpoints.latest() == config.training.num_steps:
             found[piece.name] = measure(args.question, piece, checkpoints, images, judge)
+            print(piece.name, found[piece.name], flush=True)
             write_json(out, found)
         checkpoints.close()
     write_text(args.out.parent / f"speedup_{args.scale}_{args.question}.md", page(args.question, args.scale, found))
