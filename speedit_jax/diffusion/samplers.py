@@ -121,7 +121,8 @@ def guided(
 
 def _half_log_snr(schedule: Schedule) -> np.ndarray:
     """lambda, [T]; finite also where there is no signal at all."""
-    abar = schedule.alphas_cumprod.clip(min=1e-12)
+    # As low as float64 goes: of two steps that are cut to one level the distance, which `_step_table` divides by, would be 0.
+    abar = schedule.alphas_cumprod.clip(min=1e-300)
     return np.log(abar / (1 - abar)) / 2
 
 

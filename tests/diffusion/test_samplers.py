@@ -162,6 +162,22 @@ def test_a_single_image_is_reproduced_in_any_number_of_steps(settings, num_steps
     np.testing.assert_allclose(out, jnp.broadcast_to(image, x.shape), atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", [("const", 30), ("linear", 1000, 0, 0.1)], ids=str)
+def test_steps_without_signal_do_not_end_in_nan(schedule):
+    """abar falls to 5e-15 and 3e-23: several of the first steps are as good as pure noise, but still a distance apart."""
+    schedule = make_schedule(*schedule)
+    abar, image = jnp.asarray(schedule.alphas_cumprod), jnp.linspace(-1, 1, 12).reshape(1, 2, 2, 3)
+
+    def denoise(x, t):
+        a = abar[t].reshape(-1, 1, 1, 1)
+        return (x - jnp.sqrt(a) * image) / jnp.sqrt(1 - a)
+
+    x = jax.random.normal(jax.random.key(0), image.shape)
+    diffusion = GaussianDiffusion(schedule, "fixed_small")
+    out = sample(denoise, x, diffusion, jnp.zeros_like, sampler="dpm++", num_steps=20, clip=True)
+    np.testing.assert_allclose(out, image, atol=1e-6)
+
+
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance():
     diffusion, x = GaussianDiffusion(LINEAR, "fixed_small"), jax.random.normal(jax.random.key(0), (4, 2, 2, 3))
     noise = lambda k: jax.random.normal(jax.random.fold_in(jax.random.key(1), k), x.shape)  # noqa: E731
