@@ -125,6 +125,7 @@ SCHEDULES = {
     "const": _const,
 }
 _WITH_ENDS = ("linear", "quad")
+_LEAST_ABAR = 1e-70  # whose 1 / sqrt(abar), by which an image is predicted from the noise, is still a float32
 
 
 def make_schedule(name: str, num_steps: int, beta_start: float = 0.0, beta_end: float = 0.0) -> Schedule:
@@ -149,6 +150,11 @@ def make_schedule(name: str, num_steps: int, beta_start: float = 0.0, beta_end: 
     if betas.max() >= 1:
         raise UserError(
             f"diffusion.schedule={name!r} with diffusion.num_steps={num_steps} has a beta of {betas.max():.3g}; use more steps"
+        )
+    if (left := np.prod(1 - betas)) < _LEAST_ABAR:
+        raise UserError(
+            f"diffusion.beta_start={beta_start}, diffusion.beta_end={beta_end}: abar falls to {left:.1g} over {num_steps} steps,"
+            " so little that float32 cannot take the image back from it; choose smaller ones"
         )
     return Schedule(name, betas, np.arange(num_steps))
 

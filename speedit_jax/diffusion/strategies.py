@@ -75,7 +75,9 @@ class TableStrategy:
 
     def describe(self, n: int) -> str:
         marginal = self.marginal(n)
-        line = f"{_moments(self.name, marginal, self.weights)}, density max/min={marginal.max() / marginal.min():.4g}"
+        least = marginal.min()
+        ratio = marginal.max() / least if least > 0 else np.inf  # a narrow density is 0 far from its middle
+        line = f"{_moments(self.name, marginal, self.weights)}, density max/min={ratio:.4g}"
         if self.pivot is None:
             return line
         return f"{line}, dual draw about {self.pivot}, {marginal[self.pivot :].sum():.1%} of draws at t >= {self.pivot}"

@@ -212,6 +212,8 @@ def test_given_ends():
         make_schedule("cosine", 500, 0.0, 0.012)
     with pytest.raises(UserError, match=r"diffusion\.beta_start=-1: must lie in"):
         make_schedule("linear", 500, -1, 0.012)
+    with pytest.raises(UserError, match=r"beta_end=0\.5: abar falls to 5e-134 over 1000 steps"):
+        make_schedule("linear", 1000, 0.0, 0.5)
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 999, 1000])

@@ -1,5 +1,7 @@
 """Strategies as users choose them: presets, overrides and mistakes; and their draws against their tables."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,11 @@ def test_the_log_line_says_what_is_drawn():
         "speedit: T=1000, E[t]=338.9, E[weight]=0.5815, density max/min=11, dual draw about 642, 5.1% of draws at t >= 642"
     )
     assert "dual" not in make_strategy(LINEAR, "uniform").describe(256)
+
+
+def test_a_density_may_be_zero_somewhere():
+    with warnings.catch_warnings(action="error"):
+        assert "density max/min=inf" in make_strategy(LINEAR, "laplace", laplace_scale=0.01).describe(256)
 
 
 def test_a_strategy_is_its_tables():

@@ -6,6 +6,7 @@ import pytest
 from speedit_jax.diffusion.gaussian import PREDICTIONS
 from speedit_jax.diffusion.schedules import even_steps, make_schedule, respace
 from speedit_jax.diffusion.timesteps import make_strategy
+from speedit_jax.errors import UserError
 
 LINEAR = make_schedule("linear", 1000)
 COSINE = make_schedule("squaredcos_cap_v2", 1000)
@@ -37,6 +38,12 @@ def test_change_aware_weights(lam, mean):
         assert (np.argmax(w), np.argmin(w)) == (219, 999)
     # Linear in lambda: all follow from the weights of 1.
     np.testing.assert_allclose(w, 1 - lam + (2 * lam - 1) * make_strategy(LINEAR, "speed_cvpr25", lam=1).weights, atol=1e-12)
+
+
+def test_change_aware_weights_need_more_than_one_change():
+    assert np.isfinite(make_strategy(make_schedule("squaredcos_cap_v2", 3), "speed_cvpr25").weights).all()
+    with pytest.raises(UserError, match=r"change_aware.*diffusion\.num_steps=2"):
+        make_strategy(make_schedule("squaredcos_cap_v2", 2), "speed_cvpr25")
 
 
 def test_change_aware_weights_of_the_default_lambda():
