@@ -88,6 +88,8 @@ def choose_plan(
         raise UserError("inpaint=network needs a run that was trained with data.mask; projection works with every run")
     method = inpaint or ("network" if hinted else "projection")
     resample = _RESAMPLE.get(method, 1) if resample is None else resample
+    if jump is not None and resample == 1:
+        raise UserError(f"jump={jump} has no effect with resample=1: say how often these steps are run, such as resample=5")
     return Plan(method, 1.0 if strength is None else strength, resample, Plan.jump if jump is None else jump)
 
 

@@ -128,6 +128,12 @@ def check_given(given: dict[str, Any], settings: Settings) -> None:
         raise UserError(f"eta={given['eta']} is noise of ddim and dpm++, not of {settings.sampler}; leave it out")
     if given.get("spacing") not in (None, "even") and settings.sampler in FLOW_SAMPLERS:
         raise UserError(f"spacing={given['spacing']} is for diffusion: the steps of a flow are evenly spaced; leave it out")
+    if settings.guidance_scale == 1:
+        off = {"guidance_channels": 0, "guidance_schedule": "constant", "guidance_low": 0, "guidance_high": 1}
+        off |= {} if settings.sparse_strong else {"sparse_weak": 0}  # the strong network alone may be wanted
+        for name, value in off.items():
+            if given.get(name) not in (None, value):
+                raise UserError(f"{name}={given[name]} has no effect without guidance; give another guidance_scale than 1")
 
 
 def image_noise(key: jax.Array, indices: jax.Array, stream: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:

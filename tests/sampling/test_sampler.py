@@ -200,11 +200,34 @@ def test_what_a_sampler_does_not_look_at_is_refused(sampler, given, message):
         check_given(given, dataclasses.replace(SETTINGS, sampler=sampler))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"guidance_channels": 1},
+        {"guidance_schedule": "linear"},
+        {"guidance_low": 0.2},
+        {"guidance_high": 0.8},
+        {"sparse_weak": 0.5},
+    ],
+    ids=str,
+)
+def test_what_only_guidance_looks_at_is_refused_without_it(given):
+    """A model that cannot be guided has a scale of 1, too, where none is given."""
+    (name,) = given
+    plain = Settings.from_config(tiny.make_config().sampling, tiny.make_trainer(model__label_dropout=0.0).model)
+    with pytest.raises(UserError, match=f"{name}=.* has no effect without guidance"):
+        check_given(given, dataclasses.replace(plain, **given))
+    check_given(given, dataclasses.replace(SETTINGS, **given))
+
+
 def test_what_a_sampler_looks_at_is_not_refused():
     for sampler in ("ddim", "dpm++"):
         check_given({"eta": 1.0, "spacing": "logsnr"}, dataclasses.replace(SETTINGS, sampler=sampler))
     check_given({"spacing": "logsnr", "eta": None}, dataclasses.replace(SETTINGS, sampler="ddpm"))
     check_given({"spacing": "even"}, dataclasses.replace(SETTINGS, sampler="euler"))
+    unguided = dataclasses.replace(SETTINGS, guidance_scale=1.0)
+    check_given({"guidance_low": 0.0, "guidance_high": None, "guidance_schedule": "constant"}, unguided)
+    check_given({"sparse_weak": 0.9}, dataclasses.replace(unguided, sparse_strong=0.5, sparse_weak=0.9))
 
 
 def test_guidance_needs_a_null_label():
