@@ -112,7 +112,7 @@ class LoadedRun:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
-        latents = self.autoencoder is not None or self.run.encoded_by is not None
+        latents = self.autoencoder is not None or self.run.draws_latents
         conditions = self._conditions(labels, prompts, negative_prompt)
         count = conditions.count if num_images is None else num_images
         chosen = resolve(Settings.from_config(self.config.sampling, self.model, latents=latents, **settings), self.diffusion)

@@ -194,7 +194,7 @@ def choose_settings(run: Run, guide: Run | None, autoencoder: Autoencoder | None
         "guidance_high": _GUIDANCE_HIGH.value,
         "clip": _CLIP.value,
     }
-    latents = autoencoder is not None or run.encoded_by is not None
+    latents = autoencoder is not None or run.draws_latents
     settings = Settings.from_config(run.config.sampling, run.model, guide and guide.model, latents, **given)
     settings = resolve(settings, run.diffusion)
     check_given(given, settings)

@@ -105,6 +105,7 @@ def test_latents_are_no_pictures(run, latents, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["latents"][:6], drawn)
     assert_fails(run(*flags, "--png_files", f"--out={tmp_path / 'z'}"), "--png_files", "latents are no pictures", "--vae")
     assert_fails(run(*flags, "--tile", f"--out={tmp_path / 'z'}"), "--tile", "--vae")
+    assert_fails(run(*flags, "--clip", f"--out={tmp_path / 'z'}"), "clip=True: this run draws latents")
     images = ["evaluate", f"--images={tmp_path / 'x.npz'}", "--reference=digits", "--features=pixels"]
     assert_fails(run(*images), "no arr_0", "latents")
 
