@@ -63,6 +63,8 @@ def described() -> Description | None:
     if _NUM_CLASSES.value and _TEXT_SHAPE.value is not None:
         raise UserError(f"--num_classes={_NUM_CLASSES.value} and --text_shape: a network on text has no classes; leave one out")
     height, width, channels = numbers(_IMAGE_SHAPE, "H,W,C")
+    if _CONFIG.value.data.text and _TEXT_SHAPE.value is None:
+        raise UserError("--text_shape is missing: with --image_shape the data, and so data.text, are not opened")
     regularizer = _CONFIG.value.regularizer
     if regularizer.align and regularizer.align_target == "features" and _FEATURES_SHAPE.value is None:
         raise UserError("--features_shape is missing: with --image_shape the data, and so data.features, are not opened")

@@ -37,6 +37,10 @@ MISTAKES = {
         [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", *FEATURES],
         ["--features_shape is missing"],
     ),
+    "text that is not opened": (
+        [*TINY[:1], "--topology=v5e:2x2", "--image_shape=8,8,1", "--num_classes=0", "--config.data.text=t"],
+        ["--text_shape is missing"],
+    ),
 }
 
 

@@ -266,6 +266,8 @@ def _check_form(config, backbone: str, form: tuple[int, int, int], patch: int, i
     for key, value in (("width", width), ("depth", depth), ("heads", heads), ("mlp_ratio", config.mlp_ratio)):
         if value <= 0:
             raise UserError(f"model.{key}={value}: must be positive")
+    if int(width * config.mlp_ratio) < 2:  # of which SwiGLU takes two thirds
+        raise UserError(f"model.mlp_ratio={config.mlp_ratio}: leaves nothing of the MLP's hidden width at a width of {width}")
     h, w, _ = image_shape
     if h % patch or w % patch:
         raise UserError(f"model.name={config.name!r} needs images whose sides are multiples of {patch}, not {h}x{w}")

@@ -256,6 +256,7 @@ def test_names(name, parsed):
         ({"attention": "flash"}, r"model\.attention 'flash'"),
         ({"attention": "pallas"}, r"model\.attention=pallas"),
         ({"mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0"),
+        ({"mlp_ratio": 1e-4}, r"model\.mlp_ratio=0\.0001: leaves nothing"),
         ({"heads": -2}, r"model\.heads=-2"),
         ({"mlp": "relu"}, r"model\.mlp 'relu'.*gelu, swiglu"),
         ({"norm": "batch"}, r"model\.norm 'batch'.*layer, rms"),
