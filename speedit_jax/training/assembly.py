@@ -24,7 +24,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.models.align import Projector, make_projector
 from speedit_jax.models.build import Model, build
 from speedit_jax.models.condition import Condition, TextShape, padded
-from speedit_jax.training.check import check_backbone, check_batch, check_numbers, check_regularizer
+from speedit_jax.training.check import check_backbone, check_batch, check_numbers, check_probe, check_regularizer
 from speedit_jax.training.state import TrainState, initial_state, make_optimizer, state_shardings
 from speedit_jax.training.step import make_train_step
 
@@ -245,6 +245,7 @@ def assemble(config: ml_collections.ConfigDict, source: Source | Description, me
     image_shape = autoencoder.latent_shape(source.image_shape) if online else source.image_shape
     texts = getattr(source, "texts", None)
     model = make_model(config, mesh, image_shape, len(source.class_names), texts and TextShape.of(texts))
+    check_probe(config, strategy, model, mesh)
     features = getattr(source, "features", None)
     features = features and features.shape
     check_regularizer(config, model, diffusion, features)

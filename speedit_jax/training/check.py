@@ -11,6 +11,7 @@ from speedit_jax.diffusion import regularizers
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import VARIANCES, GaussianDiffusion
 from speedit_jax.diffusion.masks import KINDS
+from speedit_jax.diffusion.strategies import Strategy
 from speedit_jax.errors import UserError
 from speedit_jax.models.align import HEADS
 from speedit_jax.models.build import Model, parse_name
@@ -187,6 +188,20 @@ def _check_features(of: ml_collections.ConfigDict, model: Model, features: tuple
         )
     if of.align_spatial_norm < 0 or (of.align_spatial_norm and model.tokens < 2):
         raise UserError(f"regularizer.align_spatial_norm={of.align_spatial_norm}: must not be negative, and wants several tokens")
+
+
+def check_probe(config: ml_collections.ConfigDict, strategy: Strategy, model: Model, mesh: Mesh) -> None:
+    """Raises a UserError where the microbatches that a strategy measures are too small for a kernel that devices share."""
+    devices, size = sharding.batch_devices(mesh), config.training.batch_size
+    # XLA pads what it divides itself; GLA and the flash kernel are divided by hand.
+    if not strategy.probe_every or not (model.blocks is None or model.mixer == "pallas"):
+        return
+    parts = 2 * strategy.bins
+    if size // parts % devices:
+        raise UserError(
+            f"training.batch_size={size}: {strategy.name} measures microbatches of {size // parts}, which the {devices} devices"
+            f" of mesh axes {' and '.join(sharding.BATCH_AXES)} do not divide; take a multiple of {parts * devices}"
+        )
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -123,3 +123,8 @@ def test_the_batch_divides_over_the_parts():
     assert BATCH == 16
     with pytest.raises(UserError, match=r"training\.batch_size=24: .*gradient_noise wants a multiple of 16"):
         trainer(ONE, training__batch_size=24)
+
+
+def test_where_devices_share_a_kernel_they_divide_the_measured_microbatches():
+    with pytest.raises(UserError, match=r"training\.batch_size=16: .*microbatches of 1.*8 devices.*a multiple of 128"):
+        tiny.make_trainer((8, 1, 1), model__name="DiG-tiny/2", timesteps__strategy="gradient_noise")
