@@ -172,7 +172,8 @@ def respace(schedule: Schedule, steps: Sequence[int]) -> Schedule:
     if steps.size == 0 or steps[0] < 0 or steps[-1] >= schedule.num_steps or (np.diff(steps) <= 0).any():
         raise ValueError(f"steps must increase within 0..{schedule.num_steps - 1}")
     kept = schedule.alphas_cumprod[steps]
-    betas = 1.0 - kept / np.append(1.0, kept[:-1])
+    # Of a step that leaves less than a rounding of 1, beta would be 1 and abar 0, from which nothing can be predicted.
+    betas = np.minimum(1.0 - kept / np.append(1.0, kept[:-1]), 1.0 - 2.0**-53)
     return Schedule(f"{schedule.name} respaced to {len(steps)}", betas, schedule.model_steps[steps])
 
 
@@ -219,7 +220,7 @@ def sampling_steps(num_steps: int, spec: int | str | Sequence[int]) -> np.ndarra
     if text.startswith("trailing") and trailing.isdecimal() and 1 <= int(trailing) <= num_steps:
         return np.round(np.arange(num_steps, 0, -num_steps / int(trailing)))[: int(trailing)].astype(int)[::-1] - 1
     counts = [count.strip() for count in text.split(",")]
-    if len(counts) == 1 and counts[0].lstrip("-").isdecimal():
+    if len(counts) == 1 and counts[0].removeprefix("-").isdecimal():
         return even_steps(num_steps, int(counts[0]))
     if not all(count.isdecimal() and int(count) for count in counts):
         raise UserError(f"{text!r} is not a valid number of sampling steps; use 50, ddim50, trailing50, or 10,15,20 for sections")

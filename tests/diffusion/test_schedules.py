@@ -202,6 +202,14 @@ def test_a_schedule_is_a_row_of_probabilities(betas):
         Schedule("mine", np.array(betas), np.arange(len(betas)))
 
 
+@pytest.mark.parametrize("steps", [[20], [0, 20], [19, 20]], ids=str)
+def test_a_large_step_keeps_some_signal(steps):
+    """abar ends at 2e-28, and 1 - 2e-28 is 1: with abar = 0 a prediction of the noise would say nothing of the image."""
+    kept = respace(make_schedule("const", 21), steps).alphas_cumprod
+    assert 0 < kept[-1] < 1e-15
+    np.testing.assert_allclose(kept[:-1], make_schedule("const", 21).alphas_cumprod[steps[:-1]], rtol=1e-12, atol=1e-15)
+
+
 def test_given_ends():
     linear, quad = (make_schedule(name, 500, 0.00085, 0.012).betas for name in ("linear", "quad"))
     for betas, line in ((linear, linear), (quad, np.sqrt(quad))):
@@ -214,6 +222,11 @@ def test_given_ends():
         make_schedule("linear", 500, -1, 0.012)
     with pytest.raises(UserError, match=r"beta_end=0\.5: abar falls to 5e-134 over 1000 steps"):
         make_schedule("linear", 1000, 0.0, 0.5)
+
+
+def test_two_signs_are_no_number_of_steps():
+    with pytest.raises(UserError, match="'--5' is not a valid number of sampling steps"):
+        sampling_steps(1000, "--5")
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 999, 1000])
