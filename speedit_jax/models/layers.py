@@ -1,6 +1,6 @@
 """Layers that the backbones share: embeddings, modulation, patches.
 
-Parameter axes carry logical names; the rule table in training/sharding.py maps them to the mesh:
+Parameter axes carry logical names; the rule table in sharding.py maps them to the mesh:
   embed   width D of a kernel that projects from or to the residual stream
   heads   attention heads         mlp     hidden width of the MLP
   layers  the scanned depth       None    never sharded
