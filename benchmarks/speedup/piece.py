@@ -84,6 +84,10 @@ class Evaluation:
             "network_evaluations": scale.num_images * scale.sampler_steps,
         }
 
+    def pictures(self, params) -> np.ndarray:
+        """The first two of each class: uint8 [2 classes, H, W, C]."""
+        return next(self._samples.draw(params, 2 * self._classes))
+
     def __call__(self, params) -> dict:
         drawn = np.concatenate(list(self._samples.draw(params, 100)))
         images = drawn.astype(np.float32) / np.float32(127.5) - 1

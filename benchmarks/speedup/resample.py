@@ -54,8 +54,10 @@ def samplings(question: str, config: ml_collections.ConfigDict) -> dict[str, dic
     return {"unguided": {}} | guided
 
 
-def judged(piece: Piece, changes: dict, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel) -> dict:
-    """What the judge says of the last ema of a run.
+def drawn(
+    piece: Piece, changes: dict, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel
+) -> tuple[Evaluation, dict]:
+    """The evaluation of a run, and its last ema.
 
     Args:
       changes: of the config's `sampling`.
@@ -65,17 +67,19 @@ def judged(piece: Piece, changes: dict, checkpoints: Checkpoints, images: ImageS
     config.regularizer.align = 0.0  # its head and its teacher are of training alone
     parts = assemble(config, images.train, make_mesh(config.mesh))
     ema = checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
-    return Evaluation(parts, images, judge, SCALES[piece.scale])(ema)
+    return Evaluation(parts, images, judge, SCALES[piece.scale]), ema
 
 
 def measure(question: str, piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel) -> dict[str, dict]:
     """Way of sampling -> {"fd", "kid", "accuracy"}, or judge -> {"fd"}."""
     if isinstance(judge, Panel):
-        found = judged(piece, {}, checkpoints, images, judge)
+        evaluation, ema = drawn(piece, {}, checkpoints, images, judge)
+        found = evaluation(ema)
         return {name: {"fd": fd} for name, fd in found.items() if name != "mse"}
     rows = {}
     for name, changes in samplings(question, make_config(piece)).items():
-        found = judged(piece, changes, checkpoints, images, judge)
+        evaluation, ema = drawn(piece, changes, checkpoints, images, judge)
+        found = evaluation(ema)
         rows[name] = {key: found[key] for key in ("fd", "kid", "accuracy")}
     return rows
 
