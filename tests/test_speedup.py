@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.speedup import analysis, report, resample
+from benchmarks.speedup import analysis, pictures, report, resample
 from benchmarks.speedup.__main__ import fill
 from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
@@ -226,6 +226,13 @@ def test_the_page_of_samplings_has_a_column_for_each():
     assert "--scale=methods --seeds 0 1 --strategies a b_c\n" in text
     assert "|  | unguided | sparse, 2.0 |" in text
     assert "| `fashion_b_c_seed1` |  | 1.25, 0.500 |" in text
+
+
+def test_pictures_have_a_named_row_of_each_class_for_each_run():
+    made = pictures.figure({"cpu/a": np.zeros((20, 8, 8, 1), np.uint8), "methods/b": np.zeros((20, 8, 8, 1), np.uint8)})
+    assert [axes.get_title(loc="left") for axes in made.axes] == ["cpu/a", "methods/b"]
+    height, width = made.axes[0].images[0].get_array().shape
+    assert width > 10 * 8 > 2 * height > 4 * 8
 
 
 def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):

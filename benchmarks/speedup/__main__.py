@@ -14,14 +14,12 @@ import json
 import time
 from pathlib import Path
 
-from benchmarks.speedup.data import FASHION, open_set
+from benchmarks.speedup.data import FASHION, RAW, add_places, open_set
 from benchmarks.speedup.judge import Judge
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import SCALES, Piece, pieces
+from benchmarks.speedup.plan import ALL, SCALES, Piece, pieces
 from speedit_jax.errors import UserError
 from speedit_jax.training.stop import Stop
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def is_complete(path: Path) -> bool:
@@ -58,18 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
     parser.add_argument("--budget_s", type=float, required=True, help="seconds after which it saves and ends")
-    parser.add_argument(
-        "--strategies",
-        nargs="+",
-        choices=sorted({piece.strategy for scale in SCALES for piece in pieces(scale)}),
-        help="only these",
-    )
+    parser.add_argument("--strategies", nargs="+", choices=ALL, help="only these")
     parser.add_argument("--sets", nargs="+", help="only these image sets")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "speedup", help="checkpoints")
-    parser.add_argument("--fashion", type=Path, default=FASHION, help="directory of Fashion-MNIST's files")
-    parser.add_argument("--emoji", type=Path, help="the .tgz of emoji-datasource-google")
+    parser.add_argument("--out", type=Path, default=RAW, help="raw numbers")
+    add_places(parser)
     args = parser.parse_args()
     wanted = [
         piece

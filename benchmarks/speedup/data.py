@@ -5,6 +5,7 @@
 `digits`   scikit-learn's 8x8 digits: for the rehearsal
 """
 
+import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -22,6 +23,17 @@ from speedit_jax.errors import UserError
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 _PIXELS = 32
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RAW = ROOT / "docs" / "results" / "speedup"  # raw numbers, and the judges
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where a comparison's checkpoints and images are."""
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "speedup", help="checkpoints")
+    parser.add_argument("--fashion", type=Path, default=FASHION, help="directory of Fashion-MNIST's files")
+    parser.add_argument("--emoji", type=Path, help="the .tgz of emoji-datasource-google")
 
 
 @dataclasses.dataclass(frozen=True)

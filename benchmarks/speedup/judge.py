@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from benchmarks.speedup.data import ImageSet
+from speedit_jax.data.sources import ArraySource
 from speedit_jax.metrics.frechet import Gaussian, Moments, frechet_distance
 from speedit_jax.metrics.kernel_distance import kernel_distance
 from speedit_jax.storage import replacing, sha256
@@ -97,12 +98,11 @@ class Judge:
         self._reference, _ = self._see(images.train.images[:REFERENCE])
         self._gaussian = Moments.of(self._reference).gaussian()
         held_out = images.held_out
-        chosen = np.random.default_rng(0).permutation(len(held_out))[:num_images]
         _, guesses = self._see(held_out.images)
         self.identity = {
             "weights": sha256(path),
             "accuracy": float((guesses == held_out.labels).mean()),
-            "floor": self.score(held_out.images[chosen], held_out.labels[chosen]),
+            "floor": self.score(*_some(held_out, num_images)),
         }
 
     def _see(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,8 +137,7 @@ class Panel:
         looks = {"judge": judge.features, "8 x 8 pixels": _means, "untrained network": functools.partial(_features, untaught)}
         self._looks = {name: jax.jit(look) for name, look in looks.items()}
         self._real = {name: self._gaussian(name, images.train.images[:REFERENCE]) for name in looks}
-        chosen = np.random.default_rng(0).permutation(len(images.held_out))[:num_images]
-        self.floor = self.score(images.held_out.images[chosen], images.held_out.labels[chosen])
+        self.floor = self.score(*_some(images.held_out, num_images))
 
     def _gaussian(self, name: str, images: np.ndarray) -> Gaussian:
         return Moments.of(np.concatenate([self._looks[name](images[i : i + 500]) for i in range(0, len(images), 500)])).gaussian()
@@ -149,8 +148,14 @@ class Panel:
         return {name: frechet_distance(self._gaussian(name, images), real) for name, real in self._real.items()}
 
 
+def _some(source: ArraySource, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` images and their labels, always the same."""
+    chosen = np.random.default_rng(0).permutation(len(source))[:count]
+    return source.images[chosen], source.labels[chosen]
+
+
 def _means(x: jax.Array) -> jax.Array:
-    """[B, 32, 32, C] -> [B, 64 C]."""
+    """[B, H, W, C] -> [B, 64 C]."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, 8, height // 8, 8, width // 8, channels).mean((2, 4)).reshape(batch, -1)
 

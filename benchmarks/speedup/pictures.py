@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.speedup.__main__ import ROOT
-from benchmarks.speedup.data import FASHION, open_set
-from benchmarks.speedup.judge import Judge
-from benchmarks.speedup.plan import SCALES, Piece, make_config
-from benchmarks.speedup.resample import drawn
+from benchmarks.speedup.data import add_places, open_set
+from benchmarks.speedup.piece import fixed_samples
+from benchmarks.speedup.plan import SCALES, Piece, pieces
+from benchmarks.speedup.resample import complete, restored
+from speedit_jax.errors import UserError
 from speedit_jax.sampling.images import image_grid
-from speedit_jax.training.checkpoint import Checkpoints
 
 
 def figure(rows: dict[str, np.ndarray]) -> Figure:
@@ -38,28 +37,25 @@ def main() -> None:
     parser.add_argument("--set", default="fashion", help="image set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="PNG")
-    parser.add_argument("--raw", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers, with the judge")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "speedup", help="checkpoints")
-    parser.add_argument("--fashion", type=Path, default=FASHION, help="directory of Fashion-MNIST's files")
-    parser.add_argument("--emoji", type=Path, help="the .tgz of emoji-datasource-google")
+    add_places(parser)
     args = parser.parse_args()
-    images = open_set(args.set, args.fashion, args.emoji)
-    judge = Judge(images, args.raw / f"judge_{args.set}.npz", 100)
-    rows = {}
-    for run in args.runs:
-        scale, _, strategy = run.partition("/")
-        piece = Piece(scale, args.set, strategy, args.seed) if scale in SCALES else None
-        workdir = piece and args.workdir / scale / piece.name
-        if not workdir or not workdir.exists():
-            parser.error(f"{run}: there is no checkpoint of it in {args.workdir}")
-        checkpoints = Checkpoints(workdir)
-        if checkpoints.latest() != make_config(piece).training.num_steps:
-            parser.error(f"{run} is not complete")
-        evaluation, ema = drawn(piece, {}, checkpoints, images, judge)
-        rows[strategy] = evaluation.pictures(ema)
-        checkpoints.close()
+    wanted = [Piece(scale, args.set, strategy, args.seed) for scale, _, strategy in (run.partition("/") for run in args.runs)]
+    for piece, run in zip(wanted, args.runs, strict=True):
+        if piece.scale not in SCALES or piece not in pieces(piece.scale):
+            parser.error(f"{run} with --set={args.set} --seed={args.seed} is no run of the comparison")
+    images, rows = open_set(args.set, args.fashion, args.emoji), {}
+    for piece, run in zip(wanted, args.runs, strict=True):
+        checkpoints = complete(args.workdir, piece)
+        if not checkpoints:
+            parser.error(f"{run} is not complete in {args.workdir}")
+        parts, ema = restored(piece, checkpoints, images, {})
+        classes = len(images.train.class_names)
+        (rows[run],) = fixed_samples(parts, classes, 2 * classes).draw(ema, 2 * classes)
     figure(rows).savefig(args.out, dpi=72)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from e

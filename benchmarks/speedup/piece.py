@@ -67,26 +67,28 @@ class HeldOut:
         return [float(quarter.mean()) for quarter in np.split(np.concatenate(parts), 4)]
 
 
+def fixed_samples(parts: Assembly, classes: int, count: int) -> FixedSamples:
+    """The first `count` images of an evaluation, of each class in turn."""
+    settings = Settings.from_config(parts.config.sampling, parts.model)
+    sampler = make_sampler(parts.model, parts.diffusion, settings, parts.mesh)
+    return FixedSamples(
+        sampler, None, Labels(np.arange(classes)), jax.random.key(EVALUATION_SEED), count, sharding.batch_devices(parts.mesh)
+    )
+
+
 class Evaluation:
     """What weights are worth: the judge's opinion of their samples, and the held-out mse."""
 
     def __init__(self, parts: Assembly, images: ImageSet, judge: Judge, scale: Scale):
-        settings = Settings.from_config(parts.config.sampling, parts.model)
-        sampler, key = make_sampler(parts.model, parts.diffusion, settings, parts.mesh), jax.random.key(EVALUATION_SEED)
         self._classes, self._judge = len(images.train.class_names), judge
-        classes = Labels(np.arange(self._classes))
-        self._samples = FixedSamples(sampler, None, classes, key, scale.num_images, sharding.batch_devices(parts.mesh))
+        self._samples = fixed_samples(parts, self._classes, scale.num_images)
         self._held_out = HeldOut(parts, images.held_out, scale.held_out)
-        first = image_noise(key, jnp.arange(scale.num_images), 0, parts.model.image_shape)
+        first = image_noise(jax.random.key(EVALUATION_SEED), jnp.arange(scale.num_images), 0, parts.model.image_shape)
         self.record = {
             "noise_digest": digest(np.asarray(first)),
             "held_out_digest": self._held_out.digest,
             "network_evaluations": scale.num_images * scale.sampler_steps,
         }
-
-    def pictures(self, params) -> np.ndarray:
-        """The first two of each class: uint8 [2 classes, H, W, C]."""
-        return next(self._samples.draw(params, 2 * self._classes))
 
     def __call__(self, params) -> dict:
         drawn = np.concatenate(list(self._samples.draw(params, 100)))

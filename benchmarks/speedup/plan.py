@@ -221,6 +221,9 @@ def pieces(scale: str) -> list[Piece]:
     return found
 
 
+ALL = sorted({piece.strategy for scale in SCALES for piece in pieces(scale)})  # strategies of any scale
+
+
 def make_config(piece: Piece) -> ml_collections.ConfigDict:
     """The whole config of a run."""
     scale, changes = SCALES[piece.scale], (STRATEGIES | ATTEMPTS | _OF_RATES | METHODS | PHASES)[piece.strategy]

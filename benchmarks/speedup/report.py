@@ -24,6 +24,7 @@ from benchmarks.speedup.analysis import (
     seeds_of,
     speed_up,
 )
+from benchmarks.speedup.data import RAW
 from benchmarks.speedup.plan import (
     ATTEMPTS,
     BACKBONES,
@@ -43,7 +44,6 @@ from benchmarks.speedup.plan import (
 from speedit_jax.errors import UserError
 from speedit_jax.storage import write_text
 
-ROOT = Path(__file__).resolve().parents[2]
 NOT_YET = "not measured yet"
 # Times fewer steps, as published: DiT-XL/2 on ImageNet at 256 pixels, and the title of arXiv 2405.17403.
 CLAIMS = {"speedit": 3.3, "speed_cvpr25": 3.0}
@@ -365,8 +365,8 @@ OTHERS = {"": page, "_dig": backbone_page}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
-    parser.add_argument("--raw", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="directory of the page and its figures")
+    parser.add_argument("--raw", type=Path, default=RAW, help="raw numbers")
+    parser.add_argument("--out", type=Path, default=RAW.parent, help="directory of the page and its figures")
     args = parser.parse_args()
     try:
         records = read(args.raw, args.scale, *(["cpu"] if args.scale == "methods" else []))

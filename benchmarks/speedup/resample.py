@@ -16,26 +16,27 @@ OUT/SCALE/QUESTION_SET.json, and the page speedup_SCALE_QUESTION.md beside OUT.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
-from benchmarks.speedup.__main__ import ROOT
-from benchmarks.speedup.data import FASHION, ImageSet, open_set
+from benchmarks.speedup.data import RAW, ImageSet, add_places, open_set
 from benchmarks.speedup.judge import Judge, Panel
 from benchmarks.speedup.piece import Evaluation
-from benchmarks.speedup.plan import SCALES, Piece, make_config, pieces
+from benchmarks.speedup.plan import ALL, SCALES, Piece, make_config, pieces
 from benchmarks.speedup.report import table
+from speedit_jax.errors import UserError
 from speedit_jax.sharding import make_mesh
 from speedit_jax.storage import write_json, write_text
-from speedit_jax.training.assembly import assemble
+from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.checkpoint import Checkpoints
 
 _DPM = {"sampler": "dpm++", "spacing": "logsnr"}
 _STEPS = {f"{steps} steps of dpm++": _DPM | {"num_steps": steps} for steps in (16, 64, 250)}
 _STEPS["250 steps of ddpm"] = {"sampler": "ddpm", "spacing": "even", "num_steps": 250}
 _OF_METHOD = {
-    "route": ("sparse", {"sparse_strong": 0.5, "sparse_weak": 0.9}),
-    "sprint": ("path-drop", {"path_drop_guidance": True}),
+    "route": {"sparse": {"sparse_strong": 0.5, "sparse_weak": 0.9}},
+    "sprint": {"path-drop": {"path_drop_guidance": True}},
 }
 REAL = "held-out real images"
 TITLES = {
@@ -49,15 +50,20 @@ def samplings(question: str, config: ml_collections.ConfigDict) -> dict[str, dic
     """name -> what it changes of the config's `sampling`."""
     if question == "steps":
         return _STEPS
-    kinds = {"null label": {}} | dict([_OF_METHOD[config.tokens.method]] if config.tokens.method in _OF_METHOD else [])
+    kinds = {"null label": {}} | _OF_METHOD.get(config.tokens.method, {})
     guided = {f"{kind}, {w}": {"guidance_scale": w} | keys for kind, keys in kinds.items() for w in (1.5, 2.0, 3.0)}
     return {"unguided": {}} | guided
 
 
-def drawn(
-    piece: Piece, changes: dict, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel
-) -> tuple[Evaluation, dict]:
-    """The evaluation of a run, and its last ema.
+def complete(workdir: Path, piece: Piece) -> Checkpoints | None:
+    """The checkpoints of a run; None where it is not complete."""
+    at = workdir / piece.scale / piece.name
+    checkpoints = Checkpoints(at) if at.exists() else None
+    return checkpoints if checkpoints and checkpoints.latest() == make_config(piece).training.num_steps else None
+
+
+def restored(piece: Piece, checkpoints: Checkpoints, images: ImageSet, changes: dict) -> tuple[Assembly, Any]:
+    """A run, and its last ema.
 
     Args:
       changes: of the config's `sampling`.
@@ -66,22 +72,20 @@ def drawn(
     config.sampling.update(changes)
     config.regularizer.align = 0.0  # its head and its teacher are of training alone
     parts = assemble(config, images.train, make_mesh(config.mesh))
-    ema = checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
-    return Evaluation(parts, images, judge, SCALES[piece.scale]), ema
+    return parts, checkpoints.restore_weights(checkpoints.latest(), "ema", parts.shapes.params, parts.shardings.params)
 
 
 def measure(question: str, piece: Piece, checkpoints: Checkpoints, images: ImageSet, judge: Judge | Panel) -> dict[str, dict]:
     """Way of sampling -> {"fd", "kid", "accuracy"}, or judge -> {"fd"}."""
-    if isinstance(judge, Panel):
-        evaluation, ema = drawn(piece, {}, checkpoints, images, judge)
-        found = evaluation(ema)
-        return {name: {"fd": fd} for name, fd in found.items() if name != "mse"}
-    rows = {}
-    for name, changes in samplings(question, make_config(piece)).items():
-        evaluation, ema = drawn(piece, changes, checkpoints, images, judge)
-        found = evaluation(ema)
-        rows[name] = {key: found[key] for key in ("fd", "kid", "accuracy")}
-    return rows
+
+    def judged(changes: dict) -> dict:
+        parts, ema = restored(piece, checkpoints, images, changes)
+        found = Evaluation(parts, images, judge, SCALES[piece.scale])(ema)
+        return {name: value for name, value in found.items() if name != "mse"}
+
+    if question == "judges":
+        return {name: {"fd": fd} for name, fd in judged({}).items()}
+    return {name: judged(changes) for name, changes in samplings(question, make_config(piece)).items()}
 
 
 def page(question: str, scale: str, found: dict[str, dict[str, dict]]) -> str:
@@ -116,14 +120,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=list(TITLES))
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
-    parser.add_argument("--strategies", nargs="+", required=True)
+    parser.add_argument("--strategies", nargs="+", choices=ALL, required=True)
     parser.add_argument("--set", default="fashion", help="image set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "speedup", help="raw numbers")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "speedup", help="checkpoints")
-    parser.add_argument("--fashion", type=Path, default=FASHION, help="directory of Fashion-MNIST's files")
-    parser.add_argument("--emoji", type=Path, help="the .tgz of emoji-datasource-google")
+    parser.add_argument("--out", type=Path, default=RAW, help="raw numbers")
+    add_places(parser)
     args = parser.parse_args()
+    wanted = [
+        piece
+        for piece in pieces(args.scale)
+        if piece.set == args.set and piece.strategy in args.strategies and piece.seed in args.seeds
+    ]
+    if not wanted:
+        parser.error(f"the scale {args.scale} has no such runs")
+    flows = [piece.strategy for piece in wanted if make_config(piece).diffusion.path != "vp"]
+    if args.question == "steps" and flows:
+        parser.error(f"flows have other samplers; leave out {', '.join(dict.fromkeys(flows))}")
     out = args.out / args.scale / f"{args.question}_{args.set}.json"
     found = json.loads(out.read_text()) if out.exists() else {}
     images = open_set(args.set, args.fashion, args.emoji)
@@ -131,22 +143,17 @@ def main() -> None:
     if args.question == "judges":
         judge = Panel(judge, images, SCALES[args.scale].num_images)
         found[REAL] = {name: {"fd": fd} for name, fd in judge.floor.items()}
-    for piece in pieces(args.scale):
-        workdir = args.workdir / args.scale / piece.name
-        chosen = piece.set == args.set and piece.strategy in args.strategies and piece.seed in args.seeds
-        if not chosen or piece.name in found or not workdir.exists():
+    for piece in wanted:
+        if piece.name in found or not (checkpoints := complete(args.workdir, piece)):
             continue
-        config = make_config(piece)
-        if args.question == "steps" and config.diffusion.path != "vp":
-            parser.error(f"{piece.strategy} is a flow, which has other samplers; leave it out")
-        checkpoints = Checkpoints(workdir)
-        if checkpoints.latest() == config.training.num_steps:
-            found[piece.name] = measure(args.question, piece, checkpoints, images, judge)
-            print(piece.name, found[piece.name], flush=True)
-            write_json(out, found)
-        checkpoints.close()
+        found[piece.name] = measure(args.question, piece, checkpoints, images, judge)
+        print(piece.name, found[piece.name], flush=True)
+        write_json(out, found)
     write_text(args.out.parent / f"speedup_{args.scale}_{args.question}.md", page(args.question, args.scale, found))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        raise SystemExit(f"error: {e}") from e

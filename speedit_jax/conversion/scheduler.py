@@ -69,7 +69,7 @@ def _betas(scheduler: Mapping[str, Any]) -> dict[str, Any]:
             _refuse("num_train_timesteps", f"{num_steps} and trained_betas of {len(betas)}")
         for name, ends in (("linear", True), ("quad", True), ("squaredcos_cap_v2", False)):
             values = _values(name, len(betas), *((float(betas[0]), float(betas[-1])) if ends else ()))
-            with contextlib.suppress(UserError):  # such ends may be those of no schedule that there is
+            with contextlib.suppress(UserError):  # which may not be made of these ends
                 if np.allclose(_made(values), betas, rtol=_TOLERANCE, atol=0):
                     return values
         _refuse("trained_betas", f"{len(betas)} numbers that are neither linear nor scaled_linear nor squaredcos_cap_v2")

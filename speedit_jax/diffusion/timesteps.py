@@ -90,12 +90,12 @@ def _speed_boundary(schedule: Schedule, tau: float) -> int:
 
 
 def _change_aware_weights(schedule: Schedule, lam: float) -> np.ndarray:
-    v = np.gradient(1.0 - schedule.alphas_cumprod)
     if schedule.num_steps < 3:
         raise UserError(
             f"timesteps.weighting=change_aware: diffusion.num_steps={schedule.num_steps}, between which only one change lies; it"
             " needs 3 or more"
         )
+    v = np.gradient(1.0 - schedule.alphas_cumprod)
     return (1 - lam) + (2 * lam - 1) * (v - v.min()) / (v.max() - v.min())
 
 
