@@ -246,11 +246,12 @@ def test_runs_that_were_measured_otherwise_do_not_mix(rehearsal, tmp_path):
 
 
 def test_the_plan():
-    for scale in SCALES.keys() - {"tuning", "methods"}:
+    for scale in SCALES.keys() - {"tuning", "methods", "cpu256"}:
         of = pieces(scale)
         assert len(set(of)) == len(of) and {p.seed for p in of}.isdisjoint(p.seed for p in pieces("tuning"))
         assert [(p.strategy, p.seed) for p in of[:4]] == [*((name, 0) for name in FIRST), (FIRST[0], 1)]
         assert {p.strategy for p in of} == STRATEGIES.keys()
+    assert [(p.strategy, p.seed) for p in pieces("cpu256")] == [("uniform", 0), ("dig", 0), ("uniform", 1), ("dig", 1)]
     cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES | ATTEMPTS}
     assert all(cpu[name] != cpu["speedit"] for name in ATTEMPTS)
     assert set(WITHOUT) | set(PHASES) == {p.strategy for p in pieces("methods")}
@@ -273,7 +274,7 @@ def test_the_plan():
     assert flows[0] == flows[1] and flows[0]["sampling"]["num_steps"] * 2 == cpu["uniform"].sampling.num_steps
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu256"])
+@pytest.mark.parametrize("scale", ["cpu", "cpu256", "gpu", "gpu256"])
 def test_dig_and_dit_have_as_many_parameters(scale):
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     data = Description((32, 32, 1), tuple("0123456789"))

@@ -186,6 +186,8 @@ SCALES = {
     "gpu256": dataclasses.replace(_GPU, patch=2),  # 256 tokens
     "tuning": Scale(sets=("fashion",), num_steps=1500, evaluate_all_every=1500, seeds_first=1, seeds=1),  # of ATTEMPTS
     "methods": Scale(sets=("fashion",)),  # of METHODS
+    # DiG and DiT on 256 tokens.
+    "cpu256": Scale(sets=("fashion",), patch=2, num_steps=1500, evaluate_all_every=1500, seeds_first=2),
 }
 TUNING_SEED = 10  # which no other scale has
 
@@ -211,6 +213,8 @@ def pieces(scale: str) -> list[Piece]:
         return [
             Piece(scale, name, run, TUNING_SEED) for name in of.sets for run in dict.fromkeys(("speedit", *ATTEMPTS, *_OF_RATES))
         ]
+    if scale == "cpu256":
+        return [Piece(scale, name, run, seed) for name in of.sets for seed in range(of.seeds) for run in (BASELINE, "dig")]
     first, names = (tuple(METHODS)[:2], METHODS | PHASES) if scale == "methods" else (FIRST, STRATEGIES)
     found = []
     for image_set in of.sets:
