@@ -86,7 +86,13 @@ def _speed_density(schedule: Schedule, k: float, tau: float) -> np.ndarray:
 
 
 def _speed_boundary(schedule: Schedule, tau: float) -> int:
-    return round(tau * schedule.num_steps / 1000)
+    boundary = round(tau * schedule.num_steps / 1000)
+    if not 0 < boundary < schedule.num_steps:
+        raise UserError(
+            f"timesteps.tau={tau} is step {boundary} of {schedule.num_steps}, and so draws all of them alike; choose another tau,"
+            " or timesteps.strategy=uniform"
+        )
+    return boundary
 
 
 def _change_aware_weights(schedule: Schedule, lam: float) -> np.ndarray:
@@ -223,8 +229,8 @@ def make_strategy(
     dual = preset[2] if dual is None else dual
     if not 1 <= k < math.inf:
         raise UserError(f"timesteps.k={k}: must be finite and at least 1")
-    if not 0 < tau < 1000:
-        raise UserError(f"timesteps.tau={tau}: must lie between 0 and 1000 (thousandths of the schedule)")
+    if not 1 <= tau < 1000:
+        raise UserError(f"timesteps.tau={tau}: must lie between 1 and 1000: thousandths of the schedule, 700 for a share of 0.7")
     if not 0.5 <= lam <= 1:
         raise UserError(f"timesteps.lam={lam}: must lie in [0.5, 1]")
     positive = {

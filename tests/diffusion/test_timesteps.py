@@ -96,6 +96,8 @@ def test_pivots():
         ({"k": float("nan")}, r"timesteps\.k=nan"),
         ({"tau": 0}, r"timesteps\.tau=0"),
         ({"tau": 1000}, r"timesteps\.tau=1000"),
+        ({"tau": 0.7}, r"timesteps\.tau=0\.7: .*thousandths"),
+        ({"tau": 999.9}, r"timesteps\.tau=999\.9 is step 1000 of 1000"),
         ({"lam": 0.4}, r"timesteps\.lam=0\.4"),
         ({"lam": 1.1}, r"timesteps\.lam=1\.1"),
     ],
