@@ -12,7 +12,7 @@ launch/xpk.sh --cluster=NAME --workload=NAME --tpu_type=TYPE --image=IMAGE --pro
     --config=configs/imagenet.py:DiG-XL/2 --workdir=gs://bucket/runs/xl --config.mesh.slices=2
 
 The image is made from launch/Dockerfile.tpu. The workload starts again, at most 1000 times, when a process was lost (exit code
-75) or asked to stop (130), and not after a mistake (1). With --slices=N set --config.mesh.slices=N too.
+75), asked to stop (130) or killed (137), and not after a mistake (1). With --slices=N set --config.mesh.slices=N too.
 --dry_run prints the command and runs nothing. To see what xpk would do with it, add --dry-run to that command.
 TEXT
 }
@@ -49,7 +49,7 @@ done
 command=(
   xpk workload create --cluster="$cluster" --workload="$workload" --project="$project" --zone="$zone"
   --tpu-type="$tpu_type" --num-slices="$slices" --docker-image="$image" ${spot:+--spot}
-  --max-restarts=1000 "--restart-on-exit-codes=75,130" --termination-grace-period-seconds=300
+  --max-restarts=1000 --restart-on-exit-codes=75 --termination-grace-period-seconds=300
   --command="exec python -m speedit_jax.train --multihost $(printf '%q ' "$@")"
 )
 if [[ $dry_run ]]; then printf '%q ' "${command[@]}" && echo; else exec "${command[@]}"; fi
