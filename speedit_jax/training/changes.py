@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from speedit_jax.config import complete, flatten
+from speedit_jax.diffusion.timesteps import PRESETS
 
 
 class Kind(enum.Enum):
@@ -102,6 +103,9 @@ _FORMS = {
     "regularizer.align_target": lambda target: target,  # which head, where there is one
     "regularizer.align_head": lambda head: head,
 }
+# The sampling whose measured density is in the state, and what its form depends on besides.
+_MEASURED = {"loss_second_moment": ("diffusion.num_steps",), "gradient_noise": ()}
+_OF_MEASURED = ("timesteps.strategy", "timesteps.sampling", "diffusion.num_steps")
 
 
 def is_of_the_network(key: str) -> bool:
@@ -146,6 +150,8 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: I
     for key, values in different.items():
         found[_kind(key, values, new, started)][key] = values
     changes, misfits = found[Kind.CHANGES], found[Kind.FORM]
+    if _measured(old) != _measured(new):
+        misfits |= {key: changes.pop(key) for key in _OF_MEASURED if key in changes}
     if saved["data_fingerprint"] not in (wanted["data_fingerprint"], *older_fingerprints):
         # The keys that name the data say more than two checksums.
         changes |= found[Kind.DATA] | {"data": [saved["data_fingerprint"], wanted["data_fingerprint"]]}
@@ -170,6 +176,12 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any], older_fingerprints: I
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {key: _AUTO[key] if value == "auto" and key in _AUTO else value for key, value in flatten(config).items()}
+
+
+def _measured(settings: dict[str, Any]) -> tuple:
+    """What the form of a measured density is known by; () where none is."""
+    sampling = settings["timesteps.sampling"] or PRESETS[settings["timesteps.strategy"]][0]
+    return (sampling, *(settings[key] for key in _MEASURED[sampling])) if sampling in _MEASURED else ()
 
 
 def _kind(key: str, values: list[Any], new: dict[str, Any], started: bool) -> Kind:

@@ -134,6 +134,27 @@ def test_masked_training_has_arrays_of_its_own():
     assert list(compare(describe(tokens__method="mask")).misfits) == ["tokens.method"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "misfits"),
+    [
+        ({"strategy": "uniform"}, {"strategy": "gradient_noise"}, ["timesteps.strategy"]),
+        ({"strategy": "uniform"}, {"strategy": "uniform", "sampling": "loss_second_moment"}, ["timesteps.sampling"]),
+        ({"strategy": "loss_second_moment"}, {"strategy": "speedit"}, ["timesteps.strategy"]),
+        ({"strategy": "loss_second_moment"}, {"strategy": "loss_second_moment", "num_steps": 500}, ["diffusion.num_steps"]),
+        ({"strategy": "gradient_noise"}, {"strategy": "gradient_noise", "num_steps": 500}, []),
+        ({"strategy": "gradient_noise"}, {"strategy": "uniform", "sampling": "gradient_noise"}, []),
+    ],
+)
+def test_a_density_that_is_measured_is_part_of_the_state(old, new, misfits):
+    """The tree of the state says the same."""
+    named = {"num_steps": "diffusion__num_steps", "strategy": "timesteps__strategy", "sampling": "timesteps__sampling"}
+    old, new = ({named[name]: value for name, value in of.items()} for of in (old, new))
+    found = compare(describe(**new), describe(**old))
+    assert list(found.misfits) == misfits and bool(found.changes) != bool(misfits)
+    before, after = (str(tiny.make_trainer(**of).shapes) for of in (old, new))
+    assert (before != after) == bool(misfits)
+
+
 def test_what_keeps_the_form_of_the_state():
     """What may change on the word fits the state: its arrays, and their nesting, which orbax compares too."""
     state = tiny.make_trainer().shapes
