@@ -19,7 +19,20 @@ from benchmarks.speedup.analysis import Curve, first_reached, speed_up
 from benchmarks.speedup.data import open_set
 from benchmarks.speedup.judge import Judge, Panel
 from benchmarks.speedup.piece import Run
-from benchmarks.speedup.plan import ATTEMPTS, FIRST, PHASES, RATES, SCALES, STRATEGIES, WITHOUT, Piece, make_config, pieces
+from benchmarks.speedup.plan import (
+    ATTEMPTS,
+    FIRST,
+    ON_EMOJI,
+    PAIRS,
+    PHASES,
+    RATES,
+    SCALES,
+    STRATEGIES,
+    WITHOUT,
+    Piece,
+    make_config,
+    pieces,
+)
 from speedit_jax.data.description import Description
 from speedit_jax.errors import UserError
 from speedit_jax.sampling.sampler import Settings, make_sampler
@@ -251,6 +264,8 @@ def test_the_plan():
         assert len(set(of)) == len(of) and {p.seed for p in of}.isdisjoint(p.seed for p in pieces("tuning"))
         assert [(p.strategy, p.seed) for p in of[:4]] == [*((name, 0) for name in FIRST), (FIRST[0], 1)]
         assert {p.strategy for p in of} == STRATEGIES.keys()
+    emoji = [p.strategy for p in pieces("cpu") if p.set == "emoji"]
+    assert {*emoji} == {*ON_EMOJI} and {PAIRS.get(name, "uniform") for name in emoji} < {*emoji}
     assert [(p.strategy, p.seed) for p in pieces("cpu256")] == [("uniform", 0), ("dig", 0), ("uniform", 1), ("dig", 1)]
     cpu = {name: make_config(Piece("cpu", "fashion", name, 0)) for name in STRATEGIES | ATTEMPTS}
     assert all(cpu[name] != cpu["speedit"] for name in ATTEMPTS)

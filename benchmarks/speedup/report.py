@@ -89,11 +89,11 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 def speed_table(records: Records, scale: str, image_set: str, compared: list[tuple[str, str]]) -> list[str]:
     rows, without = [], []
     for strategy, baseline in compared:
+        planned = planned_seeds(scale, image_set, strategy)
         if found := speed_ups(records, image_set, strategy, baseline):
             seeds = len(shared_seeds(records, image_set, strategy, baseline))
-            planned = planned_seeds(scale, image_set, strategy)
             rows.append([f"`{strategy}`", f"`{baseline}`", f"{seeds} of {planned}", *(show(one, seeds) for one in found)])
-        else:
+        elif planned:
             without.append(f"`{strategy}`")
     without = list(dict.fromkeys(without))
     header = ["", "baseline", "seeds", *(f"to the baseline's quality at {share:.0%}" for share in SHARES)]
@@ -278,11 +278,11 @@ def backbone_page(records: Records, scale: str, out: Path) -> str:
         "At as many parameters, to 1 %, and as many steps. [resolution.md](resolution.md) says what a step costs.",
         "",
     ]
-    pairs = {dig: dit for dig, dit in BACKBONES.items() if planned_seeds(scale, SCALES[scale].sets[0], dig)}
-    lines += [f"- {backbone_verdict(records, scale, name, dig)}" for name in SCALES[scale].sets for dig in pairs]
-    sides = {"DiG and DiT": [*pairs.values(), *pairs]}
-    for name in SCALES[scale].sets:
-        lines += of_set(records, scale, name, list(pairs.items()), sides, out / f"speedup_{scale}_{name}_dig.png")
+    pairs = {name: {dig: dit for dig, dit in BACKBONES.items() if planned_seeds(scale, name, dig)} for name in SCALES[scale].sets}
+    lines += [f"- {backbone_verdict(records, scale, name, dig)}" for name, of in pairs.items() for dig in of]
+    for name, of in pairs.items():
+        sides = {"DiG and DiT": [*of.values(), *of]}
+        lines += of_set(records, scale, name, list(of.items()), sides, out / f"speedup_{scale}_{name}_dig.png")
     return "\n".join(lines) + "\n"
 
 
