@@ -44,9 +44,10 @@ STRATEGIES = {
     "speed_weighting_only": {"timesteps.strategy": "speed_cvpr25", "timesteps.sampling": "uniform"},
     "min_snr": {"timesteps.strategy": "min_snr"},
     "lognormal": {"timesteps.strategy": "lognormal"},
-    "uniform_v": {"diffusion.prediction": "v"},  # the baseline of the next two
+    "uniform_v": {"diffusion.prediction": "v"},  # the baseline of the next three
     "speedit_v": {"timesteps.strategy": "speedit", "diffusion.prediction": "v"},  # the best of ATTEMPTS
     "logit_normal_v": {"timesteps.strategy": "logit_normal", "diffusion.prediction": "v"},
+    "laplace_v": {"timesteps.strategy": "laplace", "diffusion.prediction": "v"},
     "clts": {"timesteps.strategy": "clts"},
     "loss_second_moment": {"timesteps.strategy": "loss_second_moment"},
     # The same network predicts the velocity or the image, at the same times; also with patches of more numbers than it is wide.
@@ -108,6 +109,7 @@ PAIRS = {
     "speedit_lr_double": "uniform_lr_double",
     "speedit_v": "uniform_v",
     "logit_normal_v": "uniform_v",
+    "laplace_v": "uniform_v",
     "flow_x0": "flow_v",
     "flow_x0_patch16": "flow_v_patch16",
 }
