@@ -43,6 +43,7 @@ class FolderSource:
       left_out: how many files were not taken, by suffix.
       notes: lines about the classes that a person should read before training.
       by_table: whether dataset.json holds the labels.
+      broken: numbers of the files for which the next one stands in, at most `max_broken`.
     """
 
     encoded_by = None
@@ -76,11 +77,13 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        for i in range(index, index + len(self)):
-            try:
-                return self._decode(i % len(self))
-            except UserError as e:
-                self._count(i % len(self), e)
+        for i in (i % len(self) for i in range(index, index + len(self))):
+            # Once broken it stays so, though it may be readable again: what is joined to records goes by `broken`.
+            if i not in self.broken:
+                try:
+                    return self._decode(i)
+                except UserError as e:
+                    self._count(i, e)
         raise UserError(f"no image in {printable(self.root)} can be read")
 
     def encoded(self, index: int) -> bytes:
@@ -91,12 +94,12 @@ class FolderSource:
         return printable(self.files[index])
 
     def _count(self, index: int, error: UserError) -> None:
-        seen = index in self.broken
-        self.broken.add(index)
-        if len(self.broken) > self.max_broken:
-            limit = f" ({len(self.broken)} broken files, data.max_broken={self.max_broken})" if self.max_broken else ""
+        count = len(self.broken | {index})
+        if count > self.max_broken:
+            limit = f" ({count} broken files, data.max_broken={self.max_broken})" if self.max_broken else ""
             raise UserError(f"{error}{limit}") from error
-        if not seen:
+        if index not in self.broken:
+            self.broken.add(index)
             tqdm.write(f"warning: {error}; using the next image instead", file=sys.stderr)
 
     def _decode(self, index: int) -> dict[str, np.ndarray]:

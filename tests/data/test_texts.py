@@ -135,6 +135,22 @@ def test_the_image_that_stands_in_brings_its_own_caption(tmp_path):
         assert record["texts"].tokens[0][0, 0] == 10 * shown
 
 
+def test_a_file_that_can_be_read_again_keeps_its_stand_in(tmp_path):
+    """As on a network file system that failed once: an image with the caption of the next would be learned from."""
+    for i in range(3):
+        write(tmp_path / "images" / f"{i}.png", colour=(100 * i, 0, 0))
+    plain = open_source(config(f"folder:{tmp_path / 'images'}"))
+    write_store(tmp_path / "t", fingerprint=plain.fingerprint, count=3)
+    source = open_source(config(f"folder:{tmp_path / 'images'}", max_broken=1, text=str(tmp_path / "t")))
+    path = tmp_path / "images" / "1.png"
+    whole = path.read_bytes()
+    for content in (b"no image", whole):
+        path.write_bytes(content)
+        record = source[1]
+        assert record["image"][0, 0, 0] == pytest.approx(200 * 2 / 255 - 1, abs=0.01)
+        assert record["texts"].tokens[0][0, 0] == 20
+
+
 def test_latents_have_the_captions_of_their_images(tmp_path):
     from test_latents import write as write_latents
 
