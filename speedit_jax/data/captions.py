@@ -151,10 +151,17 @@ def _of_table(root: Path, directory: str, path: Path) -> dict[str, list[str]]:
                 f" {', '.join(map(str, row)) or 'nothing'}"
             )
         name = "/".join(filter(None, (directory, name.replace("\\", "/").removeprefix("./"))))
-        if name not in found and not (root / name).is_file():
-            raise UserError(f"{printable(path)}, row {number}: {_FILE} {printable(name)} is not there")
+        if name not in found and not _is_there(root / name):
+            raise UserError(f"{printable(path)}, row {number}: {_FILE} {printable(name)[:200]} is not there")
         found.setdefault(name, []).extend(texts)
     return found
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a caption, longer than names may be, where a table has its columns the wrong way round
+        return False
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

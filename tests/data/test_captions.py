@@ -129,6 +129,10 @@ def test_two_sources_of_captions(root):
 
 DAMAGE = {
     "no such image": ('{"file_name": "a/5.png", "text": "five"}', ["row 2: file_name a/5.png is not there"]),
+    "columns the wrong way round": (
+        json.dumps({"file_name": "a cat, " * 100, "text": "a/1.png"}),
+        ["row 2: file_name a cat, a cat,", "is not there"],
+    ),
     "no name": ('{"file": "a/1.png", "text": "one"}', ["row 2", "needs file_name and text", "file, text"]),
     "no text": ('{"file_name": "a/1.png", "text": 1}', ["row 2", "needs file_name and text"]),
     "a list": ('["a/1.png", "one"]', ["row 2", "it has nothing"]),
