@@ -11,6 +11,7 @@ An image may have several captions: rows with the same file_name, a list as text
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.storage import first_line
 
 _FILE, _TEXT = "file_name", "text"
+_HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can write it, and it is not text
 _WAYS = "metadata.jsonl, NAME.txt beside NAME.png, or --captions=FILE.json of COCO"
 
 
@@ -34,7 +36,8 @@ def read_captions(source: Any, where: str = "auto", max_missing: int = 0) -> lis
       max_missing: how many images may be without.
 
     Raises:
-      UserError: there are none, two kinds of them, images without, or a table names a file that is not there.
+      UserError: there are none, two kinds of them, images without, one that is no text, or a table names a file that is not
+        there.
     """
     if not hasattr(source, "files"):
         if not hasattr(source, "captions"):
@@ -53,6 +56,12 @@ def read_captions(source: Any, where: str = "auto", max_missing: int = 0) -> lis
             f"no caption for {printable(source.root / missing[0])}{more}; write one, or allow --max_missing={len(missing)}: such"
             " images are trained on as if their captions were dropped"
         )
+    for name, texts in zip(source.files, captions, strict=True):
+        if half := next(filter(None, map(_HALF.search, texts)), None):
+            raise UserError(
+                f"a caption of {printable(source.root / name)} has half of a character, {ascii(half[0])[1:-1]}, as of a text"
+                f" that is cut within an emoji: mend {ascii(half.string)[-100:]}"
+            )
     return [texts or [""] for texts in captions]
 
 

@@ -154,6 +154,14 @@ def test_bytes_that_are_not_text(root):
     assert_one_line(lambda: read_captions(open_folder(root)), "a/1.txt", "UTF-8")
 
 
+def test_half_of_a_character(root):
+    """JavaScript cuts texts within an emoji, and JSON can write what is left."""
+    jsonl(root, [*PAIRS[1:], ("a/1.png", "a cat \ud83d")])
+    assert_one_line(lambda: read_captions(open_folder(root)), str(root / "a/1.png"), r"\ud83d", "'a cat")
+    jsonl(root, [*PAIRS[1:], ("a/1.png", "a cat \ud83d\ude00")])
+    assert "a cat \U0001f600" in read_captions(open_folder(root))[0]
+
+
 def test_parquet_without_pyarrow(root, monkeypatch):
     (root / "metadata.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
