@@ -13,6 +13,7 @@ from typing import Protocol
 
 import ml_collections
 import numpy as np
+from PIL import ImageOps
 
 from speedit_jax import storage
 from speedit_jax.data import loader
@@ -162,18 +163,19 @@ def _source(where: str, shape: tuple[int, int, int], split: str, background: str
 
 
 def _common_shape(files: list[Path]) -> tuple[int, int, int]:
-    """(H, W, C) of image files, read from their headers."""
+    """(H, W, C) of image files, upright, read from their headers where those say so."""
     shapes = {}
     for path in files:
         try:
             with open_image(path) as image:
-                swapped = image.getexif().get(_ORIENTATION, 1) >= 5
-                size = image.size if swapped else image.size[::-1]
+                # Whether the header's size is before the rotation or after depends on the format and on Pillow's version.
+                rotated = image.getexif().get(_ORIENTATION, 1) >= 5
+                width, height = (ImageOps.exif_transpose(image) if rotated else image).size
                 grey = len(image.getbands()) == 1 and image.mode != "P"
         except Exception as e:
             # Pillow raises many kinds for many kinds of damage.
             raise UserError(f"cannot read the image {printable(path)}: {e}; repair it or remove it from the directory") from e
-        shapes.setdefault((*size, 1 if grey else 3), path)
+        shapes.setdefault((height, width, 1 if grey else 3), path)
         if len(shapes) > 1:
             (one, first), (other, second) = shapes.items()
             raise UserError(

@@ -61,6 +61,16 @@ def test_a_grey_directory(tmp_path):
     np.testing.assert_array_equal(together(images)[:6], PIXELS[::2, ..., :1])
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_a_directory_of_photographs_stands_upright(tmp_path, suffix):
+    """EXIF's 6 is a quarter turn clockwise; Pillow gives the size of a TIFF after it, and of others before."""
+    stored, exif = Image.fromarray(np.rot90(PIXELS[0])), Image.Exif()
+    exif[274] = 6
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, lossless=True)
+    (image,) = together(open_images(str(tmp_path)))
+    np.testing.assert_array_equal(image, PIXELS[0])
+
+
 def test_sources(tmp_path):
     digits = open_images("digits")
     expected, _ = load_digits("train")
