@@ -137,17 +137,17 @@ def open_images(
     Raises:
       UserError: there are none, they cannot be read, they have several sizes, or a split that there is not.
     """
-    path = storage.path(where)
-    of_source = where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds") and path.suffix != ".npz"
+    of_source = where.partition(":")[0] in ("digits", "synthetic", "folder", "tfds") and not where.endswith(".npz")
     if split != "train" and not of_source:
         raise UserError(f"{where} has no splits, and split={split} would be ignored; leave it out")
-    if path.suffix == ".npz":
-        return _open_npz(path)
     if of_source:
         # The digits have a size of their own.
         if shape is None and where != "digits":
             raise UserError(f"{where}: the image size is missing; give --size=HEIGHT,WIDTH[,CHANNELS]")
         return SourceImages(_source(where, (8, 8, 1) if where == "digits" else shape, split, background))
+    path = storage.path(where)
+    if path.suffix == ".npz":
+        return _open_npz(path)
     if not path.is_dir():
         raise UserError(f"no images {where!r}: give {KINDS}")
     # Of any size, for its list of files.

@@ -151,10 +151,10 @@ def open_reference(
       UserError: it cannot be read, or holds neither.
     """
     images = open_images(where, shape, split, background)
-    path, statistics = storage.path(where), {}
+    statistics: dict[str, Gaussian] = {}
     origin = Origin(len(images), images.shape, crop_of(where)) if images else Origin()
-    if path.suffix == ".npz":
-        statistics, told = read_statistics(path, features)
+    if where.endswith(".npz"):
+        statistics, told = read_statistics(storage.path(where), features)
         if statistics:
             # The images beside statistics, as in ADM's reference batches, have their size.
             origin = dataclasses.replace(told, shape=told.shape or origin.shape, crop=told.crop or origin.crop)

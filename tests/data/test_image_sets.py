@@ -5,6 +5,7 @@ import pytest
 from errors import assert_one_line
 from PIL import Image
 
+from speedit_jax import object_store
 from speedit_jax.data.image_sets import fingerprint, open_images, some
 from speedit_jax.data.sources import load_digits
 
@@ -80,6 +81,12 @@ def test_sources(tmp_path):
     write_folder(tmp_path, PIXELS.repeat(2, 1).repeat(2, 2))
     np.testing.assert_array_equal(together(open_images(f"folder:{tmp_path}", SHAPE))[:6], PIXELS[::2])
     assert_one_line(lambda: open_images(f"folder:{tmp_path}"), "--size")
+
+
+def test_a_folder_in_an_object_store(tmp_path, monkeypatch):
+    write_folder(tmp_path, PIXELS)
+    monkeypatch.setattr(object_store, "open_path", {"gs://bucket/images": tmp_path}.__getitem__)
+    assert len(open_images("folder:gs://bucket/images", SHAPE)) == 11
 
 
 def test_an_npz_without_images(tmp_path):

@@ -10,6 +10,7 @@ import tiny
 from errors import assert_one_line
 from PIL import Image
 
+from speedit_jax import object_store
 from speedit_jax.data.sources import load_digits, open_source
 from speedit_jax.evaluation.during_training import Evaluation
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance
@@ -102,6 +103,13 @@ def test_a_reference_of_statistics_or_of_images(held_out, tmp_path):
         other = evaluation(evaluation__reference=str(reference))
         other.prepare(tmp_path)
         np.testing.assert_allclose(other(held_out)["fid"], own(held_out)["fid"], rtol=1e-9)
+
+
+def test_a_reference_in_an_object_store(tmp_path, monkeypatch):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "b.png")
+    monkeypatch.setattr(object_store, "open_path", {"s3://bucket/images": tmp_path}.__getitem__)
+    assert "of folder:s3://bucket/images" in str(evaluation(evaluation__reference="folder:s3://bucket/images"))
 
 
 def test_records_compare_only_where_the_settings_do():
