@@ -89,15 +89,16 @@ def test_without_a_null_label_before_its_row_starts_anew(run, tmp_path):
 
 
 def test_rows_of_imported_weights_without_names_are_matched_by_number():
-    def rows(names, imported):
+    def rows(names, imported, wanted=("cat", "dog", "0")):
         meta = {"imported_from": "a.pt"} if imported else {}
         run = types.SimpleNamespace(class_names=names, meta=meta, model=types.SimpleNamespace(null_label=3))
-        return [array.tolist() for array in label_rows(run, ("cat", "dog", "0"), 3)]
+        return [array.tolist() for array in label_rows(run, wanted, 3)]
 
     assert rows(["0", "1", "2"], imported=True) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert rows(["0", "1", "2"], imported=False) == [[0, 3], [2, 3]]
     assert rows(["bird", "cat", "0"], imported=True) == [[1, 2, 3], [0, 2, 3]]
     assert rows(["0", "1"], imported=True) == [[0, 3], [2, 3]], "another number of classes is another set"
+    assert rows(["0", "1", "2"], imported=True, wanted=("0", "2", "1")) == [[0, 2, 1, 3], [0, 1, 2, 3]], "these are their numbers"
 
 
 def test_without_classes(run, trained, tmp_path):

@@ -145,9 +145,8 @@ def _is_of_sprint(path: KeyPath) -> bool:
 
 def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(rows of the run's label table, rows of the new one that they become)."""
-    numbers = {name: number for number, name in enumerate(run.class_names)}
-    if _nameless(run) and len(numbers) == len(class_names):
-        numbers = {name: number for number, name in enumerate(class_names)}
+    known = class_names if _by_number(run, class_names) else run.class_names
+    numbers = {name: number for number, name in enumerate(known)}
     pairs = [(numbers[name], number) for number, name in enumerate(class_names) if name in numbers]
     if run.model.null_label is not None and null_label is not None:
         pairs.append((run.model.null_label, null_label))
@@ -155,15 +154,19 @@ def label_rows(run: Run, class_names: Sequence[str], null_label: int | None) -> 
     return old, new
 
 
-def _nameless(run: Run) -> bool:
-    """Imported weights may not say what their classes are: those have their numbers for names."""
-    return "imported_from" in run.meta and list(run.class_names) == [str(i) for i in range(len(run.class_names))]
+def _by_number(run: Run, class_names: Sequence[str]) -> bool:
+    """Whether classes are matched by number, because imported weights may not say what they are.
+
+    Those have their numbers for names. So may the data's have, in another order: that of text, as directories are.
+    """
+    numbers = [str(i) for i in range(len(class_names))]
+    return "imported_from" in run.meta and list(run.class_names) == numbers and set(class_names) != set(numbers)
 
 
 def _kept(run: Run, class_names: Sequence[str], new: np.ndarray, null_label: int | None) -> str:
     """What becomes of the label table, in a line."""
     before, after, kept = len(run.class_names), len(class_names), int((new < len(class_names)).sum())
-    how = "number, since the weights do not name them" if _nameless(run) and kept else "name"
+    how = "number, since the weights do not name them" if _by_number(run, class_names) and kept else "name"
     said = [f"classes {before} -> {after}: {kept} rows of the label table are kept, by {how}"]
     said += [f"{after - kept} start from random values"] if after > kept else []
     said += [f"{before - kept} are dropped"] if before > kept else []
