@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from speedit_jax.data.names import printable
+
 _VOID = ("input", "img")
 
 
@@ -14,14 +16,17 @@ class Html(str):
 
 
 def h(value: Any) -> Html:
-    """Escaped, fit for text and for attributes in quotes; None is a dash, a number has four digits that count."""
+    """Escaped, fit for text and for attributes in quotes; None is a dash, a number has four digits that count.
+
+    Bytes of a path that are no UTF-8 are written as they are printed elsewhere: a page could not hold them.
+    """
     if isinstance(value, Html):
         return value
     if value is None:
         return Html("-")
     if isinstance(value, float):
         value = f"{value:.4g}"
-    return Html(html.escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+    return Html(html.escape(printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))))
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Html:

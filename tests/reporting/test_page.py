@@ -1,6 +1,7 @@
 """The page of a run: what it holds, what it does not let in, and what a browser makes of it."""
 
 import json
+import os
 import re
 import tomllib
 from html.parser import HTMLParser
@@ -235,6 +236,13 @@ def test_values_that_are_not_finite_are_counted(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     text = Reader(write_report(tmp_path).read_text(encoding="utf-8")).text
     assert "loss 0.5 1 not finite, not drawn" in text and "Mean squared error 1 not finite" in text
+
+
+def test_paths_of_any_bytes(tmp_path):
+    meta = meta_of()
+    meta["config"]["data"]["source"] = f"folder:{os.fsdecode(b'/caf' + bytes([0xE9]))}"
+    run.claim(tmp_path, meta)
+    assert r"folder:/caf\xe9" in Reader(write_report(tmp_path).read_text(encoding="utf-8")).text
 
 
 BROKEN = ["", '{"step": 3, "lo', "\0" * 20, "[1]\n", '{"loss": 1.0}\n', '{"step": "x"}\n']
