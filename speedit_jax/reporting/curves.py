@@ -11,7 +11,7 @@ SHOWN = ("loss", "mse", "heldout_mse", "vb", "grad_norm", "learning_rate", "time
 
 
 def read_metrics(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{metric: (steps [n], values [n])} of WORKDIR/metrics.jsonl, without lines that a kill cut short."""
+    """{metric: (steps [n], values [n])} of WORKDIR/metrics.jsonl, without lines that a kill cut short; null is NaN."""
     path = workdir / "metrics.jsonl"
     found: dict[str, tuple[list[int], list[float]]] = {}
     for line in path.read_bytes().decode(errors="replace").splitlines() if path.is_file() else []:
@@ -21,10 +21,10 @@ def read_metrics(workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
         for name, value in record.items():
-            if isinstance(value, int | float):
+            if value is None or isinstance(value, int | float):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(step)
-                values.append(value)
+                values.append(np.nan if value is None else value)
     return {name: (np.array(steps), np.array(values, float)) for name, (steps, values) in found.items()}
 
 

@@ -1,7 +1,8 @@
 """What a run reports: metrics.jsonl, TensorBoard, W&B, a progress bar.
 
 metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_...": ...}. Fields that start with
-`time_` depend on the clock; all others are the same whenever the run is repeated, killed or not.
+`time_` depend on the clock; all others are the same whenever the run is repeated, killed or not. A number that is not finite is
+null.
 """
 
 import dataclasses
@@ -188,7 +189,9 @@ class Telemetry:
                 values["time_mfu"] = self._mfu_per_image * self._batch_size / self._seconds
         self._clock, self._waited = (self._step, now), 0.0
         if self._active:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            # JSON has no NaN and no infinity; most programs that read it stop there.
+            stored = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._file.write(json.dumps({"step": step, **stored}) + "\n")
             self._file.flush()
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -232,7 +232,7 @@ def test_the_mean_is_that_of_the_neighbours():
 
 def test_values_that_are_not_finite_are_counted(tmp_path):
     run.claim(tmp_path, meta_of())
-    lines = ['{"step": 1, "loss": NaN}', '{"step": 2, "loss": 0.5, "mse": Infinity}']
+    lines = ['{"step": 1, "loss": null}', '{"step": 2, "loss": 0.5, "mse": Infinity}']  # as earlier versions wrote it
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     text = Reader(write_report(tmp_path).read_text(encoding="utf-8")).text
     assert "loss 0.5 1 not finite, not drawn" in text and "Mean squared error 1 not finite" in text

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from speedit_jax.reporting.curves import write_curves
+from speedit_jax.reporting.curves import read_metrics, write_curves
 from speedit_jax.reporting.telemetry import Telemetry
 
 
@@ -169,11 +169,14 @@ def test_goodput_counts_no_step_twice(tmp_path, monkeypatch, resumed):
     assert [record["step"] for record in lines(tmp_path)] == [2, 4, 6, 8] + [10, 12] * resumed
 
 
-def test_not_finite_values_are_written(tmp_path):
+def test_not_finite_values_are_null(tmp_path):
+    """Python's json reads NaN, and hardly anything else does."""
     t = telemetry(tmp_path)
-    t.metrics(1, values(1) | {"loss": jnp.float32(np.nan)})
+    t.metrics(1, values(1) | {"loss": jnp.float32(np.nan), "grad_norm": jnp.float32(np.inf)})
     t.close()
-    assert np.isnan(lines(tmp_path)[0]["loss"])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "skipped_in_a_row": 0.0, "grad_norm": None}
+    assert np.isnan(read_metrics(tmp_path)["loss"][1]).all()
 
 
 def test_a_quartile_without_a_loss_is_left_out(tmp_path):
