@@ -13,7 +13,7 @@ def read_labels(root: Path) -> dict[str, int] | None:
     """{file name relative to root: class}; empty for images without labels, None where no such file is or it has no labels.
 
     Raises:
-      UserError: it cannot be read, or a label is not the number of a class.
+      UserError: it cannot be read, a label is not the number of a class, or a file has two.
     """
     path = root / NAME
     try:
@@ -31,7 +31,11 @@ def read_labels(root: Path) -> dict[str, int] | None:
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str) or not _is_class(pair[1]):
             raise UserError(f"{printable(path)}: {json.dumps(pair)[:100]} is not [FILE, NUMBER OF ITS CLASS]")
-    return {name.replace("\\", "/"): label for name, label in pairs}
+    found: dict[str, int] = {}
+    for name, label in pairs:
+        if found.setdefault(name.replace("\\", "/"), label) != label:
+            raise UserError(f"{printable(path)}: {printable(name)} is in two classes; give each image one")
+    return found
 
 
 def _is_class(label: object) -> bool:

@@ -100,6 +100,7 @@ def test_another_dataset_json_is_left_out(tmp_path):
         ('{"labels": 3}', r"dataset.json: 3 is not \[FILE, NUMBER OF ITS CLASS\]"),
         ('{"labels": [["00000/img00000000.png", [0, 1]]]}', r"\[0, 1\]\] is not"),
         ('{"labels": [["00000/img00000000.png", -1]]}', "is not"),
+        ('{"labels": [["00000/a.png", 0], ["00000/a.png", 0], ["00000\\\\a.png", 1]]}', r"00000\\a.png is in two classes"),
         ('{"labels": [["00000/img00000000.png", 0]]}', "no label for 00000/img00000001.png and 4 more"),
     ],
 )
