@@ -81,7 +81,7 @@ def make_autoencoder(config: ml_collections.ConfigDict, source: Source, mesh: Me
       UserError: the autoencoder cannot be read, or is not that of the latents.
     """
     where = config.data.vae
-    if source.encoded_by and not where and storage.path(source.encoded_by["vae"]).is_dir():
+    if source.encoded_by and not where and storage.path(source.encoded_by["vae"]).exists():
         where = source.encoded_by["vae"]
     if (where or source.encoded_by) and config.sampling.clip:
         raise UserError("sampling.clip=True is for pixels, but this run trains on latents; set sampling.clip=False")

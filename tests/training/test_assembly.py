@@ -1,9 +1,12 @@
 """From a config to its parts."""
 
+import types
+
 import numpy as np
 import pytest
 import tiny
 
+from speedit_jax.data.description import Description
 from speedit_jax.diffusion.gaussian import PREDICTIONS
 from speedit_jax.errors import UserError
 from speedit_jax.training import assembly
@@ -43,3 +46,14 @@ def test_weights_are_those_of_the_prediction(prediction):
     config.diffusion.loss = "kl"
     diffusion = assembly.make_diffusion(config)
     np.testing.assert_allclose(assembly.make_strategy(config, diffusion).weights, np.minimum(snr, 5) / snr, rtol=1e-12)
+
+
+def test_latents_are_drawn_by_the_autoencoder_that_encoded_them(tmp_path, monkeypatch):
+    """It may be a directory or a file of weights; where it is not there, latents alone are drawn."""
+    monkeypatch.setattr(assembly, "Autoencoder", lambda where, mesh: types.SimpleNamespace(where=where, check=lambda identity: 0))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae.safetensors").touch()
+    for name, there in (("vae", True), ("vae.safetensors", True), ("moved", False)):
+        source = Description((4, 4, 4), (), encoded_by={"vae": str(tmp_path / name)})
+        found = assembly.make_autoencoder(tiny.make_config(sampling__clip=False), source, tiny.make_mesh(tiny.ONE))
+        assert (found and found.where) == (str(tmp_path / name) if there else None)
