@@ -224,6 +224,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
         step, _ = peek(workdir) or (0, None)
         older = getattr(source, "older_fingerprints", ())
         meta = run.describe(config, source, parts.model.image_shape, parts.encoded_by)
+        run.check_hosts(meta)
         meta, changed = run.claim(workdir, meta, step=step, older_fingerprints=older, with_changes=_CHANGES.value)
         say(*lines, *(f"settings   {line}" for line in changed))
         return go_on(parts, source, workdir, meta, weights, (grids, evaluation, held_out), watchdog, started)

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from speedit_jax import __version__, sharding, storage
-from speedit_jax.config import complete
+from speedit_jax.config import complete, flatten
 from speedit_jax.data.sources import Source
 from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.diffusion.gaussian import GaussianDiffusion
@@ -28,6 +30,8 @@ NAME = "run.json"
 # Key of `model` -> kernels of an accelerator. Where one is, auto takes its own; the weights do not depend on them.
 _KERNELS = {"attention": ("cudnn", "pallas"), "gla": ("pallas_tpu", "pallas_gpu")}
 _CHECKSUM = "checksum"  # of all the rest of run.json
+# What of a config all processes of a run must have alike; paths may be each host's own.
+_OF_ALL_HOSTS = (changes.Kind.ROUNDING, changes.Kind.CHANGES, changes.Kind.FORM)
 
 
 def describe(
@@ -51,6 +55,34 @@ def describe(
         "data_fingerprint": source.fingerprint,
         "versions": {"speedit_jax": __version__, "jax": jax.__version__},
     }
+
+
+def check_hosts(meta: dict[str, Any]) -> None:
+    """Compares what the processes of a run are about to train on, and how; all must call it.
+
+    Each loads its rows of a batch by itself, so that other data, or another seed, would not be noticed.
+
+    Args:
+      meta: of this process, as `describe` makes it.
+
+    Raises:
+      UserError: to all of them, where one differs from the first.
+    """
+    if jax.process_count() == 1:
+        return
+    parts = {
+        "data": [meta[key] for key in ("data_fingerprint", "class_names", "image_shape")],
+        "settings": [item for item in flatten(meta["config"]).items() if changes.kind_of(item[0]) in _OF_ALL_HOSTS],
+    }
+    digests = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest() for part in parts.values()]
+    found = multihost_utils.process_allgather(np.stack([np.frombuffer(digest, np.uint8) for digest in digests]))
+    for name, of_all in zip(parts, found.swapaxes(0, 1), strict=True):
+        other = np.flatnonzero((of_all != of_all[0]).any(axis=1))
+        if len(other):
+            raise UserError(
+                f"process {other[0]} of {len(of_all)} has other {name} than process 0; start the same command on all hosts, on"
+                " equal copies of the data"
+            )
 
 
 def settle(config: ml_collections.ConfigDict, workdir: Path) -> None:

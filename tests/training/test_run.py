@@ -2,9 +2,12 @@
 
 import contextlib
 
+import jax
 import numpy as np
 import pytest
 import tiny
+from errors import assert_one_line
+from jax.experimental import multihost_utils
 
 from speedit_jax.config import complete, get_config
 from speedit_jax.data.sources import open_source
@@ -24,6 +27,24 @@ def workdir(tmp_path):
     """The directory of a run."""
     run.claim(tmp_path / "a" / "b", describe())
     return tmp_path / "a" / "b"
+
+
+def check_hosts(monkeypatch, *metas):
+    """As the last of several processes, of which each has one of these."""
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: len(metas))
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: told.append(mine) or np.stack(told))
+    for meta in metas:
+        run.check_hosts(meta)
+
+
+def test_hosts_train_on_the_same_data_in_the_same_way(monkeypatch):
+    elsewhere = describe(training__log_every=7)
+    elsewhere["config"]["data"]["source"] = "folder:/a/copy"
+    check_hosts(monkeypatch, describe(), elsewhere)
+    for changes, what in (({"data__synthetic_size": 96}, "data"), ({"seed": 1}, "settings"), ({"mesh__fsdp": 2}, "settings")):
+        metas = describe(), describe(), describe(**changes)
+        assert_one_line(lambda metas=metas: check_hosts(monkeypatch, *metas), f"process 2 of 3 has other {what} than process 0")
 
 
 def test_claim_writes_what_the_run_is(workdir):
