@@ -124,14 +124,18 @@ def claim(
             )
         meta, lines = _go_on(workdir, saved, meta, step, older_fingerprints, with_changes)
         if not whole:
-            _write(workdir, saved)
             lines.insert(0, f"{NAME} was missing or damaged; it is written again from the newest checkpoint")
-        return meta, lines
-    for name in ("checkpoints", "metrics.jsonl"):
-        if (workdir / name).exists():
-            raise UserError(f"{workdir} holds {name} but no run.json; choose another --workdir")
-    _write(workdir, meta)
-    return meta, []
+    else:
+        for name in ("checkpoints", "metrics.jsonl"):
+            if (workdir / name).exists():
+                raise UserError(f"{workdir} holds {name} but no run.json; choose another --workdir")
+        lines = []
+    if jax.process_count() > 1:
+        # Another process would take for damaged what appears while it looks.
+        multihost_utils.sync_global_devices("run.json is read")
+    if not whole:
+        _write(workdir, saved or meta)
+    return meta, lines
 
 
 def record(workdir: Path, meta: dict[str, Any]) -> None:

@@ -47,6 +47,17 @@ def test_hosts_train_on_the_same_data_in_the_same_way(monkeypatch):
         assert_one_line(lambda metas=metas: check_hosts(monkeypatch, *metas), f"process 2 of 3 has other {what} than process 0")
 
 
+def test_nothing_is_written_before_all_hosts_have_looked(tmp_path, monkeypatch):
+    """A run.json that appears while another process looks would be one that is damaged to it."""
+    waited = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda _: waited.append((tmp_path / "run.json").exists()))
+    run.claim(tmp_path, describe())
+    assert waited == [False] and (tmp_path / "run.json").exists()
+    run.claim(tmp_path, describe())
+    assert waited == [False, True]
+
+
 def test_claim_writes_what_the_run_is(workdir):
     meta = run.read_run(workdir / "run.json")
     assert meta == describe()
