@@ -75,7 +75,7 @@ def opened(source: Source) -> tuple[tuple[int, ...], dict, Callable[[int, int, t
     """(shape of an image's features, identity of the encoder, examples(first, last, bar): the images' [1 or 2, h, w, F])."""
     if _FROM_NPY.value:
         array = read_array(len(source))
-        identity = {"encoder": _FROM_NPY.value, "array": storage.sha256(storage.path(_FROM_NPY.value))}
+        identity = {"encoder": _FROM_NPY.value, "array": storage.sha256(storage.fetched(storage.path(_FROM_NPY.value)))}
         return array.shape[2:], identity, lambda first, last, bar: bar_over(array[first:last], bar)
     if source.encoded_by:
         raise UserError(f"--data={_DATA.value}: these are latents; give the images that they were made of")
@@ -92,7 +92,7 @@ def opened(source: Source) -> tuple[tuple[int, ...], dict, Callable[[int, int, t
 def read_array(count: int) -> np.ndarray:
     """--from_npy as [n, 1 or 2, h, w, F], not read yet."""
     try:
-        array = np.load(_FROM_NPY.value, mmap_mode="r", allow_pickle=False)
+        array = np.load(storage.fetched(storage.path(_FROM_NPY.value)), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise UserError(f"--from_npy={_FROM_NPY.value} cannot be read: {storage.first_line(e)}") from e
     if not isinstance(array, np.ndarray):

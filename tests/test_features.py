@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,8 @@ def test_an_array_is_a_teacher(run, folder, tmp_path):
     assert_fails(run("features", *flags(folder, tmp_path / "g", teacher)), "(13, 4, 4, 3)", "[n, 2, h, w, F]")
     np.savez(tmp_path / "array.npz", array)
     assert_fails(run("features", *flags(folder, tmp_path / "g", f"--from_npy={tmp_path / 'array.npz'}")), "array.npz is an npz")
+    absent = Path("~/no such array.npy")
+    assert_fails(run("features", *flags(folder, tmp_path / "g", f"--from_npy={absent}")), f"'{absent.expanduser()}'")
     assert not (tmp_path / "g").exists()
 
 
