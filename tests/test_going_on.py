@@ -166,7 +166,7 @@ def test_a_state_that_does_not_fit_changes_nothing(run, tmp_path):
     assert_works(run(*command))
     before = (workdir / "run.json").read_bytes()
     others = ["--config.training.num_steps=9", "--config.timesteps.strategy=loss_second_moment", WORD]
-    assert_fails(run(*command, *others), "does not fit the model: missing timesteps", "--config.init_from")
+    assert_fails(run(*command, *others), "now 'loss_second_moment'", "its state does not fit these", "--config.init_from")
     assert_fails(run(*command, "--config.optim.clip_norm=0.0", WORD), "optim.clip_norm was 1.0, now 0.0", "--config.init_from")
     assert (workdir / "run.json").read_bytes() == before and not (workdir / "lock.json").exists()
 

@@ -188,7 +188,7 @@ def draw(
     curves = {name: found for name in names if (found := curve(records, image_set, name))}
     if not curves:
         return False
-    figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 4.5), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(sides), figsize=(6 * len(sides), 5.5), layout="constrained", sharey=True, squeeze=False)
     for axis, (title, names) in zip(axes[0], sides.items(), strict=True):
         for i, name in enumerate(name for name in names if name in curves):
             found, colour = curves[name], "black" if name == BASELINE else f"C{i % 10}"
@@ -198,7 +198,7 @@ def draw(
         axis.set(title=title, xlabel="FLOPs, in plain steps" if shares else "steps", yscale="log")
         axis.grid(alpha=0.3)
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes[0, 0].set_ylabel("Fréchet distance in the judge's features, ema")
     figure.suptitle(f"{image_set}: mean over seeds, and their range")
     figure.savefig(path, dpi=80)
@@ -263,7 +263,12 @@ def page(records: Records, scale: str, out: Path) -> str:
     lines += ["## Verdicts", ""]
     lines += [f"- {verdict(records, scale, name, strategy)}" for name in SCALES[scale].sets for strategy in FIRST[1:]]
     lines += [f"- {confirmed(records, name)}" for name in SCALES[scale].sets]
-    sides = {"as published": list(FIRST), "the others": [name for name in TIMESTEPS if name not in FIRST[1:]]}
+    alike = [name for name in TIMESTEPS if all(key.startswith("timesteps.") for key in STRATEGIES[name])]
+    sides = {
+        "as published": list(FIRST),
+        "other timesteps": [name for name in alike if name not in FIRST[1:]],
+        "other predictions and learning rates": [BASELINE, *(name for name in TIMESTEPS if name not in alike)],
+    }
     for name in SCALES[scale].sets:
         lines += of_set(records, scale, name, COMPARED, sides, out / f"speedup_{scale}_{name}.png")
     if begun := unfinished(records, scale):
