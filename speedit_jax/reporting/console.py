@@ -11,7 +11,6 @@ from clu import parameter_overview
 from speedit_jax import sharding
 from speedit_jax.data import classes
 from speedit_jax.data.sources import Source
-from speedit_jax.diffusion.flow import FlowMatching
 from speedit_jax.encoders.autoencoder import scale_warning
 from speedit_jax.kernels.gla import GLA_PAYS_FROM
 from speedit_jax.models.build import Model, parse_name
@@ -20,7 +19,6 @@ from speedit_jax.training.assembly import Assembly
 from speedit_jax.training.state import decays
 
 _MUCH_LEFT = 0.01  # of the initial weights in an average at the end of training
-_RARELY_DRAWN = 0.005  # of the draws in the noisiest quarter of the schedule
 
 
 def opening(parts: Assembly, source: Source) -> list[str]:
@@ -54,7 +52,7 @@ def opening(parts: Assembly, source: Source) -> list[str]:
             " tokens on (docs/gla.md)"
         )
     lines.append(f"timesteps  {parts.strategy.describe(config.training.batch_size)}")
-    lines += [*noisiest_line(parts), *decay_line(parts), *ema_line(config.training)]
+    lines += [*decay_line(parts), *ema_line(config.training)]
     axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in sharding.AXES)
     device = mesh.devices.flat[0]
     processes = len({d.process_index for d in mesh.devices.flat})
@@ -91,24 +89,6 @@ def route_line(model: Model) -> str:
     if model.interpolater:
         return f"a second pass, in which {line}"
     return line if model.kept is not None else ""
-
-
-def noisiest_line(parts: Assembly) -> list[str]:
-    """A warning where the noise is predicted, and hardly any of it is learned where sampling starts.
-
-    x0_hat has the error of a predicted noise 1 / sqrt(SNR_t) times over: docs/speedit.md has what that did to two densities.
-    """
-    if isinstance(parts.diffusion, FlowMatching) or parts.diffusion.prediction != "epsilon":
-        return []
-    training = parts.config.training
-    density = parts.strategy.marginal(training.batch_size, training.num_steps)
-    share = density[3 * len(density) // 4 :].sum()
-    if share >= _RARELY_DRAWN:
-        return []
-    return [
-        f"           warning: {100 * share:.2g}% of the draws are in the noisiest quarter of the schedule, where sampling starts;"
-        " set diffusion.prediction=v, whose errors matter less there, or take another strategy (docs/speedit.md)"
-    ]
 
 
 def decay_line(parts: Assembly) -> list[str]:

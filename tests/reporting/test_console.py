@@ -43,17 +43,6 @@ def test_a_long_average_of_a_short_run_is_said():
         assert "ema  " not in opening(**fine)
 
 
-def test_a_density_that_leaves_out_where_sampling_starts_is_said():
-    assert "0.00056% of the draws are in the noisiest quarter" in opening(timesteps__strategy="laplace")
-    for fine in (
-        {"timesteps__strategy": "speedit"},
-        {"timesteps__strategy": "gradient_noise"},
-        {"timesteps__strategy": "laplace", "diffusion__prediction": "v"},
-        {"timesteps__strategy": "laplace", "diffusion__path": "linear", "diffusion__variance": "fixed_small"},
-    ):
-        assert "noisiest quarter" not in opening(**fine)
-
-
 def test_what_decays_is_said_where_anything_does():
     assert "decay" not in opening(training__num_steps=100_000)
     params = tiny.make_trainer().shapes.params
