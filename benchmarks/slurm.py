@@ -33,6 +33,7 @@ from absl import logging
 from benchmarks.kill_resume import ROOT, differences, evidence, train_command
 from speedit_jax import __version__, storage
 
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 TIMEOUT = 2400  # seconds for one job, on a machine that is busy with other things
 CONFIG = """
 ClusterName=one
@@ -151,10 +152,12 @@ class Job:
                     found.append(int(place.name))
         return found
 
+    def is_over(self) -> bool:
+        return self.field("JobState") in OVER
+
     def ended(self) -> str:
         """Waits for its end; returns its state and exit code."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-        self.wait(lambda: self.field("JobState") in over, "the end of the job")
+        self.wait(self.is_over, "the end of the job")
         return f"{self.field('JobState')} {self.field('ExitCode')}"
 
 
@@ -183,7 +186,9 @@ def interrupted(job: Job, steps: int) -> list[dict]:
         job.wait(lambda i=i, began=began: job.step() > max(began, steps * i // 4), "steps")
         at, since = job.step(), time.monotonic()
         interrupt(job)
-        job.wait(lambda i=i: job.field("Restarts") == str(i), "the job to be requeued")
+        job.wait(lambda i=i: job.field("Restarts") == str(i) or job.is_over(), "the job to be requeued")
+        if job.is_over():
+            sys.exit(f"error: the job ended before {name!r} interrupted it, as {job.field('JobState')}; give more --steps")
         requeued = time.monotonic() - since
         job.wait(lambda: job.field("JobState") == "RUNNING", "the job to run again")
         again = time.monotonic() - since
