@@ -56,6 +56,17 @@ def disk(place: Place, small: bool) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", small_disk], check=True)
 
 
+def unlike(reference: dict[str, object], found: dict[str, object]) -> list[str]:
+    """`differences`, but of checkpoints that only one has kept: after SIGTERM at step 101 the last two are of 101 and 120."""
+
+    def step(name: str) -> int | None:
+        match = re.match(r"(?:checkpoint|evaluation) (\d+)", name)
+        return match and int(match[1])
+
+    one_sided = (set(map(step, reference)) ^ set(map(step, found))) - {STEPS}
+    return [name for name in differences(reference, found) if step(name) not in one_sided]
+
+
 def trial(kind: Kind, place: Place, rng: np.random.Generator, reference: dict[str, object]) -> dict:
     """{"step", "seconds", "over", "line", "in time", "identical", "problems"}."""
     with disk(place, kind.small_disk):

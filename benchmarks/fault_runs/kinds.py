@@ -71,8 +71,11 @@ def full_disk(place: Place, job: Job, rng: np.random.Generator) -> Iterator[End]
 
 @contextlib.contextmanager
 def read_only(place: Place, job: Job, rng: np.random.Generator) -> Iterator[End]:
+    remount = ["mount", "-o", "remount,ro,bind", place.workdir]
     subprocess.run(["mount", "--bind", place.workdir, place.workdir], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", place.workdir], check=True)
+    while subprocess.run(remount, capture_output=True).returncode:  # busy: the run is writing a file there
+        subprocess.run(["umount", "--lazy", place.workdir], check=True)
+        subprocess.run(["mount", "--bind", place.workdir, place.workdir], check=True)
     yield End(1, "^error: .*Read-only file system")
     subprocess.run(["umount", "--lazy", place.workdir], check=True)
 
