@@ -84,7 +84,7 @@ def trial(kind: Kind, place: Place, rng: np.random.Generator, reference: dict[st
         if any(again):
             differ = [f"started again: exit codes {again}, lines {said}"]
         else:
-            differ = differences(reference, evidence(place.workdir))[:5]
+            differ = unlike(reference, evidence(place.workdir))[:5]
     return {
         "step": step,
         "seconds": round(seconds, 1),
