@@ -341,8 +341,10 @@ def checksum(path: Path) -> str:
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:limit]
+    """The first line of an error's text, without the middle of a long one, or its class where it has none."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    # The cause is often at the end, after a long path.
+    return line if len(line) <= limit else f"{line[: limit // 2 - 2]} ... {line[-limit // 2 + 3 :]}"
 
 
 def reason(error: OSError) -> str:

@@ -71,7 +71,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
 def test_first_line():
     assert storage.first_line(ValueError("one\ntwo")) == "one"
     assert storage.first_line(ValueError()) == "ValueError"
-    assert storage.first_line(ValueError("x" * 300)) == "x" * 200
+    assert storage.first_line(ValueError("x" * 200)) == "x" * 200
+    cut = storage.first_line(ValueError(f"cannot write {'x' * 300}: read-only"))
+    assert len(cut) == 200
+    assert cut.startswith("cannot write xx")
+    assert cut.endswith("xx: read-only")
 
 
 def test_what_gets_the_name_is_on_the_disk_before_and_the_name_after(tmp_path, monkeypatch):

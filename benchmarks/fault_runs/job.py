@@ -52,6 +52,7 @@ def prepare(root: Path) -> None:
         return
     for package in ("speedit_jax", "configs"):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).with_name("sitecustomize.py"), root)
     write_digits(root / "digits")
 
 

@@ -5,6 +5,7 @@ metrics.jsonl holds one JSON object a line: {"step": n, "loss": ..., ..., "time_
 null.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,9 +17,9 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import tensorboardX
 from tqdm import tqdm
 
+from speedit_jax.reporting.tensorboard import TensorBoard
 from speedit_jax.reporting.wandb_board import WandbBoard
 from speedit_jax.storage import Mirror, fetched, make_directory, write_text
 
@@ -38,7 +39,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
 }
 
-_UPLOAD_EVERY = 30.0  # seconds, of metrics.jsonl and TensorBoard's files to an object store
+_SHOW_EVERY = 30.0  # seconds between two flushes of TensorBoard's file, and two uploads of it and metrics.jsonl
 
 _QUARTER = re.compile(r"_q[1-4]$")
 
@@ -116,7 +117,7 @@ class Telemetry:
         path = self._mirror.directory / "metrics.jsonl"
         self._spent = _truncate(workdir / "metrics.jsonl", path, first_step)
         self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(self._mirror.directory / "tensorboard"), purge_step=first_step + 1)
+        self._board = TensorBoard(self._mirror.directory / "tensorboard", first_step + 1)
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def waiting_for(self, batches: Iterable[T]) -> Iterator[T]:
@@ -194,7 +195,7 @@ class Telemetry:
             self._file.write(json.dumps({"step": step, **stored}) + "\n")
             self._file.flush()
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, step)
             if self._wandb:
                 self._wandb.scalars(step, values)
             shown = {"loss": f"{values['loss']:.4f}"}
@@ -203,14 +204,15 @@ class Telemetry:
             if values.get("skipped"):
                 shown["skipped"] = f"{values['skipped']:.0f}"
             self._bar.set_postfix(shown)
-            self._mirror.update(_UPLOAD_EVERY)
+            self._board.flush(_SHOW_EVERY)
+            self._mirror.update(_SHOW_EVERY)
         return {"step": step} | values
 
     def grid(self, step: int, grid: np.ndarray, path: Path) -> None:
         """Shows a grid of samples, uint8 [H, W, C] and the PNG file `path`, on the boards."""
         if not self._active:
             return
-        self._board.add_image("samples", grid[..., :3] if grid.shape[-1] >= 3 else grid[..., :1], step, dataformats="HWC")
+        self._board.image("samples", grid[..., :3] if grid.shape[-1] >= 3 else grid[..., :1], step)
         if self._wandb:
             self._wandb.image(step, fetched(path))
 
@@ -224,16 +226,15 @@ class Telemetry:
             self._bar.write(line)
 
     def close(self) -> None:
-        try:
-            self.flush()
-        finally:
+        with contextlib.ExitStack() as last_first:  # each is closed, whatever fails
             if self._active:
-                self._bar.close()
-                self._board.close()
+                last_first.callback(self._mirror.update)
+                last_first.callback(self._file.close)
                 if self._wandb:
-                    self._wandb.close()
-                self._file.close()
-                self._mirror.update()
+                    last_first.callback(self._wandb.close)
+                last_first.callback(self._board.close)
+                last_first.callback(self._bar.close)
+            last_first.callback(self.flush)
 
 
 @dataclasses.dataclass

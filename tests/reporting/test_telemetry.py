@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -249,6 +251,31 @@ def test_tensorboard_holds_scalars_and_the_grid(tmp_path):
     assert (pictures[0][2].height, pictures[0][2].width, pictures[0][2].colorspace) == (17, 17, 3)
     # A board that shows steps 3 and on of a run that was killed is told to drop them.
     assert [e.step for e in found if e.HasField("session_log")] == [3]
+
+
+FULL = """
+import pathlib, resource, sys
+from speedit_jax.reporting.telemetry import Telemetry
+
+telemetry = Telemetry(pathlib.Path(sys.argv[1]), first_step=0, num_steps=100, batch_size=4)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow further, as on a full disk
+try:
+    for step in range(1, 101):
+        telemetry.metrics(step, {"loss": 1.0})
+except OSError as e:
+    print(f"training: {e}")
+try:
+    telemetry.close()
+except OSError as e:
+    print(f"closing: {e}")
+"""
+
+
+def test_a_full_disk_is_an_error_of_the_caller_and_of_nothing_after_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout == "training: [Errno 27] File too large\nclosing: [Errno 27] File too large\n"
+    assert "Traceback" not in done.stderr
 
 
 def test_curves(tmp_path):
