@@ -30,8 +30,9 @@ NAME = "run.json"
 # Key of `model` -> kernels of an accelerator. Where one is, auto takes its own; the weights do not depend on them.
 _KERNELS = {"attention": ("cudnn", "pallas"), "gla": ("pallas_tpu", "pallas_gpu")}
 _CHECKSUM = "checksum"  # of all the rest of run.json
-# What of a config all processes of a run must have alike; paths may be each host's own.
-_OF_ALL_HOSTS = (changes.Kind.ROUNDING, changes.Kind.CHANGES, changes.Kind.FORM)
+# What of a config all processes of a run must have alike: also when to save and to stop, which they do together.
+_OF_ALL_HOSTS = (changes.Kind.ROUNDING, changes.Kind.CHANGES, changes.Kind.FORM, changes.Kind.FREE)
+_OF_EACH_HOST = ("data.threads", *(f"evaluation.{path}" for path in ("inception", "reference", "loss_source", "loss_text")))
 
 
 def describe(
@@ -72,7 +73,11 @@ def check_hosts(meta: dict[str, Any]) -> None:
         return
     parts = {
         "data": [meta[key] for key in ("data_fingerprint", "class_names", "image_shape")],
-        "settings": [item for item in flatten(meta["config"]).items() if changes.kind_of(item[0]) in _OF_ALL_HOSTS],
+        "settings": [
+            (key, value)
+            for key, value in flatten(meta["config"]).items()
+            if changes.kind_of(key) in _OF_ALL_HOSTS and key not in _OF_EACH_HOST
+        ],
     }
     digests = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).digest() for part in parts.values()]
     found = multihost_utils.process_allgather(np.stack([np.frombuffer(digest, np.uint8) for digest in digests]))

@@ -39,10 +39,11 @@ def check_hosts(monkeypatch, *metas):
 
 
 def test_hosts_train_on_the_same_data_in_the_same_way(monkeypatch):
-    elsewhere = describe(training__log_every=7)
+    elsewhere = describe(data__threads=7)
     elsewhere["config"]["data"]["source"] = "folder:/a/copy"
     check_hosts(monkeypatch, describe(), elsewhere)
-    for changes, what in (({"data__synthetic_size": 96}, "data"), ({"seed": 1}, "settings"), ({"mesh__fsdp": 2}, "settings")):
+    settings = ({"seed": 1}, {"mesh__fsdp": 2}, {"training__num_steps": 7}, {"checkpoint__every": 7})
+    for changes, what in (({"data__synthetic_size": 96}, "data"), *((changes, "settings") for changes in settings)):
         metas = describe(), describe(), describe(**changes)
         assert_one_line(lambda metas=metas: check_hosts(monkeypatch, *metas), f"process 2 of 3 has other {what} than process 0")
 
