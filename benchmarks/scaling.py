@@ -90,7 +90,9 @@ def compile_one(row: dict) -> dict:
         out, since = Path(scratch) / "out.json", time.perf_counter()
         done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True)
         if not out.exists():
-            return {"error": done.stderr.strip().splitlines()[-1], "seconds": round(time.perf_counter() - since)}
+            said = done.stderr.strip().splitlines()
+            fatal = [line for line in said if "Check failed" in line]  # libtpu's own, above a stack trace
+            return {"error": (fatal or said[-1:])[0], "seconds": round(time.perf_counter() - since)}
         record = json.loads(out.read_text())
     kept = ("mesh", "fits", "error", "bytes_per_device", "collectives", "model_flops_per_device", "compile_seconds", "jax")
     return {name: record[name] for name in kept if name in record}
