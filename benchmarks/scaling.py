@@ -6,7 +6,7 @@ First the arithmetic, which needs no compiler: FLOPs of a step, bytes of the sta
 computing takes longer than exchanging weights and gradients. Then it compiles the training step of each row twice, for two batch
 sizes, by `python -m speedit_jax.aot`, and estimates the largest batch from the two: memory is a constant and a part that grows
 with the batch. Results are written after each compilation, and a second start goes on with what is missing. Compilations take
-minutes each; --arithmetic leaves them out.
+up to two minutes each on idle cores; --arithmetic leaves them out.
 """
 
 import argparse
