@@ -44,7 +44,7 @@ def make_sides(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, Callable[[]
     x = {name: jnp.asarray(a, jnp.float32 if name == "log_g" else jnp.bfloat16) for name, a in arrays.items()}
     linear = [x[name] for name in ("q", "k", "v", "log_g")]
     softmax = [x[f"attention_{name}"] for name in ("q", "k", "v")]
-    chosen = choose_attention("auto", platform, jnp.bfloat16)
+    chosen = choose_attention("auto", platform, jnp.bfloat16, softmax[0].shape[-1])
 
     def side(f, inputs, d_out):
         def backward(d_out, *inputs):

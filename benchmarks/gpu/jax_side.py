@@ -124,7 +124,7 @@ def mixer_function(mixer: Mixer) -> Callable:
         implementation = "xla" if mixer.side == "gla-xla" else choose_gla("auto", platform)
         return lambda q, k, v, g: gla(q, k, v, g, implementation=implementation)
     if mixer.side == "attention":
-        chosen = choose_attention("auto", platform, jnp.bfloat16)
+        chosen = choose_attention("auto", platform, jnp.bfloat16, mixer.key)
         return lambda q, k, v: attention(q, k, v, chosen, None, None)
     from jla import ops
 

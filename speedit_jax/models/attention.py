@@ -10,31 +10,45 @@ from speedit_jax.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "xla", "chunked", "cudnn", "pallas")
 _QUERY_CHUNK = 256  # logits of 256 T H numbers at a time
+_CUDNN_WIDEST, _HOPPER_WIDEST = 128, 256  # heads of cuDNN's attention, on older GPUs and on those from Hopper on
+_LANES = 128  # of a TPU: the flash kernel's heads are no wider, or whole multiples
 # Blocks of the TPU kernel -> cycles of a block's pair of tokens, forward and backward, relative to the largest block's
 # (v5e, by benchmarks/tpu_bundles.py). Tokens are padded to whole blocks.
 FLASH_BLOCKS = {512: 1.0, 256: 1.73, 128: 2.99}
 
 
-def choose_attention(requested: str, platform: str, dtype) -> str:
-    """Resolves "auto": cudnn on GPU in half precision, pallas on TPU, else xla.
+def choose_attention(requested: str, platform: str, dtype, head_width: int) -> str:
+    """Resolves "auto": cudnn on GPU in half precision, pallas on TPU, else xla, also for heads that these do not have.
 
     Raises:
-      UserError: unknown, or one that this platform or dtype does not have.
+      UserError: unknown, or one that this platform, dtype or width of a head does not have.
     """
     dtype = jnp.dtype(dtype)
     half = dtype in (jnp.bfloat16, jnp.float16)
+    in_lanes = head_width <= _LANES or head_width % _LANES == 0
     if requested not in IMPLEMENTATIONS:
         raise UserError(f"unknown model.attention {requested!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if requested == "auto":
         if platform == "tpu":
-            return "pallas"
-        return "cudnn" if platform in ("gpu", "cuda") and half else "xla"
+            return "pallas" if in_lanes else "xla"
+        for_cudnn = half and head_width % 8 == 0 and head_width <= _CUDNN_WIDEST
+        return "cudnn" if platform in ("gpu", "cuda") and for_cudnn else "xla"
     if requested == "cudnn" and (platform not in ("gpu", "cuda") or not half):
         raise UserError(
             f"model.attention=cudnn needs an NVIDIA GPU and bfloat16 activations, not {platform} in {dtype.name}; use auto or xla"
         )
+    if requested == "cudnn" and (head_width % 8 or head_width > _HOPPER_WIDEST):
+        raise UserError(
+            f"model.attention=cudnn wants heads whose width is a multiple of 8 up to {_HOPPER_WIDEST}, not {head_width};"
+            " use auto or xla"
+        )
     if requested == "pallas" and platform != "tpu":
         raise UserError(f"model.attention=pallas needs a TPU, not {platform}; use auto or xla")
+    if requested == "pallas" and not in_lanes:
+        raise UserError(
+            f"model.attention=pallas wants heads whose width is up to {_LANES}, or a multiple of it, not {head_width};"
+            " use auto or xla"
+        )
     return requested
 
 

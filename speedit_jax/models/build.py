@@ -296,7 +296,7 @@ def _choose_parts(config, backbone: str, head_width: int, platform: str, dtype) 
         return choose_gla(config.gla, platform)
     if config.rope and head_width % 4:
         raise UserError(f"model.rope wants heads whose width is a multiple of 4, not {head_width}")
-    return choose_attention(config.attention, platform, dtype)
+    return choose_attention(config.attention, platform, dtype, head_width)
 
 
 def _check_conditioning(config: ml_collections.ConfigDict, text: TextShape | None) -> None:

@@ -52,7 +52,46 @@ def softmax_attention(q, k, v):
     ],
 )
 def test_choice(requested, platform, dtype, chosen):
-    assert choose_attention(requested, platform, dtype) == chosen
+    assert choose_attention(requested, platform, dtype, 64) == chosen
+
+
+@pytest.mark.parametrize(
+    "platform, head_width, chosen",
+    [
+        ("gpu", 8, "cudnn"),
+        ("gpu", 12, "xla"),
+        ("gpu", 128, "cudnn"),
+        ("gpu", 192, "xla"),
+        ("tpu", 12, "pallas"),
+        ("tpu", 128, "pallas"),
+        ("tpu", 192, "xla"),
+        ("tpu", 384, "pallas"),
+    ],
+)
+def test_auto_avoids_kernels_that_lack_the_width_of_a_head(platform, head_width, chosen):
+    """As a DiT-S of 2 heads, or one of width 36 and 3 heads, has them."""
+    assert choose_attention("auto", platform, "bfloat16", head_width) == chosen
+
+
+@pytest.mark.parametrize(
+    "requested, platform, head_width, message",
+    [
+        ("cudnn", "gpu", 12, r"model\.attention=cudnn.*multiple of 8 up to 256, not 12"),
+        ("cudnn", "gpu", 384, r"model\.attention=cudnn.*multiple of 8 up to 256, not 384"),
+        ("pallas", "tpu", 192, r"model\.attention=pallas.*up to 128, or a multiple of it, not 192"),
+    ],
+)
+def test_heads_that_a_kernel_does_not_have(requested, platform, head_width, message):
+    with pytest.raises(UserError, match=message):
+        choose_attention(requested, platform, "bfloat16", head_width)
+
+
+@pytest.mark.parametrize("tokens", [64, 1024])
+@pytest.mark.parametrize("head_width", [12, 128, 192, 384])
+def test_what_auto_takes_lowers_for_tpu(tokens, head_width):
+    chosen = choose_attention("auto", "tpu", "bfloat16", head_width)
+    x = jax.ShapeDtypeStruct((1, tokens, 1, head_width), jnp.bfloat16)
+    jax.jit(lambda x: attention(x, x, x, chosen, None, None)).trace(x).lower(lowering_platforms=("tpu",))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +107,7 @@ def test_choice(requested, platform, dtype, chosen):
 )
 def test_impossible_choices(requested, platform, dtype, message):
     with pytest.raises(UserError, match=message):
-        choose_attention(requested, platform, dtype)
+        choose_attention(requested, platform, dtype, 64)
 
 
 def test_xla_attention_is_its_definition():
