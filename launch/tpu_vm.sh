@@ -97,10 +97,11 @@ install+=" && python3 -m uv pip install --quiet --python .venv/bin/python -e '.[
 
 setup() {
   local archive=${TMPDIR:-/tmp}/speedit_jax-$tpu.tar
-  run git -C "$root" archive --output="$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:speedit_jax.tar" "${where[@]}" --worker=all
-  on all "$install"
-  run rm "$archive"
+  # Not one command a line: of those that babysit looks at the outcome of, bash goes on after a failure.
+  run git -C "$root" archive --output="$archive" HEAD &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$tpu:speedit_jax.tar" "${where[@]}" --worker=all &&
+    on all "$install" &&
+    run rm "$archive"
 }
 
 start() {
@@ -151,8 +152,7 @@ babysit() {
             return 1
           fi
           note "The run ended with $how; starting it again."
-          if [[ $how == none ]]; then setup || true; fi
-          if start "$@"; then began=$SECONDS; else note "That failed; the next try is in $poll s."; fi
+          if { [[ $how != none ]] || setup; } && start "$@"; then began=$SECONDS; else note "That failed; the next try is in $poll s."; fi
           ;;
       esac
     fi

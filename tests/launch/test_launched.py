@@ -123,7 +123,8 @@ def test_slurm_job_saves_and_comes_back_before_its_time_is_over(tmp_path):
 
 
 # A slice of one host, whose home is $CLOUD/host, if it is there. Installing makes a Python that ends with the next code in
-# $CLOUD/codes; "preempted" takes the host away.
+# $CLOUD/codes; "preempted" takes the host away. A word in $CLOUD/troubles is the trouble of one call: "install" fails after
+# unpacking, "ssh" does not reach the host.
 GCLOUD = """
 echo "$4" >>"$CLOUD/calls"
 case $4 in
@@ -135,8 +136,13 @@ case $4 in
     [[ -e $CLOUD/preempted ]] && exit 255
     for word; do case $word in --command=*) command=${word#*=} ;; esac; done
     cd "$CLOUD/host"
+    trouble=$(head -n 1 "$CLOUD/troubles")
+    if [[ $trouble == ssh || ($trouble == install && $command == *uv*) ]]; then sed -i 1d "$CLOUD/troubles"; else trouble=''; fi
+    [[ $trouble == ssh ]] && exit 255
     if [[ $command == *uv* ]]; then
-      mkdir -p speedit_jax/.venv/bin && cp -r "$LAUNCH" speedit_jax && cp "$CLOUD/python" speedit_jax/.venv/bin
+      mkdir -p speedit_jax && cp -r "$LAUNCH" speedit_jax
+      [[ $trouble ]] && exit 1
+      mkdir -p speedit_jax/.venv/bin && cp "$CLOUD/python" speedit_jax/.venv/bin
     else
       bash -c "$command"
     fi
@@ -151,11 +157,12 @@ exit "$code"
 """
 
 
-def babysit(tmp_path: Path, *codes: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+def babysit(tmp_path: Path, *codes: str, troubles: str = "") -> tuple[subprocess.CompletedProcess, list[str]]:
     """(the babysitter at its end, gcloud's commands that change something) of a run whose starts end with `codes`."""
     script(tmp_path / "bin" / "gcloud", GCLOUD)
     script(tmp_path / "python", PYTHON)
     (tmp_path / "codes").write_text("\n".join(codes) + "\n")
+    (tmp_path / "troubles").write_text(troubles.replace(" ", "\n"))
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CLOUD": str(tmp_path), "LAUNCH": str(LAUNCH)}
     flags = ["--tpu=pod", "--zone=z", "--type=t", "--version=v", "--poll=1", "--in_this_process", "--", "--config=c"]
     command = [LAUNCH / "tpu_vm.sh", "babysit", *flags]
@@ -181,3 +188,12 @@ def test_babysitter_gives_up_after_a_mistake(tmp_path):
 def test_babysitter_gives_up_after_five_short_runs(tmp_path):
     done, _ = babysit(tmp_path, *["139"] * 6)
     assert done.returncode == 1 and "the last time with 139" in done.stdout and (tmp_path / "codes").read_text() == "139\n"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_babysitter_installs_again_where_that_failed(tmp_path, times):
+    """Twice: at first with the slice that it has made, and then on one where nothing has run yet."""
+    done, calls = babysit(tmp_path, "0", troubles=" ".join(["install"] * times) + "\n")
+    assert done.returncode == 0 and calls == ["create"], done
+    assert done.stdout.count("That failed; the next try is in 1 s.") == times
+    assert (tmp_path / "calls").read_text().split().count("scp") == times + 1
