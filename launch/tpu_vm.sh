@@ -139,7 +139,11 @@ babysit() {
       note "The slice is $is; deleting what is left of it."
       vm delete --quiet || true
       continue
-    elif [[ $is == READY ]] && how=$(outcome); then
+    elif [[ $is != READY ]]; then
+      note "The slice is $is; looking again in $poll s."
+    elif ! how=$(outcome); then
+      note "A host of the slice does not answer; the next try is in $poll s."
+    else
       case $how in
         running) ;;
         0) note "The run is complete. The slice still costs money: delete it." && return 0 ;;

@@ -197,3 +197,10 @@ def test_babysitter_installs_again_where_that_failed(tmp_path, times):
     assert done.returncode == 0 and calls == ["create"], done
     assert done.stdout.count("That failed; the next try is in 1 s.") == times
     assert (tmp_path / "calls").read_text().split().count("scp") == times + 1
+
+
+def test_babysitter_says_that_a_host_does_not_answer(tmp_path):
+    """After the run has started: copying, installing and starting come first."""
+    done, _ = babysit(tmp_path, "0", troubles="install ssh ssh\n")
+    assert done.returncode == 0, done
+    assert done.stdout.count("A host of the slice does not answer; the next try is in 1 s.") == 2
