@@ -137,8 +137,8 @@ babysit() {
       if create && setup && start "$@"; then began=$SECONDS; else note "That failed; the next try is in $poll s."; fi
     elif [[ $is == PREEMPTED || $is == TERMINATED ]]; then
       note "The slice is $is; deleting what is left of it."
-      vm delete --quiet || true
-      continue
+      if vm delete --quiet; then continue; fi
+      note "That failed; the next try is in $poll s."
     elif [[ $is != READY ]]; then
       note "The slice is $is; looking again in $poll s."
     elif ! how=$(outcome); then

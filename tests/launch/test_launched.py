@@ -124,12 +124,15 @@ def test_slurm_job_saves_and_comes_back_before_its_time_is_over(tmp_path):
 
 # A slice of one host, whose home is $CLOUD/host, if it is there. Installing makes a Python that ends with the next code in
 # $CLOUD/codes; "preempted" takes the host away. A word in $CLOUD/troubles is the trouble of one call: "install" fails after
-# unpacking, "ssh" does not reach the host.
+# unpacking, "ssh" does not reach the host, "delete" is refused.
 GCLOUD = """
 echo "$4" >>"$CLOUD/calls"
 case $4 in
   create) mkdir "$CLOUD/host" ;;
-  delete) rm -rf "$CLOUD/host" "$CLOUD/preempted" ;;
+  delete)
+    if [[ $(head -n 1 "$CLOUD/troubles") == delete ]]; then sed -i 1d "$CLOUD/troubles"; exit 1; fi
+    rm -rf "$CLOUD/host" "$CLOUD/preempted"
+    ;;
   list) if [[ -e $CLOUD/preempted ]]; then echo "pod PREEMPTED"; elif [[ -e $CLOUD/host ]]; then echo "pod READY"; fi ;;
   scp) cp "$5" "$CLOUD/host/${6#pod:}" ;;
   ssh)
@@ -204,3 +207,9 @@ def test_babysitter_says_that_a_host_does_not_answer(tmp_path):
     done, _ = babysit(tmp_path, "0", troubles="install ssh ssh\n")
     assert done.returncode == 0, done
     assert done.stdout.count("A host of the slice does not answer; the next try is in 1 s.") == 2
+
+
+def test_babysitter_waits_after_a_deletion_that_failed(tmp_path):
+    done, calls = babysit(tmp_path, "preempted", "0", troubles="delete delete\n")
+    assert done.returncode == 0 and calls == ["create", "delete", "delete", "delete", "create"], done
+    assert done.stdout.count("That failed; the next try is in 1 s.") == 2
