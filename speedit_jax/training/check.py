@@ -18,6 +18,7 @@ from speedit_jax.models.build import Model, parse_name
 
 ALIGN_TARGETS = ("ema", "features")
 _LARGEST = 2**31 - 1  # steps and sizes are int32 on the devices
+_LEAST_EPS = 1e-37  # float32 flushes what is smaller to zero
 # The least value of each number that nothing else checks before it is used.
 _LEAST = {
     "seed": 0,
@@ -32,7 +33,6 @@ _LEAST = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
-    "optim.eps": 0,
     "training.num_steps": 1,
     "training.batch_size": 1,
     "training.accumulation": 1,
@@ -82,6 +82,8 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
             f"training.profile_at={config.training.profile_at}: must be below training.num_steps={config.training.num_steps}, or"
             " there is no step to trace; 0 traces none"
         )
+    if config.optim.eps < _LEAST_EPS:
+        raise UserError(f"optim.eps={config.optim.eps}: must be positive, or Adam divides 0 by 0 where a gradient is 0")
     for section, key in (("optim", "b1"), ("optim", "b2"), ("training", "ema_decay")):
         if not 0 <= config[section][key] < 1:
             raise UserError(f"{section}.{key}={config[section][key]}: must lie in [0, 1)")

@@ -41,9 +41,12 @@ def test_steps_are_counted_in_32_bits(key):
         check_numbers(tiny.make_config(**{key: 2**31}))
 
 
-def test_adam_divides_by_no_negative_number():
-    with pytest.raises(UserError, match=r"optim.eps=-1e-08: must be at least 0"):
-        check_numbers(tiny.make_config(optim__eps=-1e-8))
+@pytest.mark.parametrize("eps", [-1e-8, 0.0, 1e-60])
+def test_adam_divides_by_a_positive_number(eps):
+    """The first gradient of most weights is 0, because the last layer begins at zero: their update would be 0 / 0."""
+    with pytest.raises(UserError, match=f"optim.eps={eps}: must be positive"):
+        check_numbers(tiny.make_config(optim__eps=eps))
+    check_numbers(tiny.make_config(optim__eps=1e-30))
 
 
 @pytest.mark.parametrize("path", ["vp", "linear"])
