@@ -103,6 +103,8 @@ def timesteps() -> None:
     if not isinstance(_CONFIG.value, ml_collections.ConfigDict):
         raise UserError("--config is missing or not a config file; for example --config=digits")
     out = storage.path(_OUT.value)
+    if not out.name:
+        raise UserError(f"--out={_OUT.value}: give a file, such as timesteps.png")
     out = out.with_suffix("") if out.suffix in (".png", ".json") else out
     record = numbers(_CONFIG.value)
     try:

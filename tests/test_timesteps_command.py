@@ -53,4 +53,6 @@ def test_mistakes_are_one_line(run, tmp_path):
     for flag, words in (("timesteps.gamma=nan", "timesteps.gamma=nan"), ("training.batch_size=0", "at least 1")):
         assert_fails(run("timesteps", *CONFIG, out, "--config.timesteps.strategy=min_snr", f"--config.{flag}"), words)
     assert_fails(run("timesteps", *CONFIG, "--out=/dev/null/x"), "/dev/null/x", "--out")
+    for nameless in ("", ".", "/"):
+        assert_fails(run("timesteps", *CONFIG, f"--out={nameless}"), f"--out={nameless}: give a file")
     assert not any(tmp_path.iterdir())
