@@ -13,7 +13,7 @@ import ml_collections
 from speedit_jax.errors import UserError
 from speedit_jax.kernels.gla import choose_gla, gla
 from speedit_jax.models import dig, layers
-from speedit_jax.models.attention import attention, choose_attention, chunked_attention, softmax_attention
+from speedit_jax.models.attention import IMPLEMENTATIONS, attention, choose_attention, chunked_attention, softmax_attention
 from speedit_jax.models.backbone import REMAT_POLICIES, Backbone, MakeBlock, remat, remat_part
 from speedit_jax.models.condition import TextShape, text_rows
 from speedit_jax.models.dit import MLPS, DiTBlock
@@ -291,6 +291,7 @@ def _choose_parts(config, backbone: str, head_width: int, platform: str, dtype) 
     if backbone == "DiG":
         if config.rope or config.mlp != "gelu":
             raise UserError("model.rope and model.mlp are for DiT: DiG has no attention, and its MLP is a SwiGLU")
+        _choose("attention", config.attention, IMPLEMENTATIONS)  # of its cross-attention to text, which chunked changes
         _choose("convolution", config.convolution, dig.CONVOLUTIONS)
         _choose("directions", config.directions, dig.ORDERS)
         return choose_gla(config.gla, platform)

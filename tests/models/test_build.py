@@ -254,6 +254,7 @@ def test_names(name, parsed):
         ({"label_dropout": 1.0}, r"model\.label_dropout=1\.0"),
         ({"label_dropout": -0.1}, r"model\.label_dropout=-0\.1"),
         ({"attention": "flash"}, r"model\.attention 'flash'"),
+        ({"attention": "chunkd", "name": "DiG-tiny/2"}, r"model\.attention 'chunkd'.*chunked"),
         ({"attention": "pallas"}, r"model\.attention=pallas"),
         ({"mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0"),
         ({"mlp_ratio": 1e-4}, r"model\.mlp_ratio=0\.0001: leaves nothing"),
