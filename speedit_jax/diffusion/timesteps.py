@@ -161,7 +161,11 @@ def _choose(kind: str, name: str, choices) -> str:
 def _make_weights(
     schedule: Schedule, prediction: str | np.ndarray, weighting: str, lam: float, gamma: float, sigma_data: float
 ) -> np.ndarray:
-    """The weights on the mse of `prediction`. [T]"""
+    """The weights on the mse of `prediction`. [T]
+
+    Raises:
+      UserError: float32, in which losses are, does not hold them, or the schedule is too short for them.
+    """
     if weighting == "none":
         return np.ones(schedule.num_steps)
     if weighting == "change_aware":
@@ -175,7 +179,13 @@ def _make_weights(
     }[weighting]
     # One over the mse of each prediction where that of epsilon is 1.
     worth = {"epsilon": 1.0, "x0": snr, "v": schedule.alphas_cumprod}
-    return of_epsilon * (worth[prediction] if isinstance(prediction, str) else prediction)
+    weights = of_epsilon * (worth[prediction] if isinstance(prediction, str) else prediction)
+    if weights.max() > np.finfo(np.float32).max:
+        raise UserError(
+            f"timesteps.weighting={weighting}: its weights grow to {weights.max():.0e}, more than float32 holds; set"
+            " diffusion.prediction=v, or choose a smaller diffusion.beta_end"
+        )
+    return weights
 
 
 def make_strategy(

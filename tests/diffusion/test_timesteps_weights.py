@@ -121,3 +121,13 @@ def test_flow_is_the_mse_of_the_velocity(prediction):
     np.testing.assert_allclose(w * mse(prediction), velocity_error, rtol=1e-9)
     if prediction == "v":
         assert w.min() >= 1 and w.max() <= 2
+
+
+@pytest.mark.parametrize("weighting", ["edm", "flow"])
+def test_weights_that_float32_does_not_hold(weighting):
+    """Where hardly a signal is left, the mse of epsilon says nothing, and these weights grow with the noise."""
+    steep = make_schedule("linear", 1000, beta_end=0.2)
+    with pytest.raises(UserError, match=rf"timesteps\.weighting={weighting}: .* grow to .e\+4[67].*prediction=v"):
+        make_strategy(steep, "uniform", weighting=weighting)
+    for kept in ({"prediction": "v"}, {"prediction": "x0"}):
+        make_strategy(steep, "uniform", weighting=weighting, **kept)
