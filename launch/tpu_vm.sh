@@ -120,7 +120,7 @@ outcome() {
   for word in running 1 stopped; do
     if grep -qx "$word" <<<"$words"; then echo "$word" && return; fi
   done
-  grep -xE '[0-9]+' <<<"$words" | grep -vx 0 | head -n 1 | grep . || grep -xE '0|none' <<<"$words" | sort -r | head -n 1
+  grep -xE '[0-9]+' <<<"$words" | grep -vx 0 | head -n 1 | grep . || grep -xE '0|none' <<<"$words" | sort | head -n 1
 }
 
 note() {

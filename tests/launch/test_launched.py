@@ -124,7 +124,8 @@ def test_slurm_job_saves_and_comes_back_before_its_time_is_over(tmp_path):
 
 # A slice of one host, whose home is $CLOUD/host, if it is there. Installing makes a Python that ends with the next code in
 # $CLOUD/codes; "preempted" takes the host away. A word in $CLOUD/troubles is the trouble of one call: "install" fails after
-# unpacking, "ssh" does not reach the host, "delete" is refused.
+# unpacking, "ssh" does not reach the host, "delete" is refused. With
+# $CLOUD/second there is a second host, on which nothing has run.
 GCLOUD = """
 echo "$4" >>"$CLOUD/calls"
 case $4 in
@@ -147,7 +148,8 @@ case $4 in
       [[ $trouble ]] && exit 1
       mkdir -p speedit_jax/.venv/bin && cp "$CLOUD/python" speedit_jax/.venv/bin
     else
-      bash -c "$command"
+      bash -c "$command" || exit
+      if [[ -e $CLOUD/second && $command == *status* ]]; then echo none; fi
     fi
     ;;
 esac
@@ -213,3 +215,10 @@ def test_babysitter_waits_after_a_deletion_that_failed(tmp_path):
     done, calls = babysit(tmp_path, "preempted", "0", troubles="delete delete\n")
     assert done.returncode == 0 and calls == ["create", "delete", "delete", "delete", "create"], done
     assert done.stdout.count("That failed; the next try is in 1 s.") == 2
+
+
+def test_babysitter_takes_a_run_that_one_host_completed_for_complete(tmp_path):
+    """The other host may be another one by now, which knows of no run."""
+    (tmp_path / "second").touch()
+    done, _ = babysit(tmp_path, "0", "1")
+    assert done.returncode == 0 and "The run is complete" in done.stdout, done
