@@ -1,6 +1,7 @@
 """Gated linear attention: the public entry (arXiv 2312.06635; the equations are in docs/gla.md)."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,14 +58,15 @@ def gla(
       q, k: [B, T, H, K] float32 or bfloat16.
       v: [B, T, H, V], q's dtype.
       log_g: [B, T, H, K] float32, the forget gate in log space, <= 0: the state is multiplied by exp(log_g). Positive
-        gates grow the state without bound and are not checked unless `check_gates`.
+        gates grow the state without bound, minus infinity gives NaN (-1e4 resets the state, too); neither is checked unless
+        `check_gates`.
       scale: of the queries; K**-0.5 by default.
       reverse: run from the last token to the first: o_t then sees the tokens s >= t.
       implementation: "reference" (the token recurrence: the definition, and the fastest forward pass on CPUs), "xla" (chunked:
         runs everywhere), "pallas_tpu", "pallas_gpu" or None, which chooses for the default backend.
       batch_axes, head_axis: mesh axes that B and H are sharded over, or None. Under `jax.set_mesh` the op runs in a
         shard_map of its own over them: batch elements and heads do not meet, so nothing is communicated.
-      check_gates: raise on a positive gate, at run time, on the host: for debugging, it synchronises.
+      check_gates: raise on a gate that is positive or not finite, at run time, on the host: for debugging, it synchronises.
 
     Returns:
       [B, T, H, V] in v's dtype. The state, the gates and all sums are float32.
@@ -79,7 +81,7 @@ def gla(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown gla implementation {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
     if check_gates:
-        jax.debug.callback(_raise_if_positive, log_g.max())
+        jax.debug.callback(_raise_unless_gates, log_g.min(), log_g.max())
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     op = functools.partial(IMPLEMENTATIONS[implementation], scale=scale, reverse=reverse)
     mesh = jax.sharding.get_abstract_mesh()
@@ -114,6 +116,6 @@ def _check_divides(mesh, size: int, what: str, axes) -> None:
         raise ValueError(f"mesh axis {axes!r} of size {ways} does not divide the {size} {what}")
 
 
-def _raise_if_positive(largest) -> None:
-    if not largest <= 0:
-        raise ValueError(f"gla: the largest log_g is {largest}, but gates must be <= 0")
+def _raise_unless_gates(least, largest) -> None:
+    if not -math.inf < least <= largest <= 0:
+        raise ValueError(f"gla: log_g is from {least} to {largest}, but gates must be <= 0 and finite")

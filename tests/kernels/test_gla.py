@@ -214,9 +214,11 @@ def test_wrong_inputs_are_named():
         gla(q, k, v, g, head_axis="tensor")
 
 
-def test_positive_gates_are_found_in_debug_mode():
+@pytest.mark.parametrize("factor", [-1, np.inf], ids=["positive", "minus infinity"])
+def test_impossible_gates_are_found_in_debug_mode(factor):
+    """0 times minus infinity would be NaN where a matrix sums the gates; -1e4 resets the state as well."""
     inputs, _ = make_inputs("dig", 8, jnp.float32)
     gla(*inputs, check_gates=True).block_until_ready()
-    with pytest.raises(Exception, match="gates must be <= 0"):
-        gla(*inputs[:3], -inputs[3], check_gates=True).block_until_ready()
+    with pytest.raises(Exception, match="gates must be <= 0 and finite"):
+        gla(*inputs[:3], factor * inputs[3], check_gates=True).block_until_ready()
         jax.effects_barrier()
