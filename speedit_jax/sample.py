@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
-from speedit_jax.config import LARGEST_SEED
+from speedit_jax.config import LARGEST_SEED, flatten
 from speedit_jax.diffusion.inverse import METHODS
 from speedit_jax.encoders.autoencoder import Autoencoder, open_autoencoder
 from speedit_jax.errors import UserError
@@ -31,7 +31,8 @@ from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, rea
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, check_given, make_sampler, resolve
-from speedit_jax.sampling.writer import GRID, Output, checksum, claim, folder_name
+from speedit_jax.sampling.writer import GRID, NETWORK, Output, checksum, claim, folder_name
+from speedit_jax.training import changes
 from speedit_jax.training.changes import same_latents
 from speedit_jax.training.run import Run, open_run
 
@@ -223,9 +224,10 @@ def describe(
         "seed": _SEED.value,
         "num_images": _NUM_IMAGES.value,
         **asked,
-        "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step},
+        "guide": guide and {"workdir": str(guide.workdir), "checkpoint_step": guide.step, NETWORK: network_of(guide)},
         **settings.record(),
         "dtype": run.model.dtype,
+        NETWORK: network_of(run),
         "latents": decoder,
         "batch_size": _BATCH_SIZE.value,
         "devices": run.mesh.size,
@@ -234,6 +236,14 @@ def describe(
         "png_files": _PNG_FILES.value,
         "versions": run.meta["versions"] | {"sampled_with_jax": jax.__version__},
     }
+
+
+def network_of(run: Run) -> dict[str, Any]:
+    """What images depend on that the bytes of the weights do not tell, JSON: two imports of one file may differ in it alone."""
+    settings = flatten({name: run.config[name].to_dict() for name in ("model", "diffusion")})
+    told = {name: value for name, value in settings.items() if changes.kind_of(name) is not changes.Kind.ROUNDING}
+    del told["model.dtype"]  # has a key of its own
+    return {"image_shape": list(run.model.image_shape)} | told
 
 
 def choose_conditions(run: Run, settings: Settings, count: int) -> tuple[Conditions, np.ndarray, dict[str, Any]]:

@@ -185,7 +185,7 @@ def test_every_setting_counts_and_is_recorded(sample, ten, flag):
 
 def test_a_weaker_run_guides(sample, ten, trained):
     images, _, settings = sample(f"--guide_workdir={trained}", "--guide_step=3", "--guidance_scale=3")
-    assert settings["guide"] == {"workdir": str(trained), "checkpoint_step": 3}
+    assert settings["guide"] == {"workdir": str(trained), "checkpoint_step": 3, "network": settings["network"]}
     assert ten[2]["guide"] is None
     assert (images != ten[0]).any()
 

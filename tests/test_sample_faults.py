@@ -88,6 +88,20 @@ def test_images_are_not_taken_away(run, trained, tmp_path):
     assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 3
 
 
+def test_the_same_weights_as_another_network_are_other_images(run, trained, tmp_path):
+    """Two imports of one file have the same bytes, and yet draw other images."""
+    assert_works(run("convert", f"--workdir={trained}", f"--to={tmp_path / 'w.safetensors'}"))
+    for name, flag in (("one", "heads=2"), ("two", "heads=4")):
+        flags = [f"--from={tmp_path / 'w.safetensors'}", f"--workdir={tmp_path / name}", f"--config.model.{flag}"]
+        assert_works(run("convert", *flags))
+    flags = ["--num_images=2", "--num_steps=2", f"--out={tmp_path / 'x'}"]
+    assert_works(run("sample", f"--workdir={tmp_path / 'one'}", *flags))
+    told = json.loads((tmp_path / "x.json").read_text())["network"]
+    assert told["image_shape"] == [8, 8, 1] and told["model.heads"] == 2 and told["diffusion.prediction"] == "epsilon"
+    result = run("sample", f"--workdir={tmp_path / 'two'}", *flags)
+    assert_fails(result, "other settings", "network.model.heads was 2, now 4", "--overwrite")
+
+
 def test_latents_are_no_pictures(run, latents, tmp_path):
     flags = ["sample", f"--workdir={latents}", "--batch_size=4"]
     result = run(*flags, "--num_images=6", f"--out={tmp_path / 'x'}")

@@ -36,6 +36,7 @@ from speedit_jax.errors import UserError
 from speedit_jax.sampling.images import image_grid, magnification, to_uint8, write_png
 
 GRID = 100  # images of OUT.png at most
+NETWORK = "network"  # in the settings: what images depend on beside the weights' bytes
 
 # Where things lie may differ between a command and its repetition; checksums say that they are the same.
 _MAY_CHANGE = ("workdir", "guide.workdir", "latents.vae", "known.image", "known.mask", "text_encoder.encoder")
@@ -175,7 +176,9 @@ class Output:
 
     def _differences(self, found: dict) -> list[str]:
         old, new = flatten(found), flatten(json.loads(json.dumps(self.settings)))
-        keys = sorted((old.keys() | new.keys()) - set(_MAY_CHANGE))
+        # Earlier versions did not write down the network, or not all that a later one tells of it.
+        untold = {key for key in new.keys() - old.keys() if NETWORK in key.split(".")}
+        keys = sorted((old.keys() | new.keys()) - set(_MAY_CHANGE) - untold)
         return [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys if old.get(key) != new.get(key)]
 
     def _complete(self) -> bool:

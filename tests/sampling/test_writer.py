@@ -58,6 +58,16 @@ def test_outputs(tmp_path):
     assert drive(make(tmp_path / "x")) == []  # complete
 
 
+def test_what_earlier_versions_did_not_tell_of_the_network_may_be_anything(tmp_path):
+    network = {"image_shape": SHAPE, "model.heads": 2}
+    drive(make(tmp_path / "x"))
+    assert drive(make(tmp_path / "x", network=network)) == []
+    drive(make(tmp_path / "y", network=network))
+    assert drive(make(tmp_path / "y", network=network | {"model.younger": 1})) == []
+    with pytest.raises(UserError, match=r"network\.model\.heads was 2, now 4"):
+        make(tmp_path / "y", network=network | {"model.heads": 4}).claim(False)
+
+
 def test_a_grid_shows_the_first_images_of_many(tmp_path):
     count = GRID + 30
     images = np.random.default_rng(1).integers(0, 256, (count, 2, 2, 1), np.uint8)
