@@ -44,7 +44,7 @@ def _prompts(metric: str, where: str, images: Images) -> list[str]:
     record = path.with_suffix(".json")
     try:
         prompts = json.loads(record.read_text()).get("prompts") if record.exists() else None
-        with np.load(path) as file:
+        with path.open("rb") as content, np.load(content) as file:
             return [prompts[number] for number in file["arr_1"]]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         raise UserError(

@@ -1,11 +1,16 @@
 """evaluate --metrics=match: drawn images find pictures with their prompts as captions."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import assert_fails, assert_works
 from PIL import Image
+
+from speedit_jax import storage
+from speedit_jax.evaluation.matching import read_texts
 
 COLOURS = {"a red square": (255, 0, 0), "a green square": (0, 255, 0), "the sea": (0, 0, 255)}
 
@@ -60,3 +65,24 @@ def test_mistakes(run, drawn, reference, tmp_path):
     assert_fails(run("evaluate", *flags(drawn, drawn)), "needs a --reference with captions")
     (reference / "metadata.jsonl").unlink()
     assert_fails(run("evaluate", *flags(reference, reference)), "has a caption")
+
+
+class InStore(type(Path())):
+    """As a path in an object store: it opens what it names, and to anybody else its name is no file's."""
+
+    def __fspath__(self) -> str:
+        return f"gs:/{self}"
+
+    def exists(self) -> bool:
+        return os.path.exists(str(self))
+
+    def open(self, mode: str = "r"):
+        return open(str(self), mode)
+
+    def read_text(self) -> str:
+        return self.open().read()
+
+
+def test_prompts_of_images_in_an_object_store(drawn, monkeypatch):
+    monkeypatch.setattr(storage, "path", InStore)
+    assert read_texts(["clip"], str(drawn), None, None, "auto").prompts == ["a red square", "the sea", "The  sea"]
