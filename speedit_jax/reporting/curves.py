@@ -47,7 +47,9 @@ def write_curves(workdir: Path) -> Path | None:
         axis.plot(*metrics[name], linewidth=0.8, marker="." if name.startswith("eval_") else "")
         axis.set_title(name.removeprefix("time_").replace("_", " "))
         axis.set_xlabel("step")
-        if name in ("loss", "mse", "heldout_mse", "grad_norm"):
+        values = metrics[name][1]
+        # Not of what falls below zero, as the loss does under regularizer.dispersive: nothing would be drawn from there on.
+        if name in ("loss", "mse", "heldout_mse", "grad_norm") and (values[np.isfinite(values)] > 0).all():
             axis.set_yscale("log")
     path = workdir / "curves.png"
     with replacing(path) as partial:

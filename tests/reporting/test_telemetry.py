@@ -8,6 +8,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -276,6 +277,17 @@ def test_a_full_disk_is_an_error_of_the_caller_and_of_nothing_after_it(tmp_path)
     assert done.returncode == 0
     assert done.stdout == "training: [Errno 27] File too large\nclosing: [Errno 27] File too large\n"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("losses, scale", [([0.5, 0.25], "log"), ([0.5, None], "log"), ([0.5, -0.25], "linear")])
+def test_a_loss_below_zero_is_drawn(tmp_path, monkeypatch, losses, scale):
+    """A logarithmic axis has no place for it, and the curve would end there."""
+    records = [json.dumps({"step": step, "loss": loss, "mse": 1.0}) for step, loss in enumerate(losses)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records))
+    scales = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: scales.extend(axis.get_yscale() for axis in figure.axes))
+    write_curves(tmp_path)
+    assert scales == [scale, "log"]
 
 
 def test_curves(tmp_path):
