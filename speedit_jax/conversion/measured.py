@@ -96,7 +96,7 @@ def _during_training(run: Run, weights: str) -> list[Number]:
 def _evaluated(run: Run, weights: str, record: dict[str, Any]) -> list[Number]:
     """Of a file that evaluate wrote, where its images were sampled from these weights into this directory."""
     images, reference = record.get("images") or {}, record.get("reference") or {}
-    drawn = storage.path(str(images.get("from")))
+    drawn = storage.path(str(images.get("from")).removeprefix("folder:"))
     if drawn.exists() and storage.resolved(drawn).parent != storage.resolved(run.workdir):
         return []  # of another run
     # Earlier versions of evaluate did not say; other images may have the name by now.

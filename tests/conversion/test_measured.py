@@ -77,6 +77,18 @@ def test_numbers_are_of_the_samples_that_were_measured(tmp_path):
     assert measured.numbers(run, "ema") == []
 
 
+def test_samples_of_another_run_are_known_as_a_folder_too(tmp_path):
+    """sample --png_files writes them there, of weights of the same step."""
+    run = types.SimpleNamespace(config=get_config(), workdir=tmp_path / "mine", step=6)
+    drawn = {"checkpoint_step": 6, "weights": "ema", "sampler": "ddim", "num_steps": 3, "guidance_scale": 1.5}
+    for name, count in (("mine", 1), ("other", 0)):
+        (tmp_path / name / "new").mkdir(parents=True)
+        images = {"from": f"folder:{tmp_path / name / 'new'}", "n": 16, "shape": [8, 8, 1], "sampled": drawn}
+        record = {"images": images, "metrics": {"fid": 1.0}, "features": "inception"}
+        (tmp_path / "mine" / "fid.json").write_text(json.dumps(record))
+        assert len(measured.numbers(run, "ema")) == count, name
+
+
 def test_other_weights_have_other_numbers(workdir):
     newest = open_run(workdir, 6, one_device())
     assert [(number.name, number.value) for number in measured.numbers(newest, "raw")] == [("held-out mse", 0.75)]
