@@ -248,7 +248,10 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
       UserError: `workdir` holds something else, or cannot be written.
     """
     path = workdir / "run.json"
-    saved = run.read_run(path) if path.is_file() else {}
+    try:
+        saved = run.read_run(path) if path.is_file() else {}
+    except ValueError:
+        saved = {}  # damaged: `claim` says so
     if "imported_from" in saved:
         step = (peek(workdir) or (None,))[0]
         if step is None:

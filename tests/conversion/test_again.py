@@ -24,6 +24,13 @@ def test_after_it_worked(run, imported, tmp_path):
     assert checksums(workdir) == before
 
 
+def test_over_a_damaged_run_json(run, imported, tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    result = run("convert", f"--from={imported('dit')[1]}", f"--workdir={tmp_path}", HEADS)
+    assert_fails(result, f"{tmp_path}/run.json is damaged", "name another --workdir")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_after_a_full_disk(run, imported, small_disk):
     disk, resize = small_disk
     resize(64)
