@@ -119,6 +119,8 @@ def sample() -> None:
     settings = choose_settings(run, guide, autoencoder)
     out = storage.path(_OUT.value) if _OUT.value else run.workdir / "sampled"
     out = out.with_suffix("") if out.suffix in (".png", ".npz", ".json") else out
+    if out.name in ("", ".."):
+        raise UserError(f"--out={_OUT.value} names a directory; add a name for the files, such as {_OUT.value.rstrip('/')}/new")
 
     pictures = choose_pictures(run, autoencoder)
     sampler = make_sampler(model, run.diffusion, settings, mesh, guide and guide.model, pictures)

@@ -29,6 +29,8 @@ BAD_SAMPLE_FLAGS = {
     "step": (["--checkpoint_step=5"], ["step 5", "3, 6", "newest or best"]),
     "no step": (["--checkpoint_step=last"], ["step last", "3, 6", "newest or best"]),
     "out": (["--out=/dev/null/x.png"], ["/dev/null/x", "--out"]),
+    "out without a name": (["--out=."], ["--out=.", "./new"]),
+    "out without a name, further up": (["--out=../"], ["--out=../", "../new"]),
     "sampler": (["--sampler=foo"], ["sampler", "foo", "dpm++"]),
     "steps": (["--num_steps=1001"], ["1001", "1000"]),
     "spacing": (["--spacing=foo"], ["spacing", "foo", "logsnr"]),
