@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from speedit_jax import __version__, cli, sharding, storage
-from speedit_jax.config import LARGEST_SEED
+from speedit_jax.config import LARGEST_SEED, get_config
 from speedit_jax.data import loader
 from speedit_jax.data.image_sets import EvenlySpaced
 from speedit_jax.data.sources import Source, open_source
@@ -124,6 +124,8 @@ def open_images(run: Run) -> Source:
       UserError: the network knows no such images, or not their classes.
     """
     config = run.config
+    if not _SOURCE.value and "imported_from" in run.meta and config.data.source == get_config().data.source:
+        raise UserError("--source is missing: imported weights do not say which images they are of")
     config.data.source = _SOURCE.value or config.data.source
     config.data.split = _SPLIT.value or (config.data.split if not _SOURCE.value else "train")
     config.data.height, config.data.width, config.data.channels = run.meta["image_shape"]

@@ -87,12 +87,13 @@ def test_fewer_levels(measure):
     assert record["num_steps"] == 4 and record["by_timestep"]["t"][0] == 0 and record["by_timestep"]["t"][-1] == NUM_STEPS - 1
 
 
-def altered(workdir, copy, diffusion, **changes):
+def altered(workdir, copy, diffusion, data=(), **changes):
     """A copy of a run whose checkpoints say something else of it; returns the copy."""
     shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("checksums.json"))
     for path in copy.glob("checkpoints/*/meta/metadata"):
         meta = json.loads(path.read_text()) | changes
         meta["config"]["diffusion"] |= diffusion
+        meta["config"]["data"] |= dict(data)
         path.write_text(json.dumps(meta))
     return copy
 
@@ -103,6 +104,8 @@ def test_mistakes_are_one_line(run, trained, tmp_path):
     assert_fails(run("likelihood", f"--workdir={flow}"), "diffusion.path=linear", "no variational bound")
     latents = altered(trained, tmp_path / "latents", {}, latents={"vae": "somewhere"})
     assert_fails(run("likelihood", f"--workdir={latents}"), "latents", "pixels")
+    imported = altered(trained, tmp_path / "imported", {}, {"source": "synthetic"}, imported_from="w.pt")
+    assert_fails(run("likelihood", f"--workdir={imported}", "--unconditional"), "--source is missing", "imported weights")
     workdir = f"--workdir={trained}"
     assert_fails(run("likelihood", workdir, "--split=test"), "data.split=test", "held_out")
     assert_fails(run("likelihood", workdir, "--source=synthetic", "--num_steps=x"), "x", "ddim50")
