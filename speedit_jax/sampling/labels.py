@@ -25,6 +25,11 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
         number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
         if not 0 <= number < len(class_names):
             raise UserError(f"--class_labels: no class {name!r}; the classes are 0..{len(class_names) - 1}")
+        if class_names.count(name) > 1:
+            same = ", ".join(str(i) for i, other in enumerate(class_names) if other == name)
+            raise UserError(
+                f"--class_labels: the classes {same} are all called {name!r}; give the number of the one that is meant"
+            )
         labels.append(number)
     return np.array(labels)
 

@@ -244,3 +244,11 @@ def test_guidance_needs_a_null_label():
 def test_a_class_is_a_name_before_it_is_a_number():
     assert parse_labels(["10", "1", "cat"], ["cat", "10", "2"]).tolist() == [1, 1, 0]
     assert parse_labels(None, ["cat", "10", "2"]).tolist() == [0, 1, 2]
+
+
+def test_a_name_of_two_classes_is_refused():
+    """As "crane" is in ImageNet: a bird and a machine."""
+    names = ["crane", "cat", "crane"]
+    assert parse_labels(["cat", "2"], names).tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"the classes 0, 2 are all called 'crane'; give the number"):
+        parse_labels(["crane"], names)
