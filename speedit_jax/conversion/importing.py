@@ -155,6 +155,13 @@ def fit_run(found: Weights, config: ml_collections.ConfigDict, given: Mapping[st
     saved = found.run
     if found.reversed_time is not None:
         raise UserError("--reverse_time is for weights of other programs; these are of speedit_jax")
+    drawn = dict(zip(("data.height", "data.width", "data.channels"), saved["image_shape"], strict=True))
+    if other := [key for key, size in drawn.items() if given.get(key, size) != size]:
+        size = " x ".join(map(str, drawn.values()))
+        raise UserError(
+            f"--config.{other[0]}={given[other[0]]}: these are of a run that draws {size}; leave it out, and for another size"
+            " train with --config.init_from"
+        )
     try:
         with config.ignore_type():
             config.lock()  # a key that this version does not know is an error

@@ -152,3 +152,9 @@ def test_turned_weights_need_a_flow():
     found = fit(turned, config, GIVEN | {"diffusion.path": "linear"})
     np.testing.assert_array_equal(found.ema["final"]["bias"].reshape(-1), -state(0)["final_layer.linear.bias"])
     assert any("time is reversed" in note for note in found.notes)
+
+
+def test_the_size_of_a_run_stays():
+    """Another one would stand in the settings alone: the network would go on drawing the run's."""
+    of_run, given = Weights({}, {}, run={"image_shape": [8, 8, 1]}), {"data.height": 8, "data.width": 16}
+    assert_one_line(lambda: fit(of_run, get_config(), given), "--config.data.width=16", "a run that draws 8 x 8 x 1", "init_from")
