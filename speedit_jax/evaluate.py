@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -125,16 +126,18 @@ def evaluate() -> None:
     of_reference = gathered("reference", reference.images, moments, {metric.reference for metric in metrics})
     statistics = reference.statistics or {name: sums.gaussian() for name, sums in of_reference.moments.items()}
     of_clip = measure_clip(clip, images, texts, mesh, **sizes) if clip else {}
-    if jax.process_index() != 0:
-        return
-    if save:
-        write_statistics(save, statistics, extractor.name, reference.origin)
-        print(f"statistics of {reference.count} images, {extractor.name} features, in {save}")
-    if images:
-        values = {}
-        for name in tqdm(names, unit="metric", leave=False):
-            values |= of_clip if name == "clip" else measure(name, of_images, of_reference, statistics, options, texts)
-        report(values, images, reference, extractor, clip, options, out, mesh.size)
+    if jax.process_index() == 0:
+        if save:
+            write_statistics(save, statistics, extractor.name, reference.origin)
+            print(f"statistics of {reference.count} images, {extractor.name} features, in {save}")
+        if images:
+            values = {}
+            for name in tqdm(names, unit="metric", leave=False):
+                values |= of_clip if name == "clip" else measure(name, of_images, of_reference, statistics, options, texts)
+            report(values, images, reference, extractor, clip, options, out, mesh.size)
+    if jax.process_count() > 1:
+        # A process that ends waits five minutes for the others, and then all abort; some metrics take longer.
+        multihost_utils.sync_global_devices("all is measured")
 
 
 def check_ignored() -> None:

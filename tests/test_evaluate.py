@@ -1,16 +1,19 @@
 """The command that measures images: its numbers against NumPy's, and each mistake as one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import inception_weights
 import numpy as np
 import pytest
-from commands import EIGHT_DEVICES, assert_fails, assert_works, checksums
+from commands import EIGHT_DEVICES, ONE_DEVICE, ROOT, assert_fails, assert_works, checksums
 from PIL import Image
 
 from speedit_jax.data.sources import load_digits
 from speedit_jax.metrics.frechet import Gaussian, frechet_distance
+from speedit_jax.testing.hosts import hosts
 
 FEW = ["--kid_subsets=3", "--kid_subset_size=50"]
 PIXELS = ["--features=pixels", *FEW]
@@ -260,3 +263,30 @@ def test_with_inception(run, tmp_path):
     assert again.keys() == {"fid", "sfid", "is", "is_std"}
     for name in again:
         np.testing.assert_allclose(again[name], one[name], rtol=1e-4, err_msg=name)
+
+
+SLOW = """
+import functools, time
+import jax
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=3)
+from speedit_jax import cli, evaluate
+measure = evaluate.measure
+def slowly(*args):
+    time.sleep(12)
+    return measure(*args)
+evaluate.measure = slowly
+cli.run(evaluate.evaluate)
+"""
+
+
+def test_other_processes_wait_for_the_numbers(tmp_path):
+    """The one that computes them takes longer here than the others wait for it at their end."""
+    flags = ["--multihost", "--images=digits", "--reference=digits", "--split=held_out", "--features=pixels", "--metrics=fid"]
+    command = [sys.executable, "-c", SLOW, *flags, f"--out={tmp_path / 'fid.json'}"]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=ONE_DEVICE | host) for host in hosts(2)]
+    try:
+        assert [process.wait(300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert json.loads((tmp_path / "fid.json").read_text())["metrics"]["fid"] > 0
