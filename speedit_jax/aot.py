@@ -164,7 +164,7 @@ def aot() -> int | None:
         record["bytes_needed"] = needed(record, AROUND[what])
         if AROUND[what] in record and allowed is None:
             # A TPU's compiler sees to one program at a time.
-            allowed = topologies.TPU_MEMORY[mesh.devices.flat[0].device_kind]
+            allowed = topologies.TPU_MEMORY.get(mesh.devices.flat[0].device_kind)
         record["fits"] = allowed is None or record["bytes_needed"] <= allowed
         report(record, allowed)
     if out:

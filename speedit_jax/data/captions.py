@@ -27,13 +27,13 @@ _HALF = re.compile("[\ud800-\udfff]")  # of a character: JSON can write it, and 
 _WAYS = "metadata.jsonl, NAME.txt beside NAME.png, or --captions=FILE.json of COCO"
 
 
-def read_captions(source: Any, where: str = "auto", max_missing: int = 0) -> list[list[str]]:
+def read_captions(source: Any, where: str = "auto", max_missing: int | None = None) -> list[list[str]]:
     """The captions of each of a source's images, at least one; "" of an image without.
 
     Args:
       source: a `FolderSource`, or one that has `captions`.
       where: "auto", "metadata", a suffix such as ".txt", or the path of a table or of COCO's JSON.
-      max_missing: how many images may be without.
+      max_missing: how many images may be without, as --max_missing; None is none, where a command has no such flag.
 
     Raises:
       UserError: there are none, two kinds of them, images without, one that is no text, or a table names a file that is not
@@ -50,12 +50,11 @@ def read_captions(source: Any, where: str = "auto", max_missing: int = 0) -> lis
     missing = [name for name, texts in zip(source.files, captions, strict=True) if not texts]
     if len(missing) == len(captions):
         raise UserError(f"no image in {printable(source.root)} has a caption; write {_WAYS}")
-    if len(missing) > max_missing:
+    if len(missing) > (max_missing or 0):
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"no caption for {printable(source.root / missing[0])}{more}; write one, or allow --max_missing={len(missing)}: such"
-            " images are trained on as if their captions were dropped"
-        )
+        flag = f"--max_missing={len(missing)}: such images are trained on as if their captions were dropped"
+        allow = "" if max_missing is None else f", or allow {flag}"
+        raise UserError(f"no caption for {printable(source.root / missing[0])}{more}; write one{allow}")
     for name, texts in zip(source.files, captions, strict=True):
         if half := next(filter(None, map(_HALF.search, texts)), None):
             raise UserError(

@@ -10,6 +10,7 @@ from folders import config, open_folder, write
 
 from speedit_jax.data.captions import read_captions
 from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
 
 # Two images have two captions; one has a comma, quotes and a letter outside ASCII.
 EXPECTED = {
@@ -105,7 +106,10 @@ def test_some_classes_of_a_folder(root):
 def test_images_without_a_caption(root):
     jsonl(root, [*PAIRS[:2], ("b/3.png", " \n")])
     source = open_folder(root)
-    assert_one_line(lambda: read_captions(source), f"no caption for {root / 'b/3.png'} and 1 more", "--max_missing=2")
+    lacks = f"no caption for {root / 'b/3.png'} and 1 more; write one"
+    assert_one_line(lambda: read_captions(source, max_missing=0), lacks, "--max_missing=2")
+    with pytest.raises(UserError, match="write one$"):  # evaluate has no such flag
+        read_captions(source)
     assert_one_line(lambda: read_captions(source, max_missing=1), "b/3.png")
     assert read_captions(source, max_missing=2) == [["a red square"], ["a green square"], [""], [""]]
 

@@ -86,14 +86,22 @@ TASK = 'if [[ ${PEER:-} ]]; then exit "$FIRST"; elif ((FIRST)); then exit 75; fi
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "expected", "requeued"),
-    [(0, 0, 0, False), (1, 0, 1, False), (75, 0, 75, True), (130, 3, 130, True), (137, 9, 137, True), (137, 10, 137, False)],
+    ("code", "restarts", "seconds", "expected", "requeued"),
+    [
+        (0, 0, 0, 0, False),
+        (1, 0, 0, 1, False),
+        (75, 99, 0, 75, True),
+        (130, 99, 0, 130, True),
+        (137, 9, 0, 137, True),
+        (137, 10, 0, 137, False),
+        (137, 99, 600, 137, True),
+    ],
 )
-def test_slurm_job_comes_back_unless_it_is_complete_or_mistaken(tmp_path, code, restarts, expected, requeued):
+def test_slurm_job_comes_back_unless_it_is_complete_or_mistaken(tmp_path, code, restarts, seconds, expected, requeued):
     for name, text in {"srun": SRUN, "python": TASK, "scontrol": "echo scontrol $@"}.items():
         script(tmp_path / "bin" / name, text)
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "FIRST": str(code), "SLURM_JOB_ID": "7"}
-    env |= {"SLURM_RESTART_COUNT": str(restarts)}
+    env |= {"SLURM_RESTART_COUNT": str(restarts), "SECONDS": str(seconds)}  # of the shell: since the job started
     command = [LAUNCH / "slurm.sbatch", "--in_the_job", "--config=c"]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == expected, done
