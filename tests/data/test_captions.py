@@ -108,7 +108,7 @@ def test_images_without_a_caption(root):
     source = open_folder(root)
     lacks = f"no caption for {root / 'b/3.png'} and 1 more; write one"
     assert_one_line(lambda: read_captions(source, max_missing=0), lacks, "--max_missing=2")
-    with pytest.raises(UserError, match="write one$"):  # evaluate has no such flag
+    with pytest.raises(UserError, match=r"write one$"):  # evaluate has no such flag
         read_captions(source)
     assert_one_line(lambda: read_captions(source, max_missing=1), "b/3.png")
     assert read_captions(source, max_missing=2) == [["a red square"], ["a green square"], [""], [""]]
