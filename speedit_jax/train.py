@@ -122,6 +122,10 @@ def open_telemetry(parts: Assembly, workdir: Path, step: int, started: float) ->
     )
 
 
+def grid_path(workdir: Path, step: int) -> Path:
+    return workdir / "samples" / f"step_{step:07d}.png"
+
+
 def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, telemetry: Telemetry) -> None:
     """Draws the EMA weights' samples to WORKDIR/samples and to the boards.
 
@@ -139,7 +143,7 @@ def show_grid(grids: FixedSamples, state: TrainState, workdir: Path, step: int, 
             # In pairs: what the network is told, and what it makes of it.
             columns = 2 * math.ceil((len(images) / 2) ** 0.5)
             images = np.stack([grids.pictures.told(), images], axis=1).reshape(-1, *images.shape[1:])
-        path, grid = workdir / "samples" / f"step_{step:07d}.png", image_grid(images, columns)
+        path, grid = grid_path(workdir, step), image_grid(images, columns)
         write_png(path, grid, magnification(images.shape[1]))
         if isinstance(grids.conditions, Prompts) and not grids.pictures:
             storage.write_json(path.with_name(PROMPTS), grids.conditions.texts)
@@ -164,13 +168,17 @@ def evaluate(evaluation: Evaluation, state: TrainState, step: int, telemetry: Te
 def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, meta: dict) -> None:
     """Saves the last whole step when an error ends the run. Of further errors nothing is said: the first is what to mend."""
     quiet = contextlib.suppress(Exception)
+    # Processes save together, and the others do not know; and a step that failed has eaten its state.
+    alone = jax.process_count() == 1 and not any(array.is_deleted() for array in jax.tree.leaves(state))
+    if alone:
+        with quiet:
+            checkpoints.wait()  # removes the oldest, which makes room on a full disk
+    told = False
     with quiet:
         telemetry.close()
-    # Processes save together, and the others do not know; and a step that failed has eaten its state.
-    if jax.process_count() > 1 or any(array.is_deleted() for array in jax.tree.leaves(state)):
-        return
-    with quiet:
-        checkpoints.wait()
+        told = True
+    if not alone or not told:
+        return  # a checkpoint promises that all metrics up to its step are on the disk
     with quiet:
         step = int(state.step)
         if step > (checkpoints.latest() or 0):
@@ -252,7 +260,13 @@ def go_on(
     kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     checkpoints = Checkpoints(workdir, create=True, **kept)
     step, num_steps = checkpoints.latest() or 0, config.training.num_steps
-    if step >= num_steps:
+
+    def drawn_at(step: int) -> bool:
+        return grids is not None and (step % config.training.sample_every == 0 or step == num_steps)
+
+    # An error of one process ends its run between a step and its grid, and the step is saved.
+    lacks_grid = step > 0 and jax.process_count() == 1 and drawn_at(step) and not grid_path(workdir, step).exists()
+    if step >= num_steps and not lacks_grid:
         say(f"This run is complete: {workdir} holds step {step} of {num_steps}.")
         # A kill after the last save leaves an earlier end's, or none.
         report, saved = workdir / "report.html", checkpoints.directory / str(step) / integrity.META
@@ -277,6 +291,8 @@ def go_on(
     skips = Skips(parts, int(state.skipped))
 
     try:
+        if lacks_grid:
+            show_grid(grids, state, workdir, step, telemetry)
         for batch in watchdog.waiting_for(telemetry.waiting_for(batches(parts, source, step, num_steps))):
             profiler.before(step)
             with jax.set_mesh(mesh):
@@ -293,7 +309,7 @@ def go_on(
             if testing:
                 measure_held_out(held_out, state, telemetry, metrics)
             stopping = stop(step)
-            drawing = grids is not None and (step % config.training.sample_every == 0 or last)
+            drawing = drawn_at(step)
             saving = step % config.checkpoint.every == 0 or evaluating or last or stopping
             if drawing or saving:
                 # Resume depends on this order: a checkpoint of step n promises that all the run shows up to n is on disk.

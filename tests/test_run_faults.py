@@ -146,6 +146,19 @@ def test_data_that_vanish(tmp_path, digits):
     assert said[-1].startswith(f"error: cannot read the image {digits}/") and "No such file or directory" in said[-1]
 
 
+@pytest.mark.parametrize("every", [3, 6])
+def test_the_grid_of_a_step_that_an_error_ended_is_drawn_at_the_next_start(run, tmp_path, every):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "samples").touch()  # where a directory has to be
+    train = ("train", *TINY, f"--workdir={workdir}", "--config.training.num_steps=6", f"--config.training.sample_every={every}")
+    result = run(*train)
+    assert result.code == 1 and f"An error ends the run; step {every} is saved." in result.out, result
+    (workdir / "samples").unlink()
+    assert_works(run(*train))
+    assert sorted(path.name for path in (workdir / "samples").iterdir()) == [f"step_{n:07d}.png" for n in range(every, 7, every)]
+
+
 def test_reading_beside_training(run, tmp_path):
     """Each command sees a whole checkpoint, or is told that its own was removed meanwhile; training notices nothing."""
     workdir = tmp_path / "run"
