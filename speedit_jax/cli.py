@@ -133,6 +133,8 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
                 fail(str(forbidden(e.filename, e)))
             if problem := object_store.failure(e):
                 fail(problem)
+            if isinstance(e, OSError) and e.filename and e.strerror:
+                fail(f"{e.filename}: {e.strerror}; mend it and run the same command again")
             if jax.distributed.is_initialized():
                 traceback.print_exc()
                 _leave_others()

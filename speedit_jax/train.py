@@ -286,11 +286,11 @@ def go_on(
     telemetry = open_telemetry(parts, workdir, step, started)
     parameters = int(parameter_overview.count_parameters(parts.shapes.params))
     step_flops = parts.step_flops * config.training.batch_size
-    environment = Environment(workdir, mesh, step, num_steps=num_steps, parameters=parameters, step_flops=step_flops)
     profiler = Profiler(workdir, config.training.profile_at, config.training.profile_steps)
     skips = Skips(parts, int(state.skipped))
 
     try:
+        environment = Environment(workdir, mesh, step, num_steps=num_steps, parameters=parameters, step_flops=step_flops)
         if lacks_grid:
             show_grid(grids, state, workdir, step, telemetry)
         for batch in watchdog.waiting_for(telemetry.waiting_for(batches(parts, source, step, num_steps))):
@@ -328,10 +328,8 @@ def go_on(
                 break
         watchdog.alive("saving a checkpoint")
         checkpoints.wait()
-    except Exception as e:
+    except Exception:
         rescue(checkpoints, telemetry, state, meta)
-        if isinstance(e, OSError) and e.filename:
-            raise UserError(f"{e.filename}: {e.strerror}; mend it and run the same command again") from e
         raise
 
     watchdog.stop()

@@ -159,6 +159,14 @@ def test_the_grid_of_a_step_that_an_error_ended_is_drawn_at_the_next_start(run, 
     assert sorted(path.name for path in (workdir / "samples").iterdir()) == [f"step_{n:07d}.png" for n in range(every, 7, every)]
 
 
+def test_a_file_of_the_run_that_cannot_be_written_at_the_start(run, tmp_path):
+    (tmp_path / "run" / "environment.json" / "of another").mkdir(parents=True)
+    result = run("train", *TINY, f"--workdir={tmp_path / 'run'}")
+    last = re.split(r"[\r\n]", result.err.strip())[-1]  # also below the progress bar
+    assert result.code == 1 and last.startswith("error: ") and "environment.json" in last, result
+    assert "Traceback" not in result.err
+
+
 def test_reading_beside_training(run, tmp_path):
     """Each command sees a whole checkpoint, or is told that its own was removed meanwhile; training notices nothing."""
     workdir = tmp_path / "run"
