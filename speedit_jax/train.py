@@ -177,11 +177,12 @@ def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, me
     with quiet:
         telemetry.close()
         told = True
-    if not alone or not told:
-        return  # a checkpoint promises that all metrics up to its step are on the disk
+    if not alone:
+        return
     with quiet:
         step = int(state.step)
-        if step > (checkpoints.latest() or 0):
+        # A checkpoint promises that all metrics up to its step are on the disk.
+        if told and step > (checkpoints.latest() or 0):
             checkpoints.save(step, state, meta)
             checkpoints.wait()
             say(f"An error ends the run; step {step} is saved.")
