@@ -185,9 +185,11 @@ def rescue(checkpoints: Checkpoints, telemetry: Telemetry, state: TrainState, me
         if told and step > (checkpoints.latest() or 0):
             checkpoints.save(step, state, meta)
             checkpoints.wait()
-            say(f"An error ends the run; step {step} is saved.")
     with quiet:
         checkpoints.close()
+    with quiet:
+        if newest := peek(checkpoints.directory.parent):
+            say(f"An error ends the run; step {newest[0]} is saved.")
 
 
 def measure_held_out(held_out: HeldOutLoss, state: TrainState, telemetry: Telemetry, metrics: dict) -> None:
