@@ -102,14 +102,16 @@ class Watch:
         self._over.set()
 
     def _take_over_aborts(self) -> None:
-        """When process 0 is killed, jax's own client aborts in another thread, and no exception tells of it."""
+        """When process 0 ends, jax's own client aborts in another thread, and no exception tells of it."""
         host, _, port = global_state.coordinator_address.rpartition(":")
 
         def aborted(_):
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             except OSError:
-                self._end(0)
+                # Process 0 may have noticed first that another one is lost, and left.
+                process = self.lost(_SUSPICION)
+                self._end(0 if process is None else process)
 
         # Python's own handlers run in the main thread only, and later than the abort.
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)

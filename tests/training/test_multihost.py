@@ -137,40 +137,50 @@ def test_a_crash_ends_its_process_at_once():
             process.communicate()
 
 
-@pytest.mark.parametrize("stricken", [0, 1])
-@pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_process_is_named(stricken, struck):
-    """With a shorter silence than in use, which the limit below allows for."""
-    code = """if True:
+def strike(sent: signal.Signals, stricken: int, silences: list[int]) -> list[str]:
+    """What the other processes said last. All exchange numbers all the time, and have a shorter silence than in use."""
+    code = f"""if True:
         import itertools, jax, numpy as np
         from jax.experimental import multihost_utils
         from speedit_jax import cli, peers
-        peers.SILENCE = 6
         def main():
+            peers.SILENCE = {silences}[jax.process_index()]
             for i in itertools.count():
                 multihost_utils.process_allgather(np.array(i))
                 print(i, flush=True)
         cli.run(main)
         """
     command = [sys.executable, "-c", code, "--multihost"]
-    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(len(silences))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
     try:
         while not processes[0].stdout.readline().startswith("5"):
             assert processes[0].poll() is None
-        processes[stricken].send_signal(struck)
-        _, said = processes[1 - stricken].communicate(timeout=100)
-        assert processes[1 - stricken].returncode == peers.LOST == 75
-        last = said.splitlines()[-1]
-        assert last.startswith(f"error: process {stricken} of 2 on ") and last.endswith(
-            "is lost; start the same command again on all hosts: it goes on"
-        )
-        assert "Traceback" not in said
+        processes[stricken].send_signal(sent)
+        others = [process for number, process in enumerate(processes) if number != stricken]
+        said = [process.communicate(timeout=100)[1] for process in others]
+        assert all(process.returncode == peers.LOST == 75 for process in others)
+        assert "Traceback" not in "".join(said)
+        return [text.splitlines()[-1] for text in said]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize("stricken", [0, 1])
+@pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_process_is_named(stricken, struck):
+    (last,) = strike(struck, stricken, [6, 6])
+    assert last.startswith(f"error: process {stricken} of 2 on ")
+    assert last.endswith("is lost; start the same command again on all hosts: it goes on")
+
+
+def test_a_lost_process_is_named_also_where_process_0_leaves_first():
+    """And with it the service by which the others watch each other."""
+    for last in strike(signal.SIGSTOP, 2, [14, 100, 100]):
+        assert last.startswith("error: process 2 of 3 on ")
 
 
 def test_processes_share_the_search_for_damage_and_agree(tmp_path):
