@@ -31,7 +31,7 @@ from speedit_jax.sampling.known import Pictures, choose_plan, open_pictures, rea
 from speedit_jax.sampling.labels import parse_labels, random_labels
 from speedit_jax.sampling.prompts import encode_prompts, open_encoder, read_prompts
 from speedit_jax.sampling.sampler import Settings, check_given, make_sampler, resolve
-from speedit_jax.sampling.writer import GRID, NETWORK, Output, checksum, claim, folder_name
+from speedit_jax.sampling.writer import GRID, NETWORK, Output, checksum, claim, folder_names
 from speedit_jax.training import changes
 from speedit_jax.training.changes import same_latents
 from speedit_jax.training.run import Run, open_run
@@ -137,7 +137,7 @@ def sample() -> None:
     record |= {"known": {"image": _IMAGE.value, "mask": _MASK.value, **pictures.describe()}} if pictures else {}
     prompts = tuple(asked.get("prompts") or ())
     # Directories that folder: takes for classes; without classes it wants none.
-    folders = tuple(map(folder_name, run.class_names)) if not prompts and run.class_names else ("",) * (len(prompts) or 1)
+    folders = folder_names(run.class_names) if not prompts and run.class_names else ("",) * (len(prompts) or 1)
     output = Output(out, record, labels[:count], batch, folders if _PNG_FILES.value else None, latents, prompts)
     finished = claim(output, _OVERWRITE.value)
     if finished is not None:

@@ -1,5 +1,6 @@
 """The classes of a data set: some of them in an order of one's own, and how many images each has."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,27 @@ from speedit_jax.errors import UserError
 _NAMED = 10  # classes that are named one by one
 
 
+def number_of(name: str, class_names: Sequence[str], asked: str) -> int:
+    """The number of the class `name`, a name or a number; a class named "10" is a name first.
+
+    Raises:
+      UserError: there is no such class, or several have this name; it begins with `asked`, the setting.
+    """
+    number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
+    if not 0 <= number < len(class_names):
+        shown = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+        raise UserError(f"{asked}: no class {name!r}; the classes are 0..{len(class_names) - 1}: {shown}")
+    if class_names.count(name) > 1:
+        same = ", ".join(str(i) for i, other in enumerate(class_names) if other == name)
+        raise UserError(f"{asked}: the classes {same} are all called {name!r}; give the number of the one that is meant")
+    return number
+
+
 def choose(class_names: tuple[str, ...], wanted: str) -> list[int]:
     """The numbers of the classes `wanted`, names or numbers with commas between; of all classes where it is "".
 
-    A class named "10" is a name first.
-
     Raises:
-      UserError: there is no such class, it is named twice, or there are no classes.
+      UserError: there is no such class, several have its name, it is given twice, or there are no classes.
     """
     if not wanted:
         return list(range(len(class_names)))
@@ -23,10 +38,7 @@ def choose(class_names: tuple[str, ...], wanted: str) -> list[int]:
         raise UserError(f"data.classes={wanted}: this data set has no classes")
     chosen = []
     for name in (part.strip() for part in wanted.split(",")):
-        number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
-        if not 0 <= number < len(class_names):
-            shown = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
-            raise UserError(f"data.classes={wanted}: no class {name!r}; the classes are 0..{len(class_names) - 1}: {shown}")
+        number = number_of(name, class_names, f"data.classes={wanted}")
         if number in chosen:
             raise UserError(f"data.classes={wanted}: {name!r} is given twice")
         chosen.append(number)

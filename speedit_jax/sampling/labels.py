@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from speedit_jax.data.classes import number_of
 from speedit_jax.errors import UserError
 
 _STREAM = np.uint32(2**32 - 1)  # of an image's random label; the streams of its noise count from 0
@@ -12,7 +13,7 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
     """Names or numbers of classes -> their numbers; a folder named "10" is a name first.
 
     Raises:
-      UserError: no such class, or the model knows none.
+      UserError: no such class, several have its name, or the model knows none.
     """
     if names is None:
         return np.arange(max(1, len(class_names)))
@@ -20,18 +21,7 @@ def parse_labels(names: list[str] | None, class_names: list[str]) -> np.ndarray:
         raise UserError("--class_labels: this model was trained without classes")
     if not names:
         raise UserError(f"--class_labels is empty; the classes are 0..{len(class_names) - 1}")
-    labels = []
-    for name in names:
-        number = class_names.index(name) if name in class_names else int(name) if name.isdecimal() else -1
-        if not 0 <= number < len(class_names):
-            raise UserError(f"--class_labels: no class {name!r}; the classes are 0..{len(class_names) - 1}")
-        if class_names.count(name) > 1:
-            same = ", ".join(str(i) for i, other in enumerate(class_names) if other == name)
-            raise UserError(
-                f"--class_labels: the classes {same} are all called {name!r}; give the number of the one that is meant"
-            )
-        labels.append(number)
-    return np.array(labels)
+    return np.array([number_of(name, class_names, "--class_labels") for name in names])
 
 
 def random_labels(key: jax.Array, count: int, classes: int) -> np.ndarray:

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,12 +268,14 @@ class Output:
                 np.lib.format.write_array(file, self.labels)
 
 
-def folder_name(class_name: str) -> str:
-    """A directory that `folder:` takes for this class; urllib.parse.unquote gives the class name back.
+def folder_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Directories that `folder:` takes for these classes, one each; urllib.parse.unquote gives the class name back.
 
-    "%", "/" and a leading dot, which would hide it, are percent-encoded: no two classes share a directory.
+    "%", "/" and a leading dot, which would hide it, are percent-encoded. A name that several classes have gets their numbers: of
+    ImageNet's two cranes 517 is "crane%23517", which is unquoted "crane#517".
     """
-    return re.sub(r"[%/]|^\.", lambda match: f"%{ord(match[0]):02X}", class_name)
+    escaped = [re.sub(r"[%/]|^\.", lambda match: f"%{ord(match[0]):02X}", name) for name in class_names]
+    return tuple(f"{name}%23{number}" if escaped.count(name) > 1 else name for number, name in enumerate(escaped))
 
 
 _WAYS_OUT = "choose another --out, or give --overwrite"

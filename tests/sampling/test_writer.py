@@ -15,7 +15,7 @@ from PIL import Image
 
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
-from speedit_jax.sampling.writer import GRID, Output, checksum, folder_name
+from speedit_jax.sampling.writer import GRID, Output, checksum, folder_names
 
 COUNT, BATCH, SHAPE = 11, 4, (5, 6, 3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, *SHAPE), np.uint8)
@@ -224,10 +224,11 @@ def test_latents_replace_pictures_and_their_grid(tmp_path):
 
 def test_each_class_has_a_directory_of_its_own():
     names = ["a/b", "a_b", "a%2Fb", "a%b", ".hidden", "..", "a b", "\u00e9", "%"]
-    folders = [folder_name(name) for name in names]
+    folders = folder_names(names)
     assert len(set(folders)) == len(names) and folders[0] == "a%2Fb"
     assert [urllib.parse.unquote(folder) for folder in folders] == names
     assert not any("/" in folder or folder.startswith(".") for folder in folders)
+    assert folder_names(["crane", "dog", "crane", "crane#0"]) == ("crane%230", "dog", "crane%232", "crane#0")
 
 
 @pytest.mark.parametrize("stage", ["begun", "complete"])
