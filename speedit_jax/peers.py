@@ -4,6 +4,7 @@ Without this a collective waits for a stopped process, and where one was killed 
 Each process counts up its own key at jax's coordination service, which process 0 runs, and looks whether the others do.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -26,9 +27,12 @@ _COLLECTIVE = re.compile(r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coord
 
 def leave(message: str) -> None:
     """Prints one line and exits with 75, at once: sys.exit would wait for other processes and for threads that hang."""
-    # Below a progress bar; tqdm's own way would draw the bar again after the line, and wait for a lock.
-    print(f"\nerror: {message}", file=sys.__stderr__, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        stderr = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # jax's threads, which notice now, too, would say more below the line
+        # Below a progress bar; tqdm's own way would draw the bar again after the line, and wait for a lock.
+        os.write(stderr, f"\nerror: {message}\n".encode())
     os._exit(LOST)
 
 
@@ -37,7 +41,7 @@ class Watch:
 
     def __init__(self):
         self._me, self._count = global_state.process_id, global_state.num_processes
-        self._over = threading.Event()
+        self._over, self._ending = threading.Event(), threading.Lock()
         self._hosts = {0: global_state.coordinator_address.rpartition(":")[0]}
         self._said: dict[int, str] = {}
         self._forget()
@@ -78,12 +82,16 @@ class Watch:
 
     def lost(self, silence: float) -> int | None:
         """The first process of which nothing was heard for `silence` seconds."""
-        now = time.monotonic()
-        if now - self._answered > silence:
-            return 0 if self._me else None
-        return next((process for process, heard in sorted(self._heard.items()) if now - heard > silence), None)
+        if self._me and time.monotonic() - self._answered > silence:
+            return 0
+        # Since the last answer nothing could be heard.
+        return next((process for process, heard in sorted(self._heard.items()) if self._answered - heard > silence), None)
 
     def _end(self, process: int) -> None:
+        self._ending.acquire()  # for good: several threads may come here, and one is to speak
+        if not self._me:
+            # The service ends with this process, which the others would miss then. Meanwhile they notice for themselves.
+            time.sleep(2 * _BEAT)
         host = self._hosts.get(process, "an unknown host")
         leave(f"process {process} of {self._count} on {host} is lost; start the same command again on all hosts: it goes on")
 
@@ -109,7 +117,7 @@ class Watch:
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
             except OSError:
-                # Process 0 may have noticed first that another one is lost, and left.
+                # Process 0 may have noticed much earlier that another one is lost, and left.
                 process = self.lost(_SUSPICION)
                 self._end(0 if process is None else process)
 

@@ -17,7 +17,7 @@ from speedit_jax.peers import LOST
 
 HANG_AFTER = 20  # seconds, in the trials of a hang
 # Seconds to the end that docs/training.md states; there is no such time for what a run meets only at its next save or epoch.
-LOST_IN = 45
+LOST_IN = 50
 GRACE = 120
 
 

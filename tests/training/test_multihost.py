@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,21 +138,24 @@ def test_a_crash_ends_its_process_at_once():
             process.communicate()
 
 
-def strike(sent: signal.Signals, stricken: int, silences: list[int]) -> list[str]:
-    """What the other processes said last. All exchange numbers all the time, and have a shorter silence than in use."""
+def strike(sent: signal.Signals, stricken: int, seconds: list[dict[str, float]]) -> list[str]:
+    """What the other processes said last. All exchange numbers all the time.
+
+    `seconds` are of each process, in speedit_jax.peers: shorter than in use, or so that one notices before the others.
+    """
     code = f"""if True:
         import itertools, jax, numpy as np
         from jax.experimental import multihost_utils
         from speedit_jax import cli, peers
         def main():
-            peers.SILENCE = {silences}[jax.process_index()]
+            vars(peers).update({seconds}[jax.process_index()])
             for i in itertools.count():
                 multihost_utils.process_allgather(np.array(i))
                 print(i, flush=True)
         cli.run(main)
         """
     command = [sys.executable, "-c", code, "--multihost"]
-    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(len(silences))]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(len(seconds))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
     try:
@@ -172,15 +176,31 @@ def strike(sent: signal.Signals, stricken: int, silences: list[int]) -> list[str
 @pytest.mark.parametrize("stricken", [0, 1])
 @pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_is_named(stricken, struck):
-    (last,) = strike(struck, stricken, [6, 6])
+    (last,) = strike(struck, stricken, [{"SILENCE": 6}] * 2)
     assert last.startswith(f"error: process {stricken} of 2 on ")
     assert last.endswith("is lost; start the same command again on all hosts: it goes on")
 
 
-def test_a_lost_process_is_named_also_where_process_0_leaves_first():
-    """And with it the service by which the others watch each other."""
-    for last in strike(signal.SIGSTOP, 2, [14, 100, 100]):
-        assert last.startswith("error: process 2 of 3 on ")
+@pytest.mark.parametrize(
+    ("struck", "stricken", "seconds"),
+    [
+        # With process 0 goes the service by which the others watch each other.
+        pytest.param(signal.SIGKILL, 2, [{"_SUSPICION": 5}, {"_SUSPICION": 8}, {}], id="0 notices first"),
+        pytest.param(signal.SIGSTOP, 2, [{"SILENCE": 14}, {"SILENCE": 100}, {}], id="0 notices much earlier"),
+    ],
+)
+def test_all_of_several_processes_name_the_lost_one(struck, stricken, seconds):
+    for last in strike(struck, stricken, seconds):
+        assert last.startswith(f"error: process {stricken} of 3 on ")
+
+
+def test_a_stopped_process_0_makes_nobody_else_silent():
+    """What is heard of the others comes by way of it, and is as old as their last beat before its end."""
+    watch, now = object.__new__(peers.Watch), time.monotonic()
+    watch._me, watch._answered, watch._heard = 2, now - 39, {0: now - 39, 1: now - 41}
+    assert watch.lost(40) is None and watch.lost(38) == 0
+    watch._answered = now
+    assert watch.lost(40) == 1
 
 
 def test_processes_share_the_search_for_damage_and_agree(tmp_path):
