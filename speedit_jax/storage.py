@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import tempfile
 import time
@@ -24,6 +25,8 @@ import xxhash
 from speedit_jax import object_store
 from speedit_jax.errors import UserError
 from speedit_jax.object_store import is_remote, store
+
+_FILES_OF_ITS_OWN = 64  # that a process has open besides shards: libraries, logs, sockets
 
 
 def path(where: str | os.PathLike[str]) -> Path:
@@ -254,6 +257,26 @@ def cached(path: Path, digest: str) -> Path:
             if sha256(partial) != digest:
                 raise UserError(f"{path} does not hold what was written; its SHA-256 is not {digest[:16]}...")
     return copy
+
+
+def allow_open_files(count: int, of: str) -> None:
+    """Has this process keep `count` more files open: readers of shards close none, and many systems start with 1,024.
+
+    Args:
+      of: what has so many files.
+
+    Raises:
+      UserError: the system does not let it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if hard != unlimited and count + _FILES_OF_ITS_OWN > hard:
+        raise UserError(
+            f"{of} has {count:,} files, which stay open while it is read, but a process may open {hard:,} here: raise that limit"
+            " (ulimit -n)"
+        )
+    if soft != unlimited:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft + count if hard == unlimited else min(soft + count, hard), hard))
 
 
 class Mirror:

@@ -195,6 +195,7 @@ def open_records(directory: Path, header: dict[str, Any], count: int, command: s
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing; run {command} again to write the missing shards")
+    storage.allow_open_files(len(paths), str(directory))
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
         paths = list(pool.map(storage.cached, paths, (shard["sha256"] for shard in header["shards"])))
     try:

@@ -18,7 +18,7 @@ from speedit_jax.data.classes import choose, relabel
 from speedit_jax.data.images import check_channels, read_image
 from speedit_jax.data.pixels import WHITE
 from speedit_jax.errors import UserError
-from speedit_jax.storage import first_line
+from speedit_jax.storage import allow_open_files, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +157,7 @@ def open_tfds(
         raise UserError(f"data.source=tfds:{name}: {first_line(e)}") from e
     image_key, label_key, class_names = _features(builder, name)
     chosen = choose(class_names, wanted)
+    allow_open_files(sum(len(info.shard_lengths) for info in builder.info.splits.values()), f"tfds:{name}")
     decoders = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != label_key}
     try:
         records = builder.as_data_source(split, decoders=decoders)
