@@ -35,10 +35,16 @@ def path(where: str | os.PathLike[str]) -> Path:
     Every path of a flag or of a config goes through here: pathlib would make gs:/bucket of gs://bucket.
 
     Raises:
-      UserError: it starts with another scheme, names no bucket, or its package is not installed.
+      UserError: it starts with another scheme, names no bucket, or its package is not installed; or with "~" and no user's name.
     """
     text = os.fspath(where)
-    return object_store.open_path(text) if "://" in text else Path(text).expanduser()
+    if "://" in text:
+        return object_store.open_path(text)
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)  # pathlib takes ./~a for ~a
+    except RuntimeError as e:
+        name = text.partition("/")[0]
+        raise UserError(f"{text}: there is no home directory {name}; write ~/ for your own, or ./{name} for a name") from e
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,10 @@ def test_a_directory_is_no_file_to_write(tmp_path):
         storage.check_writable(tmp_path)
     storage.check_writable(tmp_path / "new" / "x.json")
     assert names(tmp_path) == ["new"] and not names(tmp_path / "new")
+
+
+def test_a_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert storage.path("~/runs/x") == Path("/home/me/runs/x") and storage.path("./~runs/x") == Path("~runs/x")
+    with pytest.raises(UserError, match=r"^~runs/x: there is no home directory ~runs; write ~/ for your own, or \./~runs"):
+        storage.path("~runs/x")
