@@ -70,7 +70,7 @@ def _collapsed(text: str) -> str:
 
 def _read(root: Path, files: tuple[str, ...], where: str) -> dict[str, list[str]]:
     """{file: captions}."""
-    if where.startswith("."):
+    if where.startswith(".") and "/" not in where:
         return _beside(root, files, where)
     if where not in ("auto", "metadata"):
         return _of_one_file(root, files, storage.path(where))

@@ -97,6 +97,14 @@ def test_a_table_anywhere_and_other_suffixes(root):
     assert read_captions(source, ".caption") == [EXPECTED[name] for name in source.files]
 
 
+def test_a_table_by_a_path_that_begins_with_a_dot(root, monkeypatch):
+    source = open_folder(root)
+    jsonl(root, name="mine.jsonl")
+    for here, where in ((root, "./mine.jsonl"), (root / "a", "../mine.jsonl")):
+        monkeypatch.chdir(here)
+        assert read_captions(source, where) == [EXPECTED[name] for name in source.files]
+
+
 def test_some_classes_of_a_folder(root):
     jsonl(root)
     source = open_folder(root, classes="b")
