@@ -158,7 +158,13 @@ def _of_table(root: Path, directory: str, path: Path) -> dict[str, list[str]]:
                 f"{printable(path)}, row {number}: it needs {_FILE} and {_TEXT}, a caption or a list of captions; it has"
                 f" {', '.join(map(str, row)) or 'nothing'}"
             )
-        name = "/".join(filter(None, (directory, name.replace("\\", "/").removeprefix("./"))))
+        name = name.replace("\\", "/").removeprefix("./")
+        if name.startswith("/"):
+            raise UserError(
+                f"{printable(path)}, row {number}: {_FILE} {printable(name)[:200]} begins at the root; write it relative to"
+                f" {printable(root / directory)}"
+            )
+        name = "/".join(filter(None, (directory, name)))
         if name not in found and not _is_there(root / name):
             raise UserError(f"{printable(path)}, row {number}: {_FILE} {printable(name)[:200]} is not there")
         found.setdefault(name, []).extend(texts)

@@ -140,6 +140,7 @@ def test_two_sources_of_captions(root):
 
 
 DAMAGE = {
+    "a whole path": ('{"file_name": "/tmp/a/1.png", "text": "one"}', ["row 2: file_name /tmp/a/1.png", "relative to", "/images"]),
     "no such image": ('{"file_name": "a/5.png", "text": "five"}', ["row 2: file_name a/5.png is not there"]),
     "columns the wrong way round": (
         json.dumps({"file_name": "a cat, " * 100, "text": "a/1.png"}),
