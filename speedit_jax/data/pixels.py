@@ -45,6 +45,7 @@ def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
     white, negative, deep = _white(image), False, _is_deep(image)
     if image.format == "TIFF" and image.mode.startswith("I"):
         negative = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO  # which Pillow heeds in 8 bits only
+    spread = _spread(image)
     upright = ImageOps.exif_transpose(image)
     if not upright.mode.startswith("I"):
         if deep:
@@ -52,6 +53,8 @@ def _eight_bits(image: ImageFile.ImageFile) -> Image.Image:
             _check_used(max(high for _, high in upright.convert("RGB").getextrema()) * 256)
             if isinstance(clear := upright.info.get("transparency"), tuple):
                 upright.info["transparency"] = tuple(level >> 8 for level in clear)
+        elif isinstance(clear := upright.info.get("transparency"), int):
+            upright.info["transparency"] = clear * spread
         return upright
     numbers = np.asarray(upright).astype(np.uint32)
     if white == 65535:
@@ -76,6 +79,12 @@ def _white(image: ImageFile.ImageFile) -> int:
     if not image.mode.startswith("I"):
         return 255
     return 4095 if image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,) else 65535
+
+
+def _spread(image: ImageFile.ImageFile) -> int:
+    """By how much Pillow multiplies the greys of 2 or 4 bits of a PNG, but not the one that is clear."""
+    decoders = str([tile[3] for tile in image.tile]) if image.format == "PNG" else ""
+    return 85 if "L;2" in decoders else 17 if "L;4" in decoders else 1
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from folders import config, write, write_png
 from PIL import Image
 
-from speedit_jax.data.images import open_image, parse_background, read_image
+from speedit_jax.data.images import open_image, parse_background, read_image, read_whole
 from speedit_jax.data.pixels import flatten
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
@@ -134,10 +134,16 @@ def test_one_clear_colour(tmp_path, name, channels):
         np.testing.assert_allclose(image[:, SIDE // 2 :], 200 / 127.5 - 1, atol=1e-6)
 
 
-def test_one_clear_bit(tmp_path):
-    write_png(tmp_path / "a.png", [b"\0\x00\xff"] * SIDE, SIDE, SIDE, bits=1, kind=0, clear=b"\0\0")
-    np.testing.assert_array_equal(read(tmp_path / "a.png"), 1)
-    np.testing.assert_array_equal(read(tmp_path / "a.png", background=(0, 0, 0))[:, :8], -1)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_one_clear_grey_of_few_bits(tmp_path, bits):
+    """Pillow spreads the greys over 0..255, but not the one that is clear."""
+    levels = np.arange(16) % 2**bits
+    row = np.packbits(np.unpackbits(levels.astype(np.uint8)[:, None], axis=1)[:, -bits:])
+    for clear in range(2**bits):
+        write_png(tmp_path / "a.png", [b"\0" + row.tobytes()], 16, 1, bits=bits, kind=0, clear=struct.pack(">H", clear))
+        image = read_whole(tmp_path / "a.png", 3, (255, 0, 0))[0]
+        greys = np.repeat(levels[:, None] * 255 // (2**bits - 1), 3, axis=1)
+        np.testing.assert_array_equal(image, np.where(levels[:, None] == clear, (255, 0, 0), greys))
 
 
 @pytest.mark.parametrize("suffix, clear", [("png", 0), ("png", bytes([0, 128, 255])), ("gif", 0)])
