@@ -156,7 +156,7 @@ def _of_table(root: Path, directory: str, path: Path) -> dict[str, list[str]]:
         if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(
                 f"{printable(path)}, row {number}: it needs {_FILE} and {_TEXT}, a caption or a list of captions; it has"
-                f" {', '.join(map(str, row)) or 'nothing'}"
+                f" {', '.join(str(key) for key, value in row.items() if value is not None) or 'nothing'}"
             )
         name = name.replace("\\", "/").removeprefix("./")
         if name.startswith("/"):
@@ -193,6 +193,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 1
     try:
         for number, row in enumerate(csv.DictReader(io.StringIO(_text(path))), 2):
+            if any(further := row.pop(None, ())):  # what is left of a text after its first comma
+                raise UserError(
+                    f"{printable(path)}, row {number}: more columns than the first row has, {','.join(further)[:100]!r}; put"
+                    ' "quotation marks" around a text with commas'
+                )
             yield number, row
     except csv.Error as e:
         raise UserError(f"{printable(path)}, row {number + 1}: not CSV ({e}); is a quotation mark left open?") from e

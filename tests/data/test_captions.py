@@ -222,3 +222,13 @@ def test_a_quotation_mark_that_stays_open(tmp_path):
     rest = "1.png,a cat\n" * 20_000
     (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.png,"a dog\n{rest}')
     assert_one_line(lambda: read_captions(open_folder(tmp_path)), "metadata.csv", "row 2", "quotation mark")
+
+
+@pytest.mark.parametrize("row, words", [("1.png,a dog, asleep", "' asleep'.* marks"), ("1.png", "it has file_name$")])
+def test_a_row_of_more_or_fewer_columns_than_the_first(tmp_path, row, words):
+    """Without quotation marks, a text would lose what comes after its first comma."""
+    for i in range(2):
+        write(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text(f'file_name,text\n0.png,"a cat, awake",,\n{row}\n')
+    with pytest.raises(UserError, match=f"metadata.csv, row 3: .*{words}"):
+        read_captions(open_folder(tmp_path))
