@@ -42,7 +42,7 @@ def write_shard(path: Path, examples: Iterable[np.ndarray], name: Callable[[int]
     """
 
     def write(partial):
-        writer, images, records = shards.open_writer(partial), 0, 0
+        writer, images, records = shards.Writer(partial), 0, 0
         try:
             for of_image in examples:
                 with np.errstate(over="ignore"):  # said below, by name

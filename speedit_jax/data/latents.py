@@ -53,7 +53,7 @@ def write_shard(
 
 def _write_records(path: Path, examples, name) -> tuple[int, np.ndarray, np.ndarray]:
     """(records, sum of latents, sum of their squares); the sums are per channel."""
-    writer = shards.open_writer(path)
+    writer = shards.Writer(path)
     count, first, second = 0, 0.0, 0.0
     try:
         for label, moments in examples:

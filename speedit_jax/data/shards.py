@@ -39,8 +39,27 @@ def shard_paths(directory: Path, count: int, size: int) -> list[Path]:
     return [directory / shard_name(i, total) for i in range(total)]
 
 
-def open_writer(path: Path) -> ArrayRecordWriter:
-    return ArrayRecordWriter(str(path), _ONE_BY_ONE)
+class Writer:
+    """An ArrayRecordWriter that says a failure, of a full disk as a rule, in one line."""
+
+    def __init__(self, path: Path):
+        self._path, self._writer = path, ArrayRecordWriter(str(path), _ONE_BY_ONE)
+
+    def write(self, record: bytes) -> None:
+        self._try(self._writer.write, record)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, do: Callable[..., None], *what: bytes) -> None:
+        try:
+            do(*what)
+        except RuntimeError as e:
+            # The place in the file comes after the first semicolon.
+            raise UserError(
+                f"cannot write to {self._path.parent} ({str(e).partition(';')[0]}); mend that and run the same command again:"
+                " finished shards stay"
+            ) from e
 
 
 def remove_partial(directory: Path) -> None:

@@ -47,7 +47,7 @@ def write_shard(path: Path, records: Iterable[list[np.ndarray]], name: Callable[
     """
 
     def write(partial):
-        writer, count, captions, longest = shards.open_writer(partial), 0, 0, 0
+        writer, count, captions, longest = shards.Writer(partial), 0, 0, 0
         try:
             for record in records:
                 writer.write(_packed(record, name(count)))

@@ -13,6 +13,7 @@ from tfds_sets import Animals
 from speedit_jax import storage
 from speedit_jax.data import shards, texts
 from speedit_jax.data.sources import open_source
+from speedit_jax.errors import UserError
 
 FILES = 60
 
@@ -53,3 +54,15 @@ def test_all_files_of_a_tfds_set_are_read(tmp_path, few_files, monkeypatch):
 def test_more_files_than_the_system_allows_are_one_line(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     assert_one_line(lambda: storage.allow_open_files(4090, "data/x"), "data/x has 4,090 files", "open 4,096", "raise that limit")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "a.array_record").symlink_to("/dev/full")
+    writer = shards.Writer(tmp_path / "a.array_record")
+    with pytest.raises(UserError) as written:
+        for _ in range(9):  # some megabytes may wait in memory
+            writer.write(bytes(2**22))
+    with pytest.raises(UserError) as closed:
+        writer.close()
+    for error in (written, closed):
+        assert str(error.value).startswith(f"cannot write to {tmp_path} (write() failed: No space left on device); mend that")
