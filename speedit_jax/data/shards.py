@@ -201,7 +201,32 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({e}); remove it and encode again") from e
 
 
-def open_records(directory: Path, header: dict[str, Any], count: int, command: str) -> grain.sources.ArrayRecordDataSource:
+class Records:
+    """An ArrayRecordDataSource that says in one line what cannot be read: the reader compares checksums.
+
+    Args:
+      records: of all shards.
+      directory: where they are.
+      command: that writes them.
+    """
+
+    def __init__(self, records: grain.sources.ArrayRecordDataSource, directory: Path, command: str):
+        self._records, self._directory, self._command = records, directory, command
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._records[index]
+        except RuntimeError as e:
+            raise UserError(
+                f"cannot read record {index} of {self._directory} ({storage.first_line(e)}); --verify names its shard: remove"
+                f" that and run {self._command} again"
+            ) from e
+
+
+def open_records(directory: Path, header: dict[str, Any], count: int, command: str) -> Records:
     """The records of all shards of a header, one after another.
 
     Args:
@@ -225,7 +250,7 @@ def open_records(directory: Path, header: dict[str, Any], count: int, command: s
         raise UserError(f"cannot read the shards of {directory}: {storage.first_line(e)}; check them with --verify") from e
     if found != count:
         raise UserError(f"{directory} holds {found} records, but its header says {count}; check it with --verify")
-    return records
+    return Records(records, directory, command)
 
 
 def damaged(directory: Path, header: dict[str, Any]) -> list[str]:

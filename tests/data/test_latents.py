@@ -133,6 +133,16 @@ def test_what_is_missing_or_damaged_is_named(written, case):
         open_config(written)
 
 
+def test_a_record_that_has_changed_is_named(written):
+    path = written / shards.shard_name(1, SHARDS)
+    path.write_bytes(path.read_bytes().replace(moments(5).tobytes(), moments(6).tobytes()))
+    source = open_config(written)
+    np.testing.assert_array_equal(source[4]["moments"], moments(4))
+    assert_one_line(
+        lambda: source[5], f"cannot read record 5 of {written}", "hash mismatch", "--verify", "speedit_jax.encode again"
+    )
+
+
 def test_a_directory_of_something_else(written):
     """Texts and features are stored in the same way."""
     header = json.loads((written / "header.json").read_text())
