@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from speedit_jax import cli, sharding, storage
 from speedit_jax.data import latents, loader, shards
+from speedit_jax.data.folder import check_apart
 from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.autoencoder import Autoencoder, scale_warning, scaled_statistics
 from speedit_jax.errors import UserError
@@ -67,6 +68,7 @@ def encode() -> None:
         if not value:
             raise UserError(f"--{name} is missing; --help has an example")
     source = open_images()
+    check_apart(source, out)
     # Each process encodes alone, on its own devices: nothing is shared but the directory.
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
     autoencoder = Autoencoder(_VAE.value, mesh, _DTYPE.value, tile=_TILE.value)

@@ -27,6 +27,7 @@ from speedit_jax import cli, storage
 from speedit_jax.config import get_config
 from speedit_jax.data import shards, texts
 from speedit_jax.data.captions import read_captions
+from speedit_jax.data.folder import check_apart
 from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.text_encoder import TextEncoder
 from speedit_jax.errors import UserError
@@ -70,6 +71,7 @@ def encode_text() -> None:
         if not value:
             raise UserError(f"--{name} is missing; --help has an example")
     source = open_images()
+    check_apart(source, out)
     captions = read_captions(source, _CAPTIONS.value, _MAX_MISSING.value)
     encoder = TextEncoder(_ENCODER.value, _POOLED.value)
     what = {

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from speedit_jax import cli, sharding, storage
 from speedit_jax.config import get_config
 from speedit_jax.data import features, loader, shards
+from speedit_jax.data.folder import check_apart
 from speedit_jax.data.sources import Source, name_of, open_source
 from speedit_jax.encoders.dinov2 import POSITIONS, Dinov2Encoder
 from speedit_jax.errors import UserError
@@ -139,6 +140,7 @@ def encode_features() -> None:
     if ignored:
         raise UserError(f"{', '.join(ignored)}: of --dino; --from_npy takes the features as they are, so leave it out")
     source = open_images()
+    check_apart(source, out)
     shape, identity, of_images = opened(source)
     what = {
         "shape": list(shape),

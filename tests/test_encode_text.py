@@ -162,6 +162,7 @@ MISTAKES = {
     "no such encoder": (["--encoder=bertie"], ["bertie"]),
     "no such captions": (["--captions=/no/such.json"], ["/no/such.json"]),
     "no captions": (["--captions=.caption"], ["has a caption"]),
+    "among the images": (["--out={folder}/texts"], ["--out=", "/texts is in", "elsewhere"]),
     "another kind of data": (["--data=digits"], ["only folder:PATH and blobs"]),
 }
 
@@ -169,8 +170,8 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(run, folder, tmp_path, case):
     extra, words = MISTAKES[case]
-    assert_fails(run("encode_text", *flags(folder, tmp_path / "t"), *extra), *words)
-    assert not any(tmp_path.iterdir())
+    assert_fails(run("encode_text", *flags(folder, tmp_path / "t"), *(flag.format(folder=folder) for flag in extra)), *words)
+    assert not any(tmp_path.iterdir()) and not (folder / "texts").exists()
 
 
 def test_captions_that_are_too_long_are_counted(run, folder, tmp_path):

@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -153,6 +154,18 @@ def open_folder(
         notes=tuple(notes),
         by_table=table is not None,
     )
+
+
+def check_apart(source: Any, out: Path) -> None:
+    """Raises a UserError for an output directory that would be a class of a folder, when that is opened again."""
+    if not isinstance(source, FolderSource) or source.by_table:
+        return
+    root, place = storage.resolved(source.root), storage.resolved(out)
+    first = place.relative_to(root).parts[:1] if place.is_relative_to(root) else ()
+    if first and not first[0].startswith(".") and first[0] not in {name.partition("/")[0] for name in source.files}:
+        raise UserError(
+            f"--out={out} is in {printable(source.root)}, whose sub-directories are classes: choose a directory elsewhere"
+        )
 
 
 def _no_directory(root: Path) -> str:

@@ -5,9 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from errors import assert_one_line
 from folders import config, open_folder, write
 
 from speedit_jax.data.classes import describe
+from speedit_jax.data.folder import check_apart
 from speedit_jax.data.sources import open_source
 from speedit_jax.errors import UserError
 
@@ -21,6 +23,28 @@ def test_system_directories_are_no_classes_and_hold_no_images(tmp_path, name):
     write(tmp_path / "cat" / name / "a.png" / "thumb.jpg")
     source = open_folder(tmp_path)
     assert source.class_names == ("cat",) and source.files == ("cat/a.png",)
+
+
+@pytest.mark.parametrize("images", [("a.png", "b.png"), ("cat/a.png", "dog/b.png")])
+def test_what_is_written_into_a_folder_is_to_leave_it_as_it_was(tmp_path, images):
+    """Places are allowed exactly where the folder, with a file there, opens as the same data."""
+    root = tmp_path / "images"
+    for name in images:
+        write(root / name)
+    source = open_folder(root)
+    for place in ("new", "new/deep", "cat", "cat/new", ".hidden/new", ".", "../elsewhere", "../images of others"):
+        made = tmp_path / "copy" / place.replace("/", "_") / "images"
+        shutil.copytree(root, made)
+        (made / place).mkdir(parents=True, exist_ok=True)
+        (made / place / "0.array_record").touch()
+        try:
+            same = open_folder(made).fingerprint == source.fingerprint
+        except UserError:
+            same = False
+        if same:
+            check_apart(source, root / place)
+        else:
+            assert_one_line(lambda: check_apart(source, root / place), f"--out={root / place} is in {root}", "elsewhere")  # noqa: B023
 
 
 @pytest.mark.parametrize(
