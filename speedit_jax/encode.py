@@ -68,7 +68,7 @@ def encode() -> None:
         if not value:
             raise UserError(f"--{name} is missing; --help has an example")
     source = open_images()
-    check_apart(source, out)
+    check_apart(source, out, "out")
     # Each process encodes alone, on its own devices: nothing is shared but the directory.
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
     autoencoder = Autoencoder(_VAE.value, mesh, _DTYPE.value, tile=_TILE.value)

@@ -71,7 +71,7 @@ def encode_text() -> None:
         if not value:
             raise UserError(f"--{name} is missing; --help has an example")
     source = open_images()
-    check_apart(source, out)
+    check_apart(source, out, "out")
     captions = read_captions(source, _CAPTIONS.value, _MAX_MISSING.value)
     encoder = TextEncoder(_ENCODER.value, _POOLED.value)
     what = {

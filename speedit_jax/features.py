@@ -140,7 +140,7 @@ def encode_features() -> None:
     if ignored:
         raise UserError(f"{', '.join(ignored)}: of --dino; --from_npy takes the features as they are, so leave it out")
     source = open_images()
-    check_apart(source, out)
+    check_apart(source, out, "out")
     shape, identity, of_images = opened(source)
     what = {
         "shape": list(shape),

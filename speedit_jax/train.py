@@ -19,6 +19,8 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 from speedit_jax import cli, sharding, storage
+from speedit_jax.data.folder import check_apart
+from speedit_jax.data.joined import alone
 from speedit_jax.data.sources import Source, open_source
 from speedit_jax.errors import UserError
 from speedit_jax.evaluation.during_training import Evaluation
@@ -214,6 +216,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     wandb_board.check(config.training.wandb_project)
     run.settle(config, workdir)
     source = open_source(config.data)
+    check_apart(alone(source), workdir, "workdir")
     mesh = sharding.make_mesh(config.mesh)
     parts = assemble(config, source, mesh)
     watchdog = Watchdog(config.training.hang_after)

@@ -46,6 +46,13 @@ def test_two_classes_of_a_folder_in_rectangles(run, photographs, tmp_path):
     assert_fails(other, "data.classes", "the data has changed")
 
 
+def test_a_workdir_among_the_images_would_be_a_class(run, photographs):
+    workdir = photographs / "runs" / "mine"
+    result = run("train", *TINY, f"--config.data.source=folder:{photographs}", *RECTANGLE, f"--workdir={workdir}")
+    assert_fails(result, f"--workdir={workdir} is in {photographs}", "elsewhere")
+    assert not workdir.parent.exists()
+
+
 @pytest.mark.slow
 def test_tfds_in_rectangles(tmp_path):
     prepare(tmp_path)

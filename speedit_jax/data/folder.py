@@ -156,15 +156,16 @@ def open_folder(
     )
 
 
-def check_apart(source: Any, out: Path) -> None:
-    """Raises a UserError for an output directory that would be a class of a folder, when that is opened again."""
+def check_apart(source: Any, out: Path, flag: str) -> None:
+    """Raises a UserError for a new directory, of this flag, that would be a class of a folder when that is opened again."""
     if not isinstance(source, FolderSource) or source.by_table:
         return
     root, place = storage.resolved(source.root), storage.resolved(out)
     first = place.relative_to(root).parts[:1] if place.is_relative_to(root) else ()
-    if first and not first[0].startswith(".") and first[0] not in {name.partition("/")[0] for name in source.files}:
+    # With what is there already it was opened.
+    if first and not first[0].startswith(".") and not (root / first[0]).exists():
         raise UserError(
-            f"--out={out} is in {printable(source.root)}, whose sub-directories are classes: choose a directory elsewhere"
+            f"--{flag}={out} is in {printable(source.root)}, whose sub-directories are classes: choose a directory elsewhere"
         )
 
 

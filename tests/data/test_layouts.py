@@ -42,9 +42,9 @@ def test_what_is_written_into_a_folder_is_to_leave_it_as_it_was(tmp_path, images
         except UserError:
             same = False
         if same:
-            check_apart(source, root / place)
+            check_apart(source, root / place, "out")
         else:
-            assert_one_line(lambda: check_apart(source, root / place), f"--out={root / place} is in {root}", "elsewhere")  # noqa: B023
+            assert_one_line(lambda: check_apart(source, root / place, "out"), f"--out={root / place} is in {root}", "elsewhere")  # noqa: B023
 
 
 @pytest.mark.parametrize(
