@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def store(path: Path) -> fsspec.AbstractFileSystem:
 def files(directory: Path) -> list[Path]:
     """All files below a directory, sorted."""
     scheme = os.fspath(directory).partition("://")[0]
-    return sorted(epath.Path(f"{scheme}://{name}") for name in store(directory).find(os.fspath(directory)))
+    # An empty object whose name ends with "/" stands for a directory.
+    found = (name for name in store(directory).find(os.fspath(directory)) if not name.endswith("/"))
+    return sorted(epath.Path(f"{scheme}://{name}") for name in found)
 
 
 class Entry:
@@ -80,6 +83,13 @@ class Entry:
 
     def is_file(self) -> bool:
         return self._kind == "file"
+
+
+def scan(directory: Path) -> Iterator[Entry]:
+    """What a directory holds. Not the empty object of its own name, as web consoles and mounts leave for a directory."""
+    text = os.fspath(directory)
+    own = text.partition("://")[2].strip("/")
+    return (Entry(info) for info in store(directory).ls(text, detail=True) if info["name"].strip("/") != own)
 
 
 def failure(error: BaseException) -> str | None:

@@ -133,7 +133,7 @@ def scan(directory: Path) -> contextlib.AbstractContextManager[Iterator[os.DirEn
     """As os.scandir."""
     if not is_remote(directory):
         return os.scandir(directory)
-    return contextlib.nullcontext(map(object_store.Entry, store(directory).ls(os.fspath(directory), detail=True)))
+    return contextlib.nullcontext(object_store.scan(directory))
 
 
 def absolute(path: Path) -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,19 @@ def s3() -> Iterator[str]:
     ):
         urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT")).close()
         yield f"s3://{BUCKET}"
+
+
+def make_directory(url: str) -> None:
+    """An empty object gs://BUCKET/NAME/ or s3://BUCKET/NAME/, as web consoles and mounts make for a directory."""
+    scheme, _, place = url.partition("://")
+    name = f"{place.removeprefix(BUCKET).strip('/')}/"
+    if scheme == "s3":
+        request = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/{BUCKET}/{name}", b"", method="PUT")
+    else:
+        query = f"uploadType=media&name={urllib.parse.quote(name, safe='')}"
+        where = f"{os.environ['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{BUCKET}/o?{query}"
+        request = urllib.request.Request(where, b"", method="POST")
+    urllib.request.urlopen(request).close()
 
 
 @contextlib.contextmanager

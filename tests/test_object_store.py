@@ -67,6 +67,17 @@ def test_what_paths_of_both_kinds_do(place, tmp_path):
     assert names(place) == ["big"]
 
 
+def test_an_object_that_stands_for_a_directory_is_not_in_it(place):
+    for directory in (place, place / "a"):
+        object_stores.make_directory(str(directory))
+    storage.write_text(place / "a" / "1.txt", "x")
+    for directory, inside in ((place, ["a"]), (place / "a", ["1.txt"])):
+        with storage.scan(directory) as entries:
+            assert [entry.name for entry in entries] == inside
+    assert names(place) == ["a/1.txt"]
+    assert (storage.fetched(place) / "a" / "1.txt").read_text() == "x"
+
+
 def test_one_of_several_creates_a_file(place):
     storage.create(place / "lock.json", "mine")
     with pytest.raises(FileExistsError):
