@@ -229,7 +229,7 @@ def get_config(model_name: str = "DiT-S/2") -> ml_collections.ConfigDict:
     mesh.fsdp = 1  # batch and parameters: for models that do not fit one device
     mesh.tensor = 1  # heads and MLP: must divide the heads
     mesh.slices = 1  # TPU slices, or nodes of GPUs, among which mesh.data is divided, so that only gradients cross their network
-    return c
+    return c.lock()  # a misspelt key in a recipe is an error, as it is on the command line
 
 
 def complete(saved: dict[str, Any]) -> ml_collections.ConfigDict:

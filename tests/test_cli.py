@@ -22,6 +22,15 @@ def test_a_broken_config_file(run, tmp_path):
     broken = {
         "syntax": ("def get_config(:\n", ["syntax"]),
         "key": ("from speedit_jax import config\n\ndef get_config():\n    return config.get_config().modle\n", ["modle"]),
+        "misspelt": (
+            "from speedit_jax import config\n\ndef get_config():\n    c = config.get_config()\n    c.optim.lerning_rate = 1e-3\n"
+            "    return c\n",
+            ['Did you mean "learning_rate"'],
+        ),
+        "bare": (
+            "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'seed': 1, 'init_from': ''})\n",
+            ["no checkpoint.every; let its get_config() start from speedit_jax.config.get_config()"],
+        ),
         "type": ("def get_config():\n    c = 1 + 'a'\n", ["unsupported operand"]),
         "module": ("import nosuchmodule\n", ["nosuchmodule"]),
         "function": ("x = 1\n", ["get_config"]),

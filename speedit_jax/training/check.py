@@ -57,8 +57,10 @@ _LEAST = {
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
-    """Raises a UserError for a number that is not finite or out of range."""
+    """Raises a UserError for a number that is not finite or out of range, or for a config that lacks keys."""
     values = flatten(config.to_dict())
+    if missing := sorted(flatten(get_config().to_dict()).keys() - values.keys()):
+        raise UserError(f"the config has no {missing[0]}; let its get_config() start from speedit_jax.config.get_config()")
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
