@@ -144,9 +144,10 @@ class Telemetry:
         Returns:
           What was written, with its step, or None. Reading a value waits for the device: one hand-over late, the wait is over.
         """
-        written = self._write()
-        self._pending = (step, values)
-        return written
+        try:
+            return self._write()
+        finally:  # also where it fails, or `close` would not know of them, and a checkpoint of this step lack its line
+            self._pending = (step, values)
 
     def also(self, values: dict[str, float]) -> None:
         """More numbers of the step whose metrics were handed over last, for its line."""

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard, grids, curves."""
 
+import errno
 import json
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from speedit_jax.reporting.curves import read_metrics, write_curves
 from speedit_jax.reporting.telemetry import Telemetry
+from speedit_jax.reporting.tensorboard import TensorBoard
 
 
 def telemetry(workdir, first_step=0):
@@ -57,6 +59,21 @@ def test_metrics_are_written_one_hand_over_late(tmp_path):
     t.close()
     assert steps(tmp_path) == [1, 2, 3]
     assert [record["loss"] for record in lines(tmp_path)] == [0.5, 1.0, 1.5]
+
+
+def test_a_write_that_fails_once_loses_no_step(tmp_path, monkeypatch):
+    """As on a full disk where removing a checkpoint then makes room: the step is saved, so its line must be there."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    t = telemetry(tmp_path)
+    t.metrics(1, values(1))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(TensorBoard, "scalar", full)
+        t.metrics(2, values(2))
+    t.close()
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_more_numbers_of_a_step_are_in_its_line(tmp_path):
