@@ -44,10 +44,11 @@ def write_curves(workdir: Path) -> Path | None:
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):
-        axis.plot(*metrics[name], linewidth=0.8, marker="." if name.startswith("eval_") else "")
+        values = metrics[name][1]
+        alone = np.isfinite(values).sum() == 1  # through one value there is no line
+        axis.plot(*metrics[name], linewidth=0.8, marker="." if alone or name.startswith("eval_") else "")
         axis.set_title(name.removeprefix("time_").replace("_", " "))
         axis.set_xlabel("step")
-        values = metrics[name][1]
         # Not of what falls below zero, as the loss does under regularizer.dispersive: nothing would be drawn from there on.
         if name in ("loss", "mse", "heldout_mse", "grad_norm") and (values[np.isfinite(values)] > 0).all():
             axis.set_yscale("log")

@@ -307,6 +307,18 @@ def test_a_loss_below_zero_is_drawn(tmp_path, monkeypatch, losses, scale):
     assert scales == [scale, "log"]
 
 
+def test_a_curve_of_one_value_is_a_dot(tmp_path, monkeypatch):
+    """A line through one value draws nothing."""
+    records = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5, "heldout_mse": 0.2}, {"step": 3, "loss": 0.7, "vb": None}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    markers = {}
+    monkeypatch.setattr(
+        pyplot, "close", lambda figure: markers.update((a.get_title(), a.lines[0].get_marker()) for a in figure.axes if a.lines)
+    )
+    write_curves(tmp_path)
+    assert markers == {"loss": "", "heldout mse": ".", "vb": ""}
+
+
 def test_curves(tmp_path):
     t = telemetry(tmp_path)
     t.close()
