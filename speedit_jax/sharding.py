@@ -71,10 +71,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shown = ", ".join(f"mesh.{axis}={n}" for axis, n in zip(AXES, shape, strict=True))
     if any(n == 0 or n < -1 for n in shape) or shape.count(-1) > 1:
         raise UserError(f"{shown}: sizes must be positive, except for at most one -1")
-    known = math.prod(n for n in shape if n != -1)
+    known, rest = math.prod(n for n in shape if n != -1), -1 in shape
     shape = [len(devices) // known if n == -1 else n for n in shape]
     if math.prod(shape) != len(devices):
-        raise UserError(f"{shown} does not match {len(devices)} devices; set one size to -1 to use all of them")
+        way = "choose sizes whose product divides that" if rest else "set one size to -1 to use all of them"
+        raise UserError(f"{shown} does not match {len(devices)} devices; {way}")
     types = (AxisType.Auto,) * len(AXES)
     if len({_slice(device) for device in devices}) == 1 and sizes.get("slices", 1) == 1:
         return jax.make_mesh(tuple(shape), AXES, axis_types=types, devices=devices)

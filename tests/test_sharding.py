@@ -106,10 +106,13 @@ def test_make_mesh(sizes, shape):
         ((0, 1, 1), "mesh.data=0, mesh.fsdp=1, mesh.tensor=1: sizes must be positive"),
         ((-2, 1, 1), "mesh.data=-2, .* sizes must be positive"),
         ((-1, -1, 1), "at most one -1"),
-        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.tensor=1 does not match 8 devices"),
-        ((16, 1, 1), "does not match 8 devices"),
-        ((-1, 3, 1), "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 does not match 8 devices"),
-        ((-1, 16, 1), "does not match 8 devices"),
+        ((2, 2, 1), "mesh.data=2, mesh.fsdp=2, mesh.tensor=1 does not match 8 devices; set one size to -1"),
+        ((16, 1, 1), "does not match 8 devices; set one size to -1"),
+        (
+            (-1, 3, 1),
+            "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 does not match 8 devices; choose sizes whose product divides that",
+        ),
+        ((-1, 16, 1), "does not match 8 devices; choose sizes whose product divides that"),
     ],
 )
 def test_make_mesh_errors(sizes, message):
