@@ -122,10 +122,15 @@ def check_regularizer(
         _check_alignment(of, model, features)
     elif features:
         raise UserError("data.features is set, but nothing uses it: set regularizer.align and regularizer.align_target=features")
-    if of.contrastive and (not isinstance(diffusion, FlowMatching) or diffusion.predicts_x0):
+    if of.contrastive and not isinstance(diffusion, FlowMatching):
         raise UserError(
             "regularizer.contrastive is for flows that predict the velocity: with epsilon it would only scale the prediction, and"
             " samplers would fail; set diffusion.path=linear or gvp"
+        )
+    if of.contrastive and diffusion.predicts_x0:
+        raise UserError(
+            "regularizer.contrastive is for flows that predict the velocity, and this one predicts the image; set"
+            " diffusion.prediction=epsilon, which of a flow is the velocity"
         )
     if of.contrastive and training.batch_size < 2:
         raise UserError("regularizer.contrastive wants another example in each batch: set training.batch_size to 2 or more")

@@ -70,8 +70,8 @@ def test_a_step_with_both():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"regularizer__contrastive": 0.05}, r"regularizer\.contrastive is for flows that predict the velocity"),
-        (CONTRASTIVE | {"diffusion__prediction": "x0"}, r"regularizer\.contrastive is for flows"),
+        ({"regularizer__contrastive": 0.05}, r"contrastive is for flows that predict the velocity: .*set diffusion\.path=linear"),
+        (CONTRASTIVE | {"diffusion__prediction": "x0"}, r"contrastive is for flows .*set diffusion\.prediction=epsilon"),
         ({"regularizer__contrastive": 1.0}, r"regularizer\.contrastive=1\.0"),
         (CONTRASTIVE | {"training__batch_size": 1}, r"another example in each batch"),
         ({"regularizer__dispersive": -1.0}, r"regularizer\.dispersive=-1\.0"),
