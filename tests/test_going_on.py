@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -193,14 +194,22 @@ def test_a_run_older_than_the_decay_mask_goes_on_as_it_was(run, tmp_path):
 
 
 def test_gradients_that_are_not_finite(run, tmp_path):
-    """A learning rate that throws the weights to infinity; a lower one goes on from what is saved."""
+    """A learning rate that throws the weights to infinity; a lower one goes on from before, as the message says."""
     workdir = tmp_path / "run"
-    command = ["train", *TINY, *CONSTANT, f"--workdir={workdir}", "--config.training.num_steps=40"]
-    limit = ["--config.training.max_skipped_in_a_row=3", "--config.training.log_every=1"]
-    result = run(*command, *limit, "--config.optim.learning_rate=1e30")
+    command = ["train", *TINY, *CONSTANT, f"--workdir={workdir}", "--config.checkpoint.every=100"]
+    limit = ["--config.training.max_skipped_in_a_row=3", "--config.training.log_every=1", "--config.training.num_steps=40"]
+    assert_works(run(*command))
+    result = run(*command, *limit, "--config.optim.learning_rate=1e30", WORD)
     failed(result, "gradients were not finite", "though the batches were", "lower optim.learning_rate", WORD)
     assert "warning: 1 step was skipped because the gradient was not finite" in result.out + result.err
     assert "skipped=" in result.err and "is saved" in result.out
+    first = int(re.search(r"remove the checkpoints from step (\d+) on", result.err)[1])
+    for step in steps(workdir):
+        if int(step) >= first:
+            shutil.rmtree(workdir / "checkpoints" / step)
+    assert_works(run(*command, "--config.training.num_steps=12", "--config.optim.learning_rate=1e-3", WORD))
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 12 and records[-1]["skipped"] == 0
 
 
 def test_two_starts_in_one_workdir(run, tmp_path):

@@ -55,12 +55,12 @@ class Skips:
         self._skipped, self._step = int(written["skipped"]), step
         in_a_row = int(written["skipped_in_a_row"])
         if in_a_row >= self._limit:
-            self._stop(in_a_row, sum(looked > step - in_a_row for looked in bad))
+            self._stop(step - in_a_row, in_a_row, sum(looked > step - in_a_row for looked in bad))
         if not first:
             return None
         return f"warning: {self._reasons()}; such a step changes nothing, and {self._limit} in a row end the run"
 
-    def _stop(self, in_a_row: int, bad: int) -> None:
+    def _stop(self, last_taken: int, in_a_row: int, bad: int) -> None:
         limit = f"(training.max_skipped_in_a_row={self._limit})"
         if bad:
             encoder = f" or the VAE {self._data.vae}" if self._data.vae else ""
@@ -68,9 +68,11 @@ class Skips:
                 f"{bad} of the last {in_a_row} batches held numbers that are not finite {limit}: check the data"
                 f" {self._data.source}{encoder}; the learning rate is not to blame"
             )
+        # The weights are those of the last step that was taken: a lower rate alone would meet the same gradients.
         raise UserError(
-            f"the last {in_a_row} gradients were not finite {limit}, though the batches were; lower optim.learning_rate or set"
-            " model.dtype=float32, and go on with --continue_with_changes"
+            f"the last {in_a_row} gradients were not finite {limit}, though the batches were: the weights have diverged; remove"
+            f" the checkpoints from step {last_taken} on, lower optim.learning_rate or set model.dtype=float32, and go on from an"
+            " earlier one with --continue_with_changes, or without one start anew in another --workdir"
         )
 
     def _reasons(self) -> str:

@@ -68,7 +68,7 @@ def test_too_many_gradients(parts):
         skips.look(step, batch(parts, bad=step == 1))
     with pytest.raises(UserError, match=r"the last 3 gradients were not finite \(training.max_skipped_in_a_row=3\)") as error:
         skips.check(metrics(4, 4, 3))
-    assert "lower optim.learning_rate" in str(error.value) and "--continue_with_changes" in str(error.value)
+    assert "from step 1 on, lower optim.learning_rate" in str(error.value) and "--continue_with_changes" in str(error.value)
 
 
 def test_those_before_this_start_are_counted_apart(parts):
