@@ -135,7 +135,7 @@ def test_it_goes_on_without_what_it_started_from(run, trained, tmp_path):
         (["--config.model.rope=True"], ["model.rope was False, now True"]),
         (["--config.model.time_freq_shift=1"], ["set --config.model.time_freq_shift=0"]),
         (["--config.diffusion.variance=fixed_small"], ["does not match this model", "final/kernel"]),
-        (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints"]),
+        (["--config.init_from=/no/such"], ["init_from=/no/such", "no checkpoints", "the directory of another run"]),
     ],
 )
 def test_another_network_is_refused_before_anything_is_written(run, trained, tmp_path, flags, words):

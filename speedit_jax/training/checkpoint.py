@@ -106,7 +106,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep_last: int = 1, keep_every: int = 0, create: bool = False):
         self.directory = storage.absolute(workdir) / "checkpoints"
         if not create and not self.directory.is_dir():
-            raise UserError(f"no checkpoints in {workdir}; train there first, or give another --workdir")
+            raise UserError(f"no checkpoints in {workdir}; train there first, or give the directory of another run")
         self._evaluations: dict[int, dict[str, Any]] = {}
         self._saving: int | None = None
         policies = [keep.LatestN(keep_last), _Best(self._evaluations)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])

@@ -206,7 +206,7 @@ def test_choose(saved):
 
 
 def test_no_checkpoints(tmp_path):
-    with pytest.raises(UserError, match=rf"no checkpoints in {tmp_path}; train there first, or give another --workdir"):
+    with pytest.raises(UserError, match=rf"no checkpoints in {tmp_path}; train there first, or give .*directory of another run"):
         Checkpoints(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     empty = Checkpoints(tmp_path, create=True)
