@@ -7,6 +7,7 @@ storage can offer; the functions here do the rest.
 import atexit
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -151,7 +152,7 @@ def remove(path: Path) -> None:
     """A file or a whole directory, if there is one."""
     if is_remote(path):
         with contextlib.suppress(FileNotFoundError):
-            store(path).rm(os.fspath(path), recursive=True)
+            store(path).rm(glob.escape(os.fspath(path)), recursive=True)  # it takes "run[1]" for a pattern, which is of "run1"
     elif path.is_dir():
         shutil.rmtree(path)
     else:

@@ -41,6 +41,16 @@ def test_a_file_is_whole_or_not_there(place):
     assert json.loads(path.read_text()) == {"x": 1} and names(place) == ["a.json"]
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?", "run"])
+def test_what_is_removed_is_no_pattern(bucket, name):
+    place = storage.path(f"{bucket}/removed")
+    for neighbour in ("run1", "run[1]", "run*", "run?", "run"):
+        (place / neighbour / "sub").mkdir(parents=True)
+        (place / neighbour / "sub" / "x").write_text("x")
+    storage.remove(place / name)
+    assert set(names(place)) == {f"{kept}/sub/x" for kept in {"run1", "run[1]", "run*", "run?", "run"} - {name}}
+
+
 def test_what_paths_of_both_kinds_do(place, tmp_path):
     content = bytes(range(256)) * 40_000  # more than one part of an upload
     with storage.replacing(place / "d" / "big") as partial:
