@@ -185,7 +185,8 @@ def test_the_background_of_the_config(tmp_path):
     for name, colour in (("white", 1), ("black", -1), ("#ffffff", 1), ("rgb(0,0,0)", -1)):
         np.testing.assert_array_equal(open_source(config(f"folder:{tmp_path}", background=name))[0]["image"], colour)
     old = config(f"folder:{tmp_path}")
-    del old["background"]
+    with old.unlocked():
+        del old["background"]
     np.testing.assert_array_equal(open_source(old)[0]["image"], 1)
 
 
