@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ def open_path(text: str) -> Path:
     """The path of gs://BUCKET/... or s3://BUCKET/...
 
     Raises:
-      UserError: it starts with another scheme, names no bucket, or its package is not installed.
+      UserError: it starts with another scheme, names no bucket, would be a pattern, or its package is not installed.
     """
     scheme, _, rest = text.partition("://")
     if scheme not in _PACKAGES:
         raise UserError(f"{text}: unknown storage {scheme}://; give a path on a disk, gs://BUCKET/PATH or s3://BUCKET/PATH")
     if not rest.strip("/"):
         raise UserError(f"{text}: the bucket is missing; give {scheme}://BUCKET/PATH")
+    if found := re.search(r"[*?[]", rest):
+        raise UserError(f"{text}: libraries take it for a pattern, of run1 if it is run[1]; choose a path without {found[0]}")
     if importlib.util.find_spec(_PACKAGES[scheme]) is None:
         raise UserError(f"{text} needs the package {_PACKAGES[scheme]}: pip install -e '.[{_EXTRAS[scheme]}]'")
     file_system(scheme)

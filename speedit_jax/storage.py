@@ -162,7 +162,7 @@ def remove(path: Path) -> None:
 def replace(path: Path, target: Path) -> None:
     """Renames a file, over another if need be; an object is copied, which is atomic, and then removed."""
     if is_remote(path):
-        store(path).copy(os.fspath(path), os.fspath(target))
+        store(path).cp_file(os.fspath(path), os.fspath(target))
         store(path).rm_file(os.fspath(path))
     else:
         os.replace(path, target)
@@ -176,7 +176,7 @@ def move_directory(path: Path, target: Path, first: str) -> None:
         return
     found = files(path)
     for file in sorted(found, key=lambda file: file == path / first):
-        store(path).copy(os.fspath(file), os.fspath(target / file.relative_to(path)))
+        store(path).cp_file(os.fspath(file), os.fspath(target / file.relative_to(path)))
     for file in sorted(found, key=lambda file: file != path / first):
         store(path).rm_file(os.fspath(file))
 

@@ -51,6 +51,18 @@ def test_what_is_removed_is_no_pattern(bucket, name):
     assert set(names(place)) == {f"{kept}/sub/x" for kept in {"run1", "run[1]", "run*", "run?", "run"} - {name}}
 
 
+def test_what_is_moved_is_no_pattern(bucket):
+    place = storage.path(f"{bucket}/moved")
+    for directory in ("run1", "run[1]"):
+        (place / directory / "sub").mkdir(parents=True)
+        for name in ("x", "y"):
+            (place / directory / "sub" / name).write_text(directory)
+    storage.replace(place / "run[1]" / "sub" / "x", place / "run[1]" / "z")
+    storage.move_directory(place / "run[1]", place / "run[2]", "z")
+    assert names(place) == ["run1/sub/x", "run1/sub/y", "run[2]/sub/y", "run[2]/z"]
+    assert {(place / "run[2]" / name).read_text() for name in ("sub/y", "z")} == {"run[1]"}
+
+
 def test_what_paths_of_both_kinds_do(place, tmp_path):
     content = bytes(range(256)) * 40_000  # more than one part of an upload
     with storage.replacing(place / "d" / "big") as partial:

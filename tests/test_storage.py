@@ -109,3 +109,17 @@ def test_a_home_directory(monkeypatch):
     assert storage.path("~/runs/x") == Path("/home/me/runs/x") and storage.path("./~runs/x") == Path("~runs/x")
     with pytest.raises(UserError, match=r"^~runs/x: there is no home directory ~runs; write ~/ for your own, or \./~runs"):
         storage.path("~runs/x")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("ftp://bucket/x", "ftp://bucket/x: unknown storage ftp://"),
+        ("gs:///", "gs:///: the bucket is missing"),
+        ("s3://bucket/run[1]", r"s3://bucket/run\[1\]: libraries take it for a pattern.* without \["),
+        ("gs://bucket/a*/x", r"without \*"),
+    ],
+)
+def test_what_is_no_path_in_an_object_store(path, message):
+    with pytest.raises(UserError, match=message):
+        storage.path(path)
