@@ -39,7 +39,7 @@ from speedit_jax.training import integrity, lock, run, topologies
 from speedit_jax.training.assembly import Assembly, assemble
 from speedit_jax.training.batches import batches
 from speedit_jax.training.check import check_numbers
-from speedit_jax.training.checkpoint import Checkpoints, peek
+from speedit_jax.training.checkpoint import Checkpoints, check_place, peek
 from speedit_jax.training.finetune import start_from, starting_weights
 from speedit_jax.training.nonfinite import Skips
 from speedit_jax.training.set_aside import set_aside_damaged
@@ -214,6 +214,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int | None:
     started = time.perf_counter()
     check_numbers(config)
     wandb_board.check(config.training.wandb_project)
+    check_place(workdir)
     run.settle(config, workdir)
     source = open_source(config.data)
     check_apart(alone(source), workdir, "workdir")

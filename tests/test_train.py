@@ -30,6 +30,7 @@ BAD_TRAIN_FLAGS = {
     "unknown best": (["--config.evaluation.best=foo", "--config.evaluation.every=3"], ["evaluation.best=foo", "fid"]),
     "unknown source": (["--config.data.source=foo"], ["data.source", "foo", "digits"]),
     "folder that is not there": (["--config.data.source=folder:/no/such"], ["data.source", "/no/such"]),
+    "workdir that orbax does not read": (["--workdir=/dev/null/run[1]"], ["--workdir", "a path with [ could not be read back"]),
     "workdir that cannot be": (["--workdir=/dev/null/run"], ["--workdir", "/dev/null/run"]),
 }
 

@@ -30,7 +30,7 @@ from speedit_jax.models.condition import TextShape
 from speedit_jax.storage import first_line
 from speedit_jax.training import assembly, run
 from speedit_jax.training.check import check_numbers
-from speedit_jax.training.checkpoint import Checkpoints, peek
+from speedit_jax.training.checkpoint import Checkpoints, check_place, peek
 
 _COMPRESSED = 0.85  # of float32 weights is what orbax writes at best
 
@@ -252,8 +252,9 @@ def place(workdir: Path, meta: dict[str, Any], fitted: Fitted) -> bool:
     An import that was cut short, by a full disk as a rule, is made anew.
 
     Raises:
-      UserError: `workdir` holds something else, or cannot be written.
+      UserError: `workdir` holds something else, or cannot be written or read back.
     """
+    check_place(workdir)
     path = workdir / "run.json"
     try:
         saved = run.read_run(path) if path.is_file() else {}

@@ -10,6 +10,8 @@ removed first. Either way a checkpoint that is listed is whole; the checksums te
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import types
 import warnings
 from pathlib import Path
@@ -89,6 +91,19 @@ class _Best:
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = _best({step: self.evaluations[step] for step in steps if step in self.evaluations})
         return [step == best for step in steps]
+
+
+def check_place(workdir: Path) -> None:
+    """Raises a UserError for a directory from which a checkpoint would not be read back.
+
+    Orbax looks for what each process wrote with glob.glob, of the whole path, and leaves it out of the checkpoint where it finds
+    nothing; tensorstore writes to a/b instead of a\\b.
+    """
+    path = storage.absolute(workdir)
+    if found := re.search(r"[*?[\\]", os.fspath(path)):
+        raise UserError(
+            f"--workdir={path}: checkpoints in a path with {found[0]} could not be read back; choose another directory"
+        )
 
 
 class Checkpoints:

@@ -15,7 +15,7 @@ from tiny import ONE
 
 from speedit_jax.errors import UserError
 from speedit_jax.models.build import Model
-from speedit_jax.training.checkpoint import Checkpoints, arrays, peek
+from speedit_jax.training.checkpoint import Checkpoints, arrays, check_place, peek
 
 META = {"config": {"seed": 3}, "class_names": ["a", "b"]}
 
@@ -150,6 +150,20 @@ def test_unknown_weights(saved, small):
 
 def test_meta(saved):
     assert Checkpoints(saved).meta(2) == META | {"step": 2}
+
+
+@pytest.mark.parametrize(
+    "name", ["my run", "run#1", "run%20", "{run}", "l\u00e4uf", "a:b", "it's", "run[1]", "run*", "run?", "a\\b"]
+)
+def test_a_checkpoint_is_read_back_from_any_place_that_is_not_refused(small, tmp_path, name):
+    if set(name) & set("[*?\\"):
+        with pytest.raises(UserError, match=r"could not be read back; choose another"):
+            check_place(tmp_path / name)
+        return
+    check_place(tmp_path / name)
+    save(tmp_path / name, small, (1,))
+    restored = Checkpoints(tmp_path / name).restore(1, small.shapes, small.shardings)
+    tiny.assert_same(restored, tiny.random_state(small, 1))
 
 
 @pytest.mark.parametrize(
