@@ -2,11 +2,13 @@
 
 import errno
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 import jax
 from absl import app, flags, logging
@@ -86,6 +88,16 @@ def _end_soon() -> None:
     timer.start()
 
 
+def _is_cut_off(stream: TextIO) -> bool:
+    """Whether a stream is a pipe without a reader; it is /dev/null then, where Python's exit would say so once more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    cut_off = any(event & select.POLLERR for _, event in poll.poll(0))
+    if cut_off:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return cut_off
+
+
 def _leave_others() -> None:
     """Exits with 1. sys.exit would wait for the other processes, and they perhaps for this one: five minutes, then all abort."""
     sys.stdout.flush()
@@ -117,6 +129,7 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
                 if not saves_on_sigterm:
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which jax has taken over
             code = main()
+            sys.stdout.flush()
             if watch:
                 watch.over()
             return code
@@ -127,6 +140,8 @@ def run(main: Callable[[], int | None], saves_on_sigterm: bool = False) -> None:
         except Exception as e:
             if watch:
                 watch.blame(e)
+            if isinstance(e, BrokenPipeError) and _is_cut_off(sys.stdout):
+                fail('nobody reads this command\'s output any more, as after a "| head"; write it to a file')
             if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
                 fail(f"{e.strerror}; free some disk space and run the same command again")
             if isinstance(e, PermissionError) and e.filename:

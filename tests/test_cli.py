@@ -3,6 +3,7 @@
 Some are run by `python -m` itself; the rest by tests/commands.py.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -58,6 +59,18 @@ def test_in_a_process_of_its_own(tmp_path):
     assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--config.modle.name=x"), "modle", 'Did you mean "model"')
     assert_fails(run_alone("train", *TINY, f"--workdir={tmp_path}", "--nosuch=1"), "nosuch")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_output_that_nobody_reads(flush):
+    """As after `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = f"from speedit_jax import cli; cli.run(lambda: print('x', flush={flush}))"
+    result = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert result.returncode == 1
+    assert result.stderr == 'error: nobody reads this command\'s output any more, as after a "| head"; write it to a file\n'
 
 
 @pytest.mark.parametrize("times", [1, 2], ids=["before the loop", "twice in the loop"])
