@@ -36,6 +36,14 @@ def leave(message: str) -> None:
     os._exit(LOST)
 
 
+def reached(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
 class Watch:
     """Of the processes that jax.distributed.initialize joined; starts at once."""
 
@@ -47,8 +55,7 @@ class Watch:
         self._forget()
         for target in (self._beat, self._look):
             threading.Thread(target=target, daemon=True).start()
-        if self._me:
-            self._take_over_aborts()
+        self._take_over_aborts()
 
     def _forget(self) -> None:
         """All count as heard now."""
@@ -110,16 +117,19 @@ class Watch:
         self._over.set()
 
     def _take_over_aborts(self) -> None:
-        """When process 0 ends, jax's own client aborts in another thread, and no exception tells of it."""
+        """When another process ends, Gloo or jax's client may abort in a thread of its own, and no exception tells of it."""
         host, _, port = global_state.coordinator_address.rpartition(":")
 
         def aborted(_):
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-            except OSError:
-                # Process 0 may have noticed much earlier that another one is lost, and left.
+            # Of a process that is being killed one socket closes before the other, and Gloo aborts as well.
+            until = time.monotonic() + _SUSPICION + 2 * _BEAT
+            while time.monotonic() < until:
                 process = self.lost(_SUSPICION)
-                self._end(0 if process is None else process)
+                if process is None and self._me and not reached(host.strip("[]"), int(port)):
+                    process = 0
+                if process is not None:
+                    self._end(process)
+                time.sleep(0.2)
 
         # Python's own handlers run in the main thread only, and later than the abort.
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)

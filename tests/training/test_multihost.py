@@ -194,6 +194,34 @@ def test_all_of_several_processes_name_the_lost_one(struck, stricken, seconds):
         assert last.startswith(f"error: process {stricken} of 3 on ")
 
 
+def test_an_abort_that_comes_before_the_loss_is_seen():
+    """As Gloo's does where process 0 is killed and its other sockets still take connections."""
+    code = """if True:
+        import os, jax, time
+        from speedit_jax import cli
+        def main():
+            if jax.process_index():
+                print("aborts", flush=True)
+                os.abort()
+            time.sleep(100)
+        cli.run(main)
+        """
+    command = [sys.executable, "-c", code, "--multihost"]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
+    try:
+        assert processes[1].stdout.readline() == "aborts\n"
+        time.sleep(0.5)
+        processes[0].kill()
+        _, said = processes[1].communicate(timeout=100)
+        assert processes[1].returncode == peers.LOST and said.splitlines()[-1].startswith("error: process 0 of 2 on ")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def test_a_stopped_process_0_makes_nobody_else_silent():
     """What is heard of the others comes by way of it, and is as old as their last beat before its end."""
     watch, now = object.__new__(peers.Watch), time.monotonic()
