@@ -29,6 +29,7 @@ def leave(message: str) -> None:
     """Prints one line and exits with 75, at once: sys.exit would wait for other processes and for threads that hang."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    with contextlib.suppress(OSError):
         stderr = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # jax's threads, which notice now, too, would say more below the line
         # Below a progress bar; tqdm's own way would draw the bar again after the line, and wait for a lock.
@@ -36,9 +37,11 @@ def leave(message: str) -> None:
     os._exit(LOST)
 
 
-def reached(host: str, port: int) -> bool:
+def _accepts(address: str) -> bool:
+    """Whether a process listens at "host:port"."""
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, port), timeout=2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         return True
     except OSError:
         return False
@@ -104,11 +107,18 @@ class Watch:
 
     def blame(self, error: BaseException) -> None:
         """Ends the process if an error comes of a lost one; returns if it does not seem so, after some seconds at most."""
-        if not _COLLECTIVE.search(f"{error} {error.__cause__ or ''}"):
-            return
+        if _COLLECTIVE.search(f"{error} {error.__cause__ or ''}"):
+            self._await_loss()
+
+    def _await_loss(self) -> None:
+        """Ends the process as soon as another one is known to be lost; returns if none is for some seconds."""
         until = time.monotonic() + _SUSPICION + 2 * _BEAT
         while time.monotonic() < until:
-            if (process := self.lost(_SUSPICION)) is not None:
+            # Another one first: process 0 may have noticed that much earlier, and left.
+            process = self.lost(_SUSPICION)
+            if process is None and self._me and not _accepts(global_state.coordinator_address):
+                process = 0
+            if process is not None:
                 self._end(process)
             time.sleep(0.2)
 
@@ -117,20 +127,10 @@ class Watch:
         self._over.set()
 
     def _take_over_aborts(self) -> None:
-        """When another process ends, Gloo or jax's client may abort in a thread of its own, and no exception tells of it."""
-        host, _, port = global_state.coordinator_address.rpartition(":")
+        """When another process ends, Gloo or jax's client may abort in a thread of its own, and no exception tells of it.
 
-        def aborted(_):
-            # Of a process that is being killed one socket closes before the other, and Gloo aborts as well.
-            until = time.monotonic() + _SUSPICION + 2 * _BEAT
-            while time.monotonic() < until:
-                process = self.lost(_SUSPICION)
-                if process is None and self._me and not reached(host.strip("[]"), int(port)):
-                    process = 0
-                if process is not None:
-                    self._end(process)
-                time.sleep(0.2)
-
+        It may come early: of a process that is being killed one socket closes before the other.
+        """
         # Python's own handlers run in the main thread only, and later than the abort.
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._await_loss())
         ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)

@@ -1,7 +1,7 @@
 /* Preloaded into the processes of a trial: epoll_wait sleeps a little where it is called over and over.
 
-   Gloo polls for data that has come before anyone asked for it, so a process that the others are ahead of spins: half of what four
-   processes on two cores cost. */
+   Gloo polls for data that has come before anyone asked for it, so a process that the others are ahead of spins, and takes the cores
+   from them. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,5 +1,6 @@
 """Two processes on this machine train as one does, and one goes on from where two stopped."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,19 +125,27 @@ def test_one_process_goes_on_where_two_stopped(runs):
     assert sorted(p.name for p in (resumed / "checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_a_crash_ends_its_process_at_once():
-    """The other one would be waited for."""
-    code = "import jax, time; from speedit_jax import cli; cli.run(lambda: 1 / 0 if jax.process_index() else time.sleep(200))"
+@contextlib.contextmanager
+def running(code: str, count: int) -> Iterator[list[subprocess.Popen]]:
+    """Processes of one job that run Python code."""
     command = [sys.executable, "-c", code, "--multihost"]
-    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) for env in envs]
+    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(count)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
     try:
-        _, said = processes[1].communicate(timeout=100)
-        assert processes[1].returncode == 1 and "ZeroDivisionError" in said and processes[0].poll() is None
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_a_crash_ends_its_process_at_once():
+    """The other one would be waited for."""
+    code = "import jax, time; from speedit_jax import cli; cli.run(lambda: 1 / 0 if jax.process_index() else time.sleep(200))"
+    with running(code, 2) as processes:
+        _, said = processes[1].communicate(timeout=100)
+        assert processes[1].returncode == 1 and "ZeroDivisionError" in said and processes[0].poll() is None
 
 
 def strike(sent: signal.Signals, stricken: int, seconds: list[dict[str, float]]) -> list[str]:
@@ -154,11 +164,7 @@ def strike(sent: signal.Signals, stricken: int, seconds: list[dict[str, float]])
                 print(i, flush=True)
         cli.run(main)
         """
-    command = [sys.executable, "-c", code, "--multihost"]
-    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(len(seconds))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
-    try:
+    with running(code, len(seconds)) as processes:
         while not processes[0].stdout.readline().startswith("5"):
             assert processes[0].poll() is None
         processes[stricken].send_signal(sent)
@@ -167,10 +173,6 @@ def strike(sent: signal.Signals, stricken: int, seconds: list[dict[str, float]])
         assert all(process.returncode == peers.LOST == 75 for process in others)
         assert "Traceback" not in "".join(said)
         return [text.splitlines()[-1] for text in said]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 @pytest.mark.parametrize("stricken", [0, 1])
@@ -206,20 +208,12 @@ def test_an_abort_that_comes_before_the_loss_is_seen():
             time.sleep(100)
         cli.run(main)
         """
-    command = [sys.executable, "-c", code, "--multihost"]
-    envs = [os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | host for host in hosts(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, env=env, **pipes) for env in envs]
-    try:
+    with running(code, 2) as processes:
         assert processes[1].stdout.readline() == "aborts\n"
         time.sleep(0.5)
         processes[0].kill()
         _, said = processes[1].communicate(timeout=100)
         assert processes[1].returncode == peers.LOST and said.splitlines()[-1].startswith("error: process 0 of 2 on ")
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
 
 
 def test_a_stopped_process_0_makes_nobody_else_silent():
